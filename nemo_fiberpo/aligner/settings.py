@@ -1,0 +1,241 @@
+"""The `algorithm`, `data` and `rewards` sections of a run's config, checked before anything is loaded.
+
+Unknown keys and values that make no sense are ValueErrors that name the field. `hierarchy` is `nemo_fiberpo.load_hierarchy`'s;
+`model`, `trainer` and `exp_manager` are NeMo's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_fiberpo.config import reject_unknown_keys
+from nemo_fiberpo.objective.surrogate import WEIGHTS
+from nemo_fiberpo.objective.wording import nearest
+
+ADVANTAGES = ("group_normalized", "rloo", "given")
+TRUNCATED = ("keep", "mask")
+TOO_LONG = ("error", "drop")
+REWARD_KINDS = ("rules", "server")
+SECTIONS = (
+    "name",
+    "seed",
+    "hierarchy",
+    "algorithm",
+    "data",
+    "rewards",
+    "model",
+    "trainer",
+    "exp_manager",
+    "pretrained_checkpoint",
+    "warm_start",
+    "cpu",
+    "run_dir",
+    "data_dir",
+)
+
+
+@dataclass(frozen=True)
+class KlSettings:
+    """Penalty on the KL divergence to the initial policy, in the loss: coefficient times the k3 estimate per token,
+    exp(d) - d - 1 with d = log pi_init - log pi, weighted as the objective weights tokens. 0 switches it off."""
+
+    coefficient: float = 0.0
+
+
+@dataclass(frozen=True)
+class AlgorithmSettings:
+    """How rollouts become optimizer steps.
+
+    samples_per_prompt   G, responses per prompt: the prompt group
+    prompts_per_rollout  prompts per RL step, over all ranks
+    optimizer_steps      minibatches, hence optimizer steps, per pass over a rollout; each holds whole prompt groups
+    epochs               passes over a rollout
+    rl_steps             RL steps to run, or -1 for the whole data set
+    data_epochs          passes over the prompts at most
+    advantage            group_normalized: (r - mean) / std over the prompt group; rloo: r - mean of the others of the
+                         group; given: r itself, as the grader or reward server returned it
+    weights              token weights w_i, see `nemo_fiberpo.token_weights`; `fixed_length` (tokens) is the L of
+                         fixed_length_mean
+    truncated            responses cut at the length limit: `keep` trains on them with the reward they got; `mask` takes
+                         them out of the loss and out of every cell, their rewards stay in the group's baseline
+    kl                   see KlSettings
+    val_check_interval   RL steps between evaluations on the held-out prompts; 0: never
+    save_interval        RL steps between checkpoints, a multiple of val_check_interval; 0: never
+    """
+
+    samples_per_prompt: int
+    prompts_per_rollout: int
+    optimizer_steps: int = 1
+    epochs: int = 1
+    rl_steps: int = -1
+    data_epochs: int = 1
+    advantage: str = "group_normalized"
+    weights: str = "trajectory_mean"
+    fixed_length: int | None = None
+    truncated: str = "keep"
+    kl: KlSettings = field(default_factory=KlSettings)
+    val_check_interval: int = 0
+    save_interval: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("samples_per_prompt", "prompts_per_rollout", "optimizer_steps", "epochs", "data_epochs"):
+            _whole(self, name, 1)
+        for name in ("val_check_interval", "save_interval"):
+            _whole(self, name, 0)
+        _whole(self, "rl_steps", -1)
+        _choice(self, "advantage", ADVANTAGES)
+        _choice(self, "weights", WEIGHTS)
+        _choice(self, "truncated", TRUNCATED)
+        if self.prompts_per_rollout % self.optimizer_steps:
+            raise ValueError(
+                f"optimizer_steps: {self.optimizer_steps} must divide prompts_per_rollout = {self.prompts_per_rollout}, "
+                "so that every optimizer step holds whole prompt groups"
+            )
+        if self.advantage != "given" and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"samples_per_prompt: {self.samples_per_prompt} leaves advantage={self.advantage} without a baseline; take "
+                "at least 2, or advantage: given"
+            )
+        if (self.weights == "fixed_length_mean") != (self.fixed_length is not None):
+            raise ValueError("fixed_length: a number of tokens, for weights: fixed_length_mean and only there")
+        if self.fixed_length is not None:
+            _whole(self, "fixed_length", 1)
+        if self.val_check_interval and self.save_interval % self.val_check_interval:
+            raise ValueError(
+                f"save_interval: {self.save_interval} must be a multiple of val_check_interval = {self.val_check_interval}"
+            )
+        if not isinstance(self.kl.coefficient, (int, float)) or not 0 <= self.kl.coefficient < float("inf"):
+            raise ValueError(f"kl.coefficient: must be a finite number, at least 0, got {self.kl.coefficient!r}")
+
+    @property
+    def samples_per_rollout(self) -> int:
+        return self.prompts_per_rollout * self.samples_per_prompt
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples per optimizer step over all ranks; NeMo's global batch size."""
+        return self.samples_per_rollout // self.optimizer_steps
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """train and heldout are JSONL files (see `prompts.py`); prompts of more than max_prompt_length tokens are an error or
+    dropped. `heldout_greedy` evaluates the held-out prompts by greedy decoding in addition to sampling."""
+
+    train: str
+    heldout: str | None = None
+    max_prompt_length: int = 512
+    too_long: str = "error"
+    heldout_greedy: bool = False
+
+    def __post_init__(self) -> None:
+        _whole(self, "max_prompt_length", 1)
+        _choice(self, "too_long", TOO_LONG)
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """kind `rules` grades responses in killable processes (see `rewards.RuleRewards` for its options); kind `server` asks
+    NeMo-Aligner's reward-model server, with the client's own configuration in `server`."""
+
+    kind: str = "rules"
+    workers: int = 1
+    time_limit: float = 2.0
+    memory_limit_mib: int = 4096
+    score: str = "threshold"
+    on_failure: str = "drop"
+    graders: Mapping[str, str] | None = None
+    server: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        _choice(self, "kind", REWARD_KINDS)
+        if (self.kind == "server") != (self.server is not None):
+            raise ValueError("server: the reward server's address, for kind: server and only there")
+
+    def rule_options(self) -> dict[str, Any]:
+        names = ("workers", "time_limit", "memory_limit_mib", "score", "on_failure", "graders")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class WarmStartSettings:
+    """The supervised warm start of the quickstart (examples/warm_start.py).
+
+    data          JSONL of prompts with `response`
+    steps         optimizer steps at most
+    batch_size    samples per optimizer step, over all ranks
+    lr            learning rate
+    stop_reward   a domain leaves the batches once its mean reward on `check_prompts` training prompts reaches this; the
+                  warm start ends when all have
+    check_every   optimizer steps between two checks
+    """
+
+    data: str
+    steps: int
+    batch_size: int
+    lr: float
+    stop_reward: float
+    check_every: int
+    check_prompts: int
+
+
+def algorithm_settings(cfg: DictConfig) -> AlgorithmSettings:
+    """The `algorithm` section. Raises ValueError naming the field."""
+    values = _plain(cfg, "algorithm")
+    kl = _build(KlSettings, _mapping(values.pop("kl", None) or {}, "algorithm.kl"), "algorithm.kl")
+    return _build(AlgorithmSettings, values, "algorithm", kl=kl)
+
+
+def data_settings(cfg: DictConfig) -> DataSettings:
+    """The `data` section. Raises ValueError naming the field."""
+    return _build(DataSettings, _plain(cfg, "data"), "data")
+
+
+def reward_settings(cfg: DictConfig) -> RewardSettings:
+    """The `rewards` section. Raises ValueError naming the field."""
+    return _build(RewardSettings, _plain(cfg, "rewards"), "rewards")
+
+
+def warm_start_settings(cfg: DictConfig) -> WarmStartSettings:
+    """The `warm_start` section. Raises ValueError naming the field."""
+    return _build(WarmStartSettings, _plain(cfg, "warm_start"), "warm_start")
+
+
+def _plain(cfg: DictConfig, section: str) -> dict[str, Any]:
+    return _mapping(OmegaConf.to_container(cfg[section], resolve=True, throw_on_missing=True), section)
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: must be a mapping, got {value!r}")
+    return value
+
+
+def _build(kind: type, values: dict[str, Any], where: str, **extra: Any) -> Any:
+    fields = {entry.name: entry for entry in dataclasses.fields(kind)}
+    reject_unknown_keys(values, fields, where)
+    for name, entry in fields.items():
+        required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        if required and values.get(name) is None and name not in extra:
+            raise ValueError(f"{where}.{name}: is required")
+    try:
+        return kind(**values, **extra)
+    except ValueError as error:
+        raise ValueError(f"{where}.{error}") from error
+
+
+def _whole(settings: Any, name: str, least: int) -> None:
+    value = getattr(settings, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: must be a whole number of at least {least}, got {value!r}")
+
+
+def _choice(settings: Any, name: str, valid: tuple[str, ...]) -> None:
+    value = getattr(settings, name)
+    if value not in valid:
+        raise ValueError(f"{name}: {value!r} is unknown{nearest(value, valid)}")

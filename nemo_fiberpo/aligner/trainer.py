@@ -1,0 +1,297 @@
+"""The training loop: NeMo-Aligner's PPOTrainer with prompt groups, whole-group minibatches and the exact FiberPO step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from nemo_aligner.algorithms.ppo import PPOTrainer, compute_num_rollout_microbatches
+from nemo_aligner.utils import parallel_state
+from nemo_aligner.utils.parallel_state import trt_llm_reshard_region
+from nemo_aligner.utils.server_utils import FutureResult
+from nemo_aligner.utils.utils import cpu_dict
+from torch import Tensor
+
+from nemo_fiberpo.aligner.actor import Minibatch
+from nemo_fiberpo.aligner.advantages import ESTIMATORS
+from nemo_fiberpo.aligner.evaluation import evaluate, mean_rewards
+from nemo_fiberpo.aligner.generation import deterministic
+from nemo_fiberpo.aligner.prompts import PromptDataset
+from nemo_fiberpo.aligner.rewards import OK, reward_metrics
+from nemo_fiberpo.aligner.rollout import grouped_rollout, repeated_prompts, response_mask
+from nemo_fiberpo.aligner.settings import AlgorithmSettings
+from nemo_fiberpo.megatron.groups import exchange, non_finite
+from nemo_fiberpo.objective import Cells, Hierarchy, token_weights
+from nemo_fiberpo.objective.cells import build_cells
+
+BUILT_IN_STRATA = ("domain", "prompt_group", "trajectory")
+
+
+class FiberPOTrainer(PPOTrainer):
+    """PPOTrainer whose rollouts are prompt groups and whose optimizer steps are exact FiberPO steps.
+
+    What it changes of its parent: prompts come several times each; a minibatch holds whole prompt groups; advantages are
+    group-relative instead of a critic's; old log-probs, cells and weights are agreed once per rollout; the gradient is that
+    of the whole minibatch with global denominators, not a mean of per-micro-batch means; responses that did not end are
+    trained on unless `truncated: mask`. `fit`, checkpoints, timers and loggers are the parent's.
+
+    SPMD: one instance per rank. Samples are sharded over data-parallel ranks, replicated over tensor and pipeline ones.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: AlgorithmSettings,
+        hierarchy: Hierarchy,
+        prompts: PromptDataset,
+        heldout: PromptDataset | None = None,
+        heldout_modes: Sequence[str] = ("sampled",),
+        **parent: Any,
+    ):
+        self.settings, self.hierarchy, self.prompts = settings, hierarchy, prompts
+        self.heldout, self.heldout_modes = heldout, heldout_modes
+        if settings.val_check_interval and heldout is None:
+            raise ValueError("algorithm.val_check_interval: evaluates data.heldout, which is not given")
+        check_strata(hierarchy, prompts)
+        super().__init__(**parent, batch_iterator_cls=repeated_prompts(settings.samples_per_prompt))
+        self._rollout_cls = grouped_rollout(settings.optimizer_steps)
+        self._cells: list[Cells] = []
+
+    def _run_inference(self, dataloader_builder: Any, consumed_samples: int, is_validation: bool):
+        """One rollout: generate, grade, gather, deal whole prompt groups to minibatches and ranks, compute old log-probs.
+
+        Returns this rank's samples and the metrics of the whole rollout.
+        """
+        context = trt_llm_reshard_region if self.trtllm_reshard else nullcontext
+        with context(), deterministic(self.model.cfg.seed, self.step, parallel_state.get_data_parallel_rank()):
+            rollout = self._generate(dataloader_builder, consumed_samples)
+        estimate = ESTIMATORS[self.settings.advantage]
+        rollout["advantage"] = estimate(rollout["rewards"], rollout["prompt_index"], rollout["valid"].bool())
+        local = rollout.chunk(
+            rank=parallel_state.get_data_parallel_rank(),
+            split_size=parallel_state.get_data_parallel_world_size(),
+            seed=self.model.cfg.seed + self.step,
+        )
+        with self.timer("logprobs"):
+            local["logprobs"] = self.model.get_inference_log_probs(local["response_tokens"])
+        if self.compute_init_policy_kl and not is_validation:
+            with self.timer("init_logprobs"):
+                local["init_logprobs"] = self.model.get_init_policy_logprobs(local["response_tokens"])
+        return local, cpu_dict(self.compute_rollout_metrics(rollout))
+
+    def _generate(self, dataloader_builder: Any, consumed_samples: int) -> Any:
+        """All samples of the rollout on every rank, with their rewards and whether these count."""
+        dataloader = dataloader_builder(consumed_samples=consumed_samples)
+        batches = self.batch_iterator_cls(
+            iter(dataloader.batch_sampler),
+            compute_num_rollout_microbatches(dataloader),
+            dataloader.dataset,
+            self.collate_fn,
+        )
+        samples, futures = [], []
+        with self.timer("generate"):
+            for batch in batches:
+                samples.append(self.model.infer(batch))
+                futures.append(self.rm_critic.infer_rm_critic(samples[-1]))
+        with self.timer("reward_wait"):
+            for sample, future in zip(samples, futures, strict=True):
+                rewards, _ = future.result() if isinstance(future, FutureResult) else future
+                failed = sample["grader_failed"] != OK
+                sample["rewards"] = torch.where(failed, 0.0, rewards)
+                sample["valid"] = (~failed).long() if self.rm_critic.drops_failures else torch.ones_like(failed).long()
+        return self._rollout_cls.from_rollout_batches(
+            samples, eos_id=self.model.tokenizer.eos_id, rollout_batch_seq_length=self.cfg.rollout_batch_seq_length
+        ).gather_and_balance_globally()
+
+    def generate_ppo_data(self, rollout_batch: Mapping[str, Tensor]):
+        """What the optimizer steps need, and the one exchange of the rollout that agrees on cells and denominators."""
+        tokens, log_probs = rollout_batch["response_tokens"], rollout_batch["logprobs"]
+        mask = response_mask(rollout_batch["prompt_lengths"], rollout_batch["response_lengths"], tokens.shape[1] - 1)
+        keep = rollout_batch["valid"].bool()
+        if self.settings.truncated == "mask":
+            keep = keep & rollout_batch["is_end"].bool()
+        mask = mask & keep[:, None]
+        columns = {"mask": mask, "prompt_index": rollout_batch["prompt_index"], "trajectory": rollout_batch["trajectory"]}
+        advantage = rollout_batch["advantage"][:, None].expand(mask.shape)
+        problem = non_finite("old log-probs", log_probs, mask) or non_finite("advantage", advantage, mask)
+        self._cells, weights = self._agree(columns, problem)
+        data = {
+            "response_tokens": tokens,
+            "prev_logprobs": log_probs,
+            "mask": mask,
+            "weights": weights,
+            "weighted_advantage": weights * advantage,
+        }
+        if "init_logprobs" in rollout_batch:
+            data["init_logprobs"] = rollout_batch["init_logprobs"]
+        return data, {"advantage/abs_mean": rollout_batch["advantage"].abs().mean().item()}
+
+    def _agree(self, columns: Mapping[str, Tensor], problem: str | None) -> tuple[list[Cells], Tensor]:
+        """Cells of every minibatch, shared between the ranks, and the token weights [b, s - 1] with global denominators."""
+        steps = self.settings.optimizer_steps
+        own: list[Cells] = []
+        try:
+            for part in split_columns(columns, steps):
+                own += [self._hierarchy_cells(part), self._trajectory_cells(part)]
+        except ValueError as error:
+            own, problem = [], str(error)
+        facts = {"sequence length": columns["mask"].shape[1], "samples": columns["mask"].shape[0]}
+        shared = exchange(own, self.model.reducer.axes, facts, problem)
+        settings, shape = self.settings, (-1, columns["mask"].shape[1])
+        weights = [token_weights(cells, settings.weights, length=settings.fixed_length) for cells in shared[1::2]]
+        return shared[::2], torch.cat(weights).view(shape)
+
+    def _hierarchy_cells(self, part: Mapping[str, Tensor]) -> Cells:
+        labels = {
+            stratum.name: flat(stratum_labels(stratum.name, part, self.prompts), part["mask"]) for stratum in self.hierarchy.active
+        }
+        names = {stratum.name: self.prompts.label_names(stratum.name) for stratum in self.hierarchy.active
+                 if stratum.name not in ("prompt_group", "trajectory")}  # fmt: skip
+        return self.hierarchy.cells(labels, part["mask"].reshape(-1), names=names, shape=tuple(part["mask"].shape))
+
+    def _trajectory_cells(self, part: Mapping[str, Tensor]) -> Cells:
+        labels = {"trajectory": flat(part["trajectory"], part["mask"])}
+        return build_cells(["trajectory"], labels, part["mask"].reshape(-1), shape=tuple(part["mask"].shape))
+
+    def run_training(self, dataloader_iter: Iterator[Mapping[str, Tensor]]):
+        """The optimizer steps of one rollout, `epochs` times over its minibatches."""
+        self.model.prepare_for_training()
+        minibatches = list(dataloader_iter)
+        assert len(minibatches) == len(self._cells) == self.settings.optimizer_steps
+        metrics: dict[str, float] = {}
+        for epoch in range(self.settings.epochs):
+            for index, columns in enumerate(minibatches):
+                metrics = self._optimizer_step(columns, self._cells[index], on_policy=epoch == index == 0)
+                self.logger.log_metrics(
+                    metrics | {"rl_step": self.step}, step=self.ppo_optimization_step, prefix="train_optim/"
+                )
+                self.ppo_optimization_step += 1
+        self.model.finish_training()
+        self.optimizer.zero_grad()
+        return metrics.get("loss"), metrics
+
+    def _optimizer_step(self, columns: Mapping[str, Tensor], cells: Cells, on_policy: bool) -> dict[str, float]:
+        minibatch = Minibatch(
+            tokens=columns["response_tokens"],
+            old_log_probs=columns["prev_logprobs"],
+            init_log_probs=columns.get("init_logprobs"),
+            weights=columns["weights"],
+            weighted_advantage=columns["weighted_advantage"],
+            mask=columns["mask"],
+            cells=cells,
+        )
+        calls = self.model.reducer.calls
+        self.optimizer.zero_grad()
+        self.model.prepare_for_training_step()
+        result = self.model.step(
+            minibatch, self.hierarchy, on_policy=on_policy, kl_coefficient=self.settings.kl.coefficient
+        )
+        self.model.finish_training_step()
+        lr = self.optimizer.param_groups[0]["lr"]
+        _, grad_norm, _ = self.optimizer.step(closure=None)
+        self.scheduler.step()
+        metrics = {"grad_norm": float(grad_norm), "lr": lr, "on_policy": float(on_policy)}
+        metrics |= {"gate_all_reduces": float(self.model.reducer.calls - calls)}
+        metrics |= self._over_ranks(result.extra_loss, result.recompute_error)
+        if result.loss is not None:
+            metrics["loss"] = result.loss
+        if result.report is not None:
+            metrics |= {f"gates/{name}": value for name, value in result.report.metrics().items()}
+        return metrics
+
+    def _over_ranks(self, extra_loss: float, recompute_error: float) -> dict[str, float]:
+        """For the logs: the KL penalty summed over the ranks that hold tokens, the recompute error's maximum."""
+        axes = self.model.reducer.axes
+        own = torch.tensor([extra_loss if axes.represents else 0.0, recompute_error], device=torch.cuda.current_device())
+        gathered = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(axes.group))]
+        torch.distributed.all_gather(gathered, own, group=axes.group)
+        values = torch.stack(gathered)
+        metrics = {"recompute_error": values[:, 1].max().item()}
+        return metrics | ({"kl_penalty": values[:, 0].sum().item()} if self.settings.kl.coefficient > 0 else {})
+
+    def compute_rollout_metrics(self, rollout_batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Of the whole rollout: rewards, lengths and truncation, in all and per domain, and failures of the graders.
+
+        `rollout_size` counts prompts: NeMo-Aligner adds it to `consumed_samples`, by which the sampler reads prompts.
+        """
+        batch = {name: column.cpu() for name, column in rollout_batch.items()}
+        length = (batch["response_lengths"] - batch["prompt_lengths"]).double()
+        truncated = 1.0 - batch["is_end"].double()
+        counted = batch["valid"].bool()
+        metrics: dict[str, Any] = {
+            "table": self._first_sample(batch),
+            "rollout_size": batch["prompt_index"].numel() // self.settings.samples_per_prompt,
+            "rewards": batch["rewards"][counted].double().mean().item() if bool(counted.any()) else float("nan"),
+            "response_length": length.mean().item(),
+            "prompt_length": batch["prompt_lengths"].double().mean().item(),
+            "truncated": truncated.mean().item(),
+        }
+        domain = self.prompts.label_table("domain")[batch["prompt_index"]]
+        names = self.prompts.label_names("domain")
+        metrics |= reward_metrics(batch["rewards"], domain, batch["grader_failed"], names, self.rm_critic.drops_failures)
+        for number, name in enumerate(names):
+            here = domain == number
+            if bool(here.any()):
+                metrics[f"response_length/{name}"] = length[here].mean().item()
+                metrics[f"truncated/{name}"] = truncated[here].mean().item()
+        return metrics
+
+    def _first_sample(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        tokens, start, stop = batch["response_tokens"][0], int(batch["prompt_lengths"][0]), int(batch["response_lengths"][0])
+        to_text = self.model.tokenizer.ids_to_text
+        return {
+            "reward": batch["rewards"][0].item(),
+            "prompt": to_text(tokens[:start].tolist()),
+            "response": to_text(tokens[start:stop].tolist()),
+        }
+
+    def evaluate_heldout(self) -> list[dict[str, Any]]:
+        """One graded response per held-out prompt and mode, from the same random numbers at every call; see `evaluate`."""
+        assert self.heldout is not None
+        size = self.model.cfg.ppo.rollout_micro_batch_size
+        seed = self.model.cfg.seed
+        return evaluate(self.model, self.rm_critic, self.heldout, batch=size, seed=seed, modes=self.heldout_modes)
+
+    @torch.no_grad()
+    def run_validation(self) -> dict[str, Any]:
+        """Held-out rewards, as `fit` logs them every `val_check_interval` RL steps."""
+        rows = self.evaluate_heldout()
+        metrics: dict[str, Any] = {}
+        for mode in self.heldout_modes:
+            for domain, reward in mean_rewards(rows, mode).items():
+                metrics["rewards" if (domain, mode) == ("all", "sampled") else f"reward/{mode}/{domain}"] = reward
+        first = rows[0]
+        prompt = self.heldout.records[first["prompt_index"]].prompt
+        return metrics | {"table": {"reward": first["reward"], "prompt": prompt, "response": first["response"]}}
+
+
+def check_strata(hierarchy: Hierarchy, prompts: PromptDataset) -> None:
+    """ValueError if the hierarchy cannot be made from this data set: an unknown stratum, a budget override that names no
+    cell, strata that do not nest. One token per prompt stands for all that will be sampled from it."""
+    everything = torch.arange(len(prompts))
+    part = {"prompt_index": everything + prompts.first_index, "trajectory": everything}
+    labels = {stratum.name: stratum_labels(stratum.name, part, prompts) for stratum in hierarchy.active}
+    names = {name: prompts.label_names(name) for name in labels if name not in ("prompt_group", "trajectory")}
+    hierarchy.cells(labels, names=names)
+
+
+def stratum_labels(name: str, part: Mapping[str, Tensor], prompts: PromptDataset) -> Tensor:
+    """int64 [b], the label of each sample at one stratum."""
+    if name == "trajectory":
+        return part["trajectory"]
+    if name == "prompt_group":
+        return part["prompt_index"]
+    return prompts.label_table(name)[part["prompt_index"].cpu()].to(part["prompt_index"].device)
+
+
+def flat(label: Tensor, mask: Tensor) -> Tensor:
+    """[b] labels of samples -> [b (s - 1)] labels of their tokens."""
+    return label.to(mask.device)[:, None].expand(mask.shape).reshape(-1)
+
+
+def split_columns(columns: Mapping[str, Tensor], parts: int) -> Sequence[dict[str, Tensor]]:
+    """The samples in `parts` equal runs, in order: the minibatches as NeMo-Aligner's `fit` splits them."""
+    split = {name: column.chunk(parts) for name, column in columns.items()}
+    return [{name: pieces[index] for name, pieces in split.items()} for index in range(parts)]

@@ -1,0 +1,125 @@
+"""YAML, DictConfig or dict -> Hierarchy. Every refusal is a ValueError that names the field, and the file if any.
+
+token_clip: 0.04
+strata:
+  - {name: domain, budget: {pos: 0.02, neg: 0.015}, budgets: {code: {pos: 0.03, neg: 0.02}}}
+  - {name: prompt_group, budget: {pos: 0.04, neg: 0.03}, slope: {cap: 32}}
+  - {name: trajectory, budget: {pos: 0.12, neg: 0.05}, slope: 32, enabled: true}
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from .objective import Budget, Hierarchy, SlopeCap, Stratum
+from .objective.hierarchy import positive_number
+from .objective.wording import nearest
+
+
+def load_hierarchy(cfg: Mapping[str, Any] | DictConfig | str | os.PathLike[str]) -> Hierarchy:
+    """The hierarchy that `cfg` describes: a mapping, a DictConfig (interpolations are resolved) or a YAML file's path.
+
+    `budget` of a stratum and `token_clip` are required; budgets, token_clip and slope are finite and positive; `slope`
+    is a number or {cap: number}; names are unique. Raises ValueError naming the full path of the field, for an unknown
+    key with the nearest valid one, and for a file with its path and, for a syntax error, the line.
+    """
+    if isinstance(cfg, str | os.PathLike):
+        path = os.fspath(cfg)
+        with _at(f"{path}: "):
+            return _hierarchy(_read(path))
+    if not isinstance(cfg, Mapping | DictConfig):
+        raise ValueError(f"hierarchy: must be a mapping or the path of a YAML file, got {cfg!r}")
+    return _hierarchy(_plain(cfg))
+
+
+def reject_unknown_keys(cfg: Mapping[Any, Any], valid: Iterable[str], where: str = "") -> None:
+    """ValueError for the first key of `cfg` that is not `valid`: its path below `where` and the nearest valid key."""
+    valid = list(valid)
+    for key in cfg:
+        if key not in valid:
+            path = f"{where}.{key}" if where else str(key)
+            raise ValueError(f"{path}: unknown key{nearest(key, valid)}")
+
+
+@contextmanager
+def _at(prefix: str) -> Iterator[None]:
+    """Put `prefix` before the message of a ValueError from below."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from error.__cause__
+
+
+def _read(path: str) -> Any:
+    try:
+        return _plain(OmegaConf.load(path))
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror or error}") from error
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark is not None else ""
+        raise ValueError(f"{line}not valid YAML: {getattr(error, 'problem', None) or error}") from error
+
+
+def _plain(cfg: Any) -> Any:
+    """`cfg` as plain dicts, lists and scalars, interpolations resolved."""
+    try:
+        node = cfg if OmegaConf.is_config(cfg) else OmegaConf.create(cfg)
+        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise ValueError(f"{key}{str(error).splitlines()[0]}") from error
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: must be a mapping, got {value!r}")
+    return value
+
+
+def _required(cfg: dict[str, Any], key: str, where: str) -> Any:
+    if cfg.get(key) is None:
+        path = f"{where}.{key}" if where else key
+        raise ValueError(f"{path}: is required")
+    return cfg[key]
+
+
+def _hierarchy(cfg: Any) -> Hierarchy:
+    cfg = _mapping(cfg, "hierarchy")
+    reject_unknown_keys(cfg, ["token_clip", "strata"])
+    token_clip, strata = _required(cfg, "token_clip", ""), _required(cfg, "strata", "")
+    if not isinstance(strata, list):
+        raise ValueError(f"strata: must be a list of strata, coarsest first, got {strata!r}")
+    return Hierarchy(tuple(_stratum(entry, f"strata[{i}]") for i, entry in enumerate(strata)), token_clip)
+
+
+def _stratum(cfg: Any, where: str) -> Stratum:
+    cfg = _mapping(cfg, where)
+    reject_unknown_keys(cfg, ["name", "budget", "budgets", "slope", "enabled"], where)
+    name = _required(cfg, "name", where)
+    budget = _budget(_required(cfg, "budget", where), f"{where}.budget")
+    overrides = _mapping(cfg.get("budgets") or {}, f"{where}.budgets")
+    budgets = {str(key): _budget(value, f"{where}.budgets.{key}") for key, value in overrides.items()}
+    slope = cfg.get("slope")
+    if isinstance(slope, dict):
+        reject_unknown_keys(slope, ["cap"], f"{where}.slope")
+        slope = SlopeCap(positive_number(_required(slope, "cap", f"{where}.slope"), f"{where}.slope.cap"))
+    elif slope is not None:
+        slope = positive_number(slope, f"{where}.slope")
+    with _at(f"{where}."):
+        return Stratum(name, budget, budgets, slope, cfg.get("enabled", True))
+
+
+def _budget(cfg: Any, where: str) -> Budget:
+    cfg = _mapping(cfg, where)
+    reject_unknown_keys(cfg, ["pos", "neg"], where)
+    pos, neg = (_required(cfg, key, where) for key in ("pos", "neg"))
+    with _at(f"{where}."):
+        return Budget(pos, neg)

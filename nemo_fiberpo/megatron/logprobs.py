@@ -1,0 +1,106 @@
+"""Log-probabilities from vocabulary-parallel logits, without gathering them.
+
+Shapes: logits [..., V/tp] with any leading dimensions ([b, s] and [s, b] alike), targets [...]. Rank r of the
+tensor-parallel group holds the vocabulary entries [r V/tp, (r+1) V/tp).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 24
+
+
+def shift_labels(tokens: Tensor) -> Tensor:
+    """Targets of next-token prediction: target[:, t] = tokens[:, t + 1]; the last column predicts nothing and is 0.
+
+    tokens [b, s] of whole sequences: shift before a sequence is split over context-parallel ranks, not after.
+    """
+    return torch.cat([tokens[:, 1:], tokens.new_zeros(tokens.shape[0], 1)], dim=1)
+
+
+def next_token_log_probs(logits: Tensor, tokens: Tensor, tp_group: dist.ProcessGroup | None = None) -> Tensor:
+    """log pi(tokens[:, t+1] | tokens[:, :t+1]), [b, s-1], from logits [b, s, V/tp] and tokens [b, s].
+
+    Sequences are whole. The convention of NeMo-Aligner: entry t belongs to the token at position t + 1.
+    """
+    return vocab_parallel_log_probs(logits, shift_labels(tokens), tp_group)[:, :-1]
+
+
+def vocab_parallel_log_probs(logits: Tensor, target: Tensor, tp_group: dist.ProcessGroup | None = None) -> Tensor:
+    """log softmax(logits)[target] for each position, differentiable with respect to the logits.
+
+        log pi = x_target - log sum_v exp(x_v)
+
+    Args
+        logits    [..., V/tp], any floating dtype; not modified
+        target    int64 [...], indices into the whole vocabulary [0, V)
+        tp_group  the tensor-parallel group; None where the vocabulary is not sharded
+
+    Returns [...], float64 for float64 logits, else float32, which is also what is computed in. The gradient has the
+    dtype of the logits and is exactly 0 at positions whose upstream gradient is 0, whatever their logits hold.
+
+    SPMD: logits are sharded over `tp_group` along the last dimension, target and result are replicated; positions are
+    the caller's. One MAX and one SUM all-reduce in the forward pass, none in the backward pass. Memory beyond the
+    logits: a chunk of them; in the backward pass their gradient and a chunk.
+    """
+    return _VocabParallelLogProbs.apply(logits, target, tp_group)
+
+
+def _accumulate_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _chunk(vocab: int) -> int:
+    return max(1, CHUNK_ELEMENTS // max(1, vocab))
+
+
+def _parallel(group: dist.ProcessGroup | None) -> bool:
+    return group is not None and dist.get_world_size(group) > 1
+
+
+class _VocabParallelLogProbs(torch.autograd.Function):
+    """Saves the logits themselves (no copy) and their log-partition; backward recomputes the softmax by chunks."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, target: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        dtype = _accumulate_dtype(logits)
+        x_TV = logits.reshape(-1, logits.shape[-1])
+        local_T = target.reshape(-1) - (dist.get_rank(group) * x_TV.shape[-1] if _parallel(group) else 0)
+        mine_T = (local_T >= 0) & (local_T < x_TV.shape[-1])
+        local_T = local_T.clamp(0, x_TV.shape[-1] - 1)
+        max_T = x_TV.amax(-1).to(dtype)
+        if _parallel(group):
+            dist.all_reduce(max_T, op=dist.ReduceOp.MAX, group=group)
+        sums_2T = torch.empty(2, x_TV.shape[0], dtype=dtype, device=logits.device)
+        chunk = _chunk(x_TV.shape[-1])
+        for start in range(0, x_TV.shape[0], chunk):
+            tokens = slice(start, start + chunk)
+            shifted = x_TV[tokens].to(dtype) - max_T[tokens, None]
+            picked = shifted.gather(-1, local_T[tokens, None]).squeeze(-1)
+            sums_2T[1, tokens] = torch.where(mine_T[tokens], picked, 0.0)
+            sums_2T[0, tokens] = shifted.exp_().sum(-1)
+        if _parallel(group):
+            dist.all_reduce(sums_2T, op=dist.ReduceOp.SUM, group=group)
+        log_sum_T = sums_2T[0].log()
+        ctx.save_for_backward(logits, local_T, mine_T, max_T, log_sum_T)
+        return (sums_2T[1] - log_sum_T).view(target.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        logits, local_T, mine_T, max_T, log_sum_T = ctx.saved_tensors
+        x_TV = logits.reshape(-1, logits.shape[-1])
+        grad_T = grad.reshape(-1)
+        out_TV = torch.empty(x_TV.shape, dtype=logits.dtype, device=logits.device)
+        chunk = _chunk(x_TV.shape[-1])
+        for start in range(0, x_TV.shape[0], chunk):
+            tokens = slice(start, start + chunk)
+            upstream = grad_T[tokens, None]
+            # The two subtractions of the forward pass: their sum would round once more where the maximum is large.
+            softmax = (x_TV[tokens].to(grad_T.dtype) - max_T[tokens, None]).sub_(log_sum_T[tokens, None]).exp_()
+            block = softmax.mul_(-upstream)
+            block.scatter_add_(-1, local_T[tokens, None], torch.where(mine_T[tokens, None], upstream, 0.0))
+            out_TV[tokens] = torch.where(upstream == 0, 0.0, block)
+        return out_TV.view(logits.shape), None, None

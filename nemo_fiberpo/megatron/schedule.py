@@ -1,0 +1,168 @@
+"""A model under Megatron's own schedule: run it, leave no trace, scale a loss for it, refuse what it must not do.
+
+What differs between versions of megatron-core is found by looking for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_fiberpo.megatron.groups import TokenAxes
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model under Megatron's schedule.
+
+    model                  the module, or the list of its virtual pipeline chunks, in training mode
+    forward_backward_func  what `megatron.core.pipeline_parallel.get_forward_backward_func()` returns
+    forward                (micro-batch, module) -> the module's output tensor; logits on the last stage
+    log_probs              (output, micro-batch) -> [b, s] log-probs of the tokens taken, with gradient; last stage only
+    seq_length             of the activations that pipeline stages exchange, as Megatron's schedules want it
+    micro_batch_size       likewise
+    """
+
+    model: torch.nn.Module | list[torch.nn.Module]
+    forward_backward_func: Callable
+    forward: Callable[[Any, torch.nn.Module], Tensor]
+    log_probs: Callable[[Tensor, Any], Tensor]
+    seq_length: int
+    micro_batch_size: int
+
+    @property
+    def chunks(self) -> list[torch.nn.Module]:
+        return self.model if isinstance(self.model, list) else [self.model]
+
+    @property
+    def config(self) -> Any:
+        from megatron.core.utils import get_model_config
+
+        return get_model_config(self.chunks[0])
+
+
+_REFUSED = {
+    "hidden_dropout": "dropout draws another mask in each pass; set it to 0",
+    "attention_dropout": "dropout draws another mask in each pass; set it to 0",
+    "moe_input_jitter_eps": "router input jitter draws other noise in each pass; set it to null",
+    "moe_router_force_load_balancing": "random routing differs in each pass; set it to false",
+    "moe_expert_capacity_factor": "it drops tokens depending on what shares their micro-batch; set it to null",
+    "calculate_per_token_loss": "it divides gradients by a token count beside the objective's own denominators; set it "
+    "to false",
+}
+
+
+def refuse_inexact(config: Any) -> None:
+    """ValueError naming the first field of a TransformerConfig under which passes A and D would not be the same
+    function, or the gradient not that of the global batch."""
+    for name, reason in _REFUSED.items():
+        value = getattr(config, name, None)
+        if value is not None and value is not False and not (name.endswith("dropout") and value == 0):
+            raise ValueError(f"{name}: {value} is refused by the exact step: {reason}")
+
+
+def schedule_cp_factor(context_parallel_size: int) -> int:
+    """What Megatron's schedule multiplies a (loss, data) pair by before the backward pass: the size of the CP group in
+    the versions that have `forward_step_calc_loss` or refer to that size in `forward_step`, 1 in the others."""
+    if context_parallel_size == 1:
+        return 1
+    from megatron.core.pipeline_parallel import schedules
+
+    calc_loss = getattr(schedules, "forward_step_calc_loss", None)
+    if calc_loss is None:
+        refers = "get_context_parallel_world_size" in schedules.forward_step.__code__.co_names
+        return context_parallel_size if refers else 1
+    # The schedule's own code, run on a loss of 1 in a single micro-batch.
+    arguments: dict[str, Any] = {
+        "model": None,
+        "output_tensor": torch.zeros(()),
+        "loss_func": lambda output: (output + 1.0, {}),
+        "config": SimpleNamespace(timers=None, calculate_per_token_loss=False),
+        "vp_stage": None,
+        "collect_non_loss_data": False,
+        "num_microbatches": 1,
+        "forward_data_store": [],
+        "cp_group_size": context_parallel_size,
+        "is_last_stage": True,
+    }
+    known = inspect.signature(calc_loss).parameters
+    loss, _ = calc_loss(**{name: value for name, value in arguments.items() if name in known})
+    return round(float(loss))
+
+
+def loss_scale(num_microbatches: int, axes: TokenAxes) -> float:
+    """The factor that turns a rank's share of a sum over the global batch into what Megatron must be given.
+
+    Wanted is the gradient of L = sum over ranks r and micro-batches m of l_rm. Megatron gives the loss of (r, m) to the
+    backward pass as  l_rm * P / M  (M micro-batches; P the CP factor of the versions that have it, else 1), and its
+    data-parallel wrapper averages over the D data- and context-parallel ranks, expert parameters too: their buffers sum
+    over fewer ranks, but each of these has already seen the tokens of its whole expert-parallel group, and they are
+    divided by the same D. The result is  grad sum_rm l_rm * P / (M D),  so each l_rm is multiplied by  M D / P.
+    Replicated axes (TP, PP) neither sum nor average the loss. The auxiliary losses of MoE join the graph behind this
+    loss, with a scale that Megatron sets for itself, and keep it.
+    """
+    return num_microbatches * axes.num_shards / schedule_cp_factor(axes.size("cp"))
+
+
+def run(policy: Policy, forward_step: Callable, microbatches: Sequence[Any], **options: Any) -> list[Any]:
+    """Megatron's schedule over all micro-batches; each virtual chunk walks through them by itself."""
+    iterators = [iter(list(enumerate(microbatches))) for _ in policy.chunks]
+    return policy.forward_backward_func(
+        forward_step_func=forward_step,
+        data_iterator=iterators if isinstance(policy.model, list) else iterators[0],
+        model=policy.model,
+        num_microbatches=len(microbatches),
+        seq_length=policy.seq_length,
+        micro_batch_size=policy.micro_batch_size,
+        **options,
+    )
+
+
+@contextlib.contextmanager
+def without_trace(policy: Policy) -> Iterator[None]:
+    """Run the schedule forward only without a trace.
+
+    Megatron enters `no_sync_func` in a forward-only pass and, with pipeline stages, never leaves it again; routers
+    count tokens in buffers, and megatron-core 0.11 logs auxiliary losses in any forward pass in training mode.
+    """
+    config = policy.config
+    hooks = {name: getattr(config, name) for name in ("no_sync_func", "grad_sync_func") if hasattr(config, name)}
+    # Megatron's DDP keeps a list called `buffers`, so the method of torch's Module is called by its class.
+    buffers = [(buffer, buffer.clone()) for chunk in policy.chunks for buffer in torch.nn.Module.buffers(chunk)]
+    log = auxiliary_loss_log() if getattr(config, "num_moe_experts", None) else {}
+    logged = {name: (entry, dict(entry), entry["values"].clone()) for name, entry in log.items()}
+    try:
+        for name in hooks:
+            setattr(config, name, None)
+        yield
+    finally:
+        for name, hook in hooks.items():
+            setattr(config, name, hook)
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        log.clear()
+        for name, (entry, fields, values) in logged.items():
+            entry.update(fields)
+            entry["values"].copy_(values)
+            log[name] = entry
+
+
+def auxiliary_loss_log() -> dict[str, dict[str, Any]]:
+    """Megatron's layer-wise log of auxiliary losses; it moved from `parallel_state` to `moe_utils`."""
+    from megatron.core import parallel_state
+    from megatron.core.transformer.moe import moe_utils
+
+    for module in (moe_utils, parallel_state):
+        getter = getattr(module, "get_moe_layer_wise_logging_tracker", None)
+        if getter is not None:
+            return getter()
+    raise ImportError(
+        "megatron-core has no get_moe_layer_wise_logging_tracker, which pass A needs to leave no state behind"
+    )

@@ -1,0 +1,207 @@
+"""One optimizer step over all micro-batches of the global batch, with the gradient of that batch.
+
+    A  forward only through Megatron's schedule       -> current log-probs, hence log-ratios   (skipped on-policy)
+    B  one all-reduce                                  -> aggregates of the cells
+    C  gates, one all-reduce                           -> coefficients c_j = dJ / d log pi_j
+    D  forward and backward of -sum_j c_j log pi_j     -> the gradient of -J, whatever the split
+
+A and D must be the same function of the parameters, so whatever draws random numbers or depends on which tokens share a
+micro-batch is refused, see `schedule.refuse_inexact`. Pass A leaves no state behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_fiberpo.megatron.groups import Reducer
+from nemo_fiberpo.megatron.schedule import Policy, loss_scale, refuse_inexact, run, without_trace
+from nemo_fiberpo.objective.cells import Cells
+from nemo_fiberpo.objective.hierarchy import Hierarchy
+from nemo_fiberpo.objective.regimes import Report
+from nemo_fiberpo.objective.surrogate import on_policy_coefficients, surrogate
+
+__all__ = ["Policy", "StepResult", "StepTokens", "current_log_probs", "exact_step", "linear_loss"]
+
+
+@dataclass(frozen=True)
+class StepTokens:
+    """The tokens of one optimizer step on this rank: one tensor per micro-batch, of the shape that `log_probs` returns.
+
+    old_log_probs       log-probs under the policy of the rollout
+    weighted_advantage  w_i A_i, weights with global denominators
+    mask                bool, True for live tokens
+    cells               of all these tokens, flattened in this order; shared with the other ranks (`groups.exchange`)
+
+    All ranks that hold copies of the same tokens (tensor and pipeline parallel) are given the same.
+    """
+
+    old_log_probs: Sequence[Tensor]
+    weighted_advantage: Sequence[Tensor]
+    mask: Sequence[Tensor]
+    cells: Cells
+
+    def __post_init__(self) -> None:
+        for name in ("weighted_advantage", "mask"):
+            shapes = [tuple(value.shape) for value in getattr(self, name)]
+            wanted = [tuple(value.shape) for value in self.old_log_probs]
+            if shapes != wanted:
+                raise ValueError(f"{name}: shapes {shapes} of the micro-batches differ from old_log_probs' {wanted}")
+        number = sum(value.numel() for value in self.old_log_probs)
+        if number != self.cells.num_tokens:
+            raise ValueError(f"cells: made for {self.cells.num_tokens} tokens, but the micro-batches have {number}")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step reports.
+
+    loss             -J of the global batch, the same on every rank; None on-policy, where nothing is reduced
+    report           the gates' metrics, the same on every rank; None on-policy
+    extra_loss       sum of the `extra_loss` terms over this rank's micro-batches (0 but on the last pipeline stage)
+    recompute_error  largest |difference| between the log-probs of pass D and those the coefficients belong to (pass
+                     A's, or the old ones on-policy) over this rank's live tokens; more than rounding means that the
+                     passes are not the same function. 0 but on the last pipeline stage
+    coefficients     c_j of this rank's tokens, one tensor per micro-batch; has a meaning on the last stage alone
+    """
+
+    loss: float | None
+    report: Report | None
+    extra_loss: float
+    recompute_error: float
+    coefficients: list[Tensor] = field(repr=False)
+
+
+def exact_step(
+    policy: Policy,
+    microbatches: Sequence[Any],
+    tokens: StepTokens,
+    hierarchy: Hierarchy,
+    reducer: Reducer,
+    *,
+    on_policy: bool = False,
+    extra_loss: Callable[[Tensor, Any], Tensor] | None = None,
+    forward_only: bool = False,
+) -> StepResult:
+    """Accumulate the gradient of -J(global batch) (+ extra losses) into the model's gradients.
+
+    Args
+        microbatches  this rank's micro-batches of the optimizer step; as many on every rank
+        on_policy     the current policy is the one that gave the old log-probs: same weights, precision and layout. The
+                      log-ratios are 0, c_j = w_j A_j, and pass A and both reductions are skipped
+        extra_loss    (log-probs [b, s], micro-batch) -> scalar to be added to the loss, such as a KL penalty: this
+                      micro-batch's part of a sum that already has its global denominator
+        forward_only  stop after C: value and metrics, no gradient
+
+    The caller zeroes gradients before and steps the optimizer after, as around Megatron's own schedule.
+
+    Raises ValueError before any gradient is computed: for a refused config field, and, on every rank, for a non-finite
+    log-ratio or weighted advantage on a live token of any rank.
+
+    SPMD: every rank calls this. Tokens are sharded over dp (and cp), replicated over tp and pp; exactly two all-reduces
+    over `reducer.axes.group`, none if `on_policy`, beside those of Megatron.
+    """
+    refuse_inexact(policy.config)
+    if len(microbatches) != len(tokens.old_log_probs) or not microbatches:
+        raise ValueError(
+            f"microbatches: {len(microbatches)} of them, but tokens of {len(tokens.old_log_probs)}; at least one"
+        )
+    flat_advantage = torch.cat([value.reshape(-1) for value in tokens.weighted_advantage])
+    loss, report, reference = None, None, tokens.old_log_probs
+    if on_policy:
+        flat = on_policy_coefficients(flat_advantage, tokens.cells)
+    else:
+        current = current_log_probs(policy, microbatches)
+        problem = _shape_problem(current, tokens.old_log_probs)
+        try:
+            result = surrogate(_log_ratio(current, tokens, problem), flat_advantage, tokens.cells, hierarchy, reducer)
+        except ValueError as error:
+            raise ValueError(problem or str(error)) from error
+        flat, loss, report, reference = result.coefficients, -result.value, result.report, current or reference
+    coefficients = _split(flat, tokens.old_log_probs)
+    extra, gap = 0.0, 0.0
+    if not forward_only:
+        scale = loss_scale(len(microbatches), reducer.axes)
+        extra, gap = _backward(policy, microbatches, coefficients, reference, tokens.mask, scale, extra_loss)
+    return StepResult(loss, report, extra, gap, coefficients)
+
+
+def current_log_probs(policy: Policy, microbatches: Sequence[Any]) -> list[Tensor]:
+    """Pass A: log-probs of every micro-batch, without gradient, on the last stage; an empty list on the others.
+
+    Leaves nothing behind: the model's buffers and the log of auxiliary losses are as before, gradient hooks silent.
+    The old log-probs of a rollout can be taken with it, too.
+    """
+
+    def forward_step(data: Iterator[tuple[int, Any]], module: torch.nn.Module):
+        _, batch = next(data)
+        output = policy.forward(batch, module)
+        return output, lambda output, non_loss_data=True: policy.log_probs(output, batch).detach()
+
+    with torch.no_grad(), without_trace(policy):
+        return list(run(policy, forward_step, microbatches, forward_only=True, collect_non_loss_data=True))
+
+
+def _backward(
+    policy: Policy,
+    microbatches: Sequence[Any],
+    coefficients: Sequence[Tensor],
+    reference: Sequence[Tensor],
+    mask: Sequence[Tensor],
+    scale: float,
+    extra_loss: Callable[[Tensor, Any], Tensor] | None,
+) -> tuple[float, float]:
+    """Pass D. Returns the sum of the extra losses and the recompute error of this rank."""
+
+    def forward_step(data: Iterator[tuple[int, Any]], module: torch.nn.Module):
+        index, batch = next(data)
+
+        def loss_func(output: Tensor):
+            log_probs = policy.log_probs(output, batch)
+            loss = linear_loss(log_probs, coefficients[index])
+            extra = extra_loss(log_probs, batch) if extra_loss is not None else loss.new_zeros(())
+            with torch.no_grad():
+                difference = (log_probs - reference[index].to(log_probs.device)).abs()
+                gap = torch.where(mask[index].to(log_probs.device), difference, 0.0).amax().double()
+            return (loss + extra) * scale, {"extra": extra.detach().double(), "gap": gap}
+
+        return policy.forward(batch, module), loss_func
+
+    kept = run(policy, forward_step, microbatches, forward_only=False, collect_non_loss_data=False)
+    if not kept:
+        return 0.0, 0.0
+    return float(sum(entry["extra"] for entry in kept)), float(torch.stack([entry["gap"] for entry in kept]).amax())
+
+
+def linear_loss(log_probs: Tensor, coefficients: Tensor) -> Tensor:
+    """-sum_j c_j log pi_j, float64, with c constant; the derivative is -c_j, and 0 for c_j = 0 whatever log pi_j is."""
+    c = coefficients.detach().to(log_probs.device, torch.float64)
+    return -(torch.where(c != 0, log_probs, 0.0) * c).sum()
+
+
+def _shape_problem(current: Sequence[Tensor], old: Sequence[Tensor]) -> str | None:
+    """Found on the last stage alone, so it is raised by way of reduction 1, on every rank."""
+    for index, (a, b) in enumerate(zip(current, old, strict=False)):
+        if a.shape != b.shape:
+            return f"log_probs: shape {tuple(a.shape)} in micro-batch {index}, but old_log_probs have {tuple(b.shape)}"
+    return None
+
+
+def _log_ratio(current: Sequence[Tensor], tokens: StepTokens, problem: str | None) -> Tensor:
+    """Flat log-ratios; zeros on a stage without log-probs, which represents no tokens; NaN where something is wrong."""
+    if problem is not None:
+        return torch.cat([torch.full_like(old, torch.nan).reshape(-1) for old in tokens.old_log_probs])
+    if not current:
+        return torch.cat([torch.zeros_like(old).reshape(-1) for old in tokens.old_log_probs])
+    return torch.cat(
+        [(new.to(old.device) - old).reshape(-1) for new, old in zip(current, tokens.old_log_probs, strict=True)]
+    )
+
+
+def _split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    parts = flat.split([value.numel() for value in like])
+    return [part.view(value.shape) for part, value in zip(parts, like, strict=True)]

@@ -1,0 +1,153 @@
+"""What every gate is doing: regimes, drift and budget use per stratum and channel, and how many tokens are clipped.
+
+All of it rides in the second reduction as sums. A cell that several ranks hold is counted by its owner alone. Maxima
+get a slot per rank, so that a sum over ranks carries them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .cells import Cells
+from .divergence import kl_estimate, tv_estimate
+from .fibration import Gates, TokenSums
+from .levels import Level
+
+CHANNELS = ("pos", "neg")
+
+
+@dataclass(frozen=True)
+class ChannelReport:
+    """One channel of one stratum, over all its cells and ranks.
+
+    pass_through, rollback, zeroed   fractions of the cells in each regime of the gate (10)
+    drift_mean, drift_max            |X|, the drift of a cell beyond that of its parent, nats per token
+    budget_used_mean, _max           |X| / C
+    """
+
+    pass_through: float
+    rollback: float
+    zeroed: float
+    drift_mean: float
+    drift_max: float
+    budget_used_mean: float
+    budget_used_max: float
+
+
+@dataclass(frozen=True)
+class StratumReport:
+    """One stratum: its cells, its two channels by name, and |X| and |X| / C of every named cell that has tokens."""
+
+    name: str
+    cells: int
+    channels: dict[str, ChannelReport]
+    named: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Figures of one evaluation over all ranks.
+
+    clipped       fraction of live tokens whose own residual exceeds the token clip
+    mean, abs_mean, largest    of the log-ratio over live tokens: mean, mean magnitude, largest magnitude
+    kl, tv        estimates of A.3 over all live tokens (see divergence.py)
+    """
+
+    strata: tuple[StratumReport, ...]
+    tokens: int
+    clipped: float
+    mean: float
+    abs_mean: float
+    largest: float
+    kl: float
+    tv: float
+
+    def metrics(self) -> dict[str, float]:
+        """Flat names for a logger: "{stratum}/{pos|neg}/{figure}", "{stratum}.{cell}/{pos|neg}/{drift|budget_used}"."""
+        out: dict[str, float] = {}
+        for stratum in self.strata:
+            out[f"{stratum.name}/cells"] = float(stratum.cells)
+            for channel, report in stratum.channels.items():
+                out |= {f"{stratum.name}/{channel}/{key}": value for key, value in vars(report).items()}
+            for cell, channels in stratum.named.items():
+                for channel, (drift, used) in channels.items():
+                    out[f"{stratum.name}.{cell}/{channel}/drift"] = drift
+                    out[f"{stratum.name}.{cell}/{channel}/budget_used"] = used
+        out |= {"token/live": float(self.tokens), "token/clipped": self.clipped}
+        out |= {"log_ratio/mean": self.mean, "log_ratio/abs_mean": self.abs_mean, "log_ratio/max": self.largest}
+        return out | {"log_ratio/kl": self.kl, "log_ratio/tv": self.tv}
+
+
+def report_parts(gates: Gates, sums: TokenSums, cells: Cells) -> list[Tensor]:
+    """This rank's figures as float64 tensors that are summed over ranks; sizes are the same on every rank.
+
+    First [live tokens, clipped tokens, S+, S-], then per level: sums over owned cells [5, 2], figures of named cells
+    [3, 2, names], maxima [2, 2, world_size]; last the largest |ell| [world_size].
+    """
+    live = cells.layout.mask_T
+    count = cells.num_tokens if live is None else live.sum()
+    tokens = gates.mean_2C.new_zeros(4)
+    tokens[0], tokens[1], tokens[2:] = count, sums.clipped, gates.drift.local_sum_2
+    parts = [tokens]
+    for level, residual, budget, slope in zip(
+        cells.levels, gates.drift.residual, gates.budget, gates.slope, strict=True
+    ):
+        size = residual.abs()
+        used = size / budget
+        figures = torch.stack([(slope == 1.0).double(), (slope < 0.0).double(), (slope == 0.0).double(), size, used])
+        parts.append((figures * level.owned_C).sum(2))
+        parts.append(_named(level, size, used))
+        maxima = size.new_zeros(2, 2, cells.world_size)
+        if size.numel():
+            maxima[:, :, cells.rank] = torch.stack([size, used]).amax(2)
+        parts.append(maxima)
+    largest = gates.mean_2C.new_zeros(cells.world_size)
+    largest[cells.rank] = sums.largest
+    return [*parts, largest]
+
+
+def _named(level: Level, size: Tensor, used: Tensor) -> Tensor:
+    """Presence, |X| and |X| / C by the name of the cell, [3, 2, names], for the cells this rank owns."""
+    out = size.new_zeros(3, 2, len(level.names or ()))
+    if level.names:
+        own = level.owned_C.nonzero().squeeze(1)
+        out[:, :, level.label_C[own]] = torch.stack([torch.ones_like(size), size, used])[:, :, own]
+    return out
+
+
+def make_report(parts: list[Tensor], cells: Cells) -> Report:
+    """The report from the summed parts of all ranks (see `report_parts`)."""
+    live, clipped, *channel_sums = parts[0].tolist()
+    mean_2 = parts[0][2:] / max(live, 1.0)
+    strata = []
+    for index, level in enumerate(cells.levels):
+        sums, named, maxima = parts[1 + 3 * index : 4 + 3 * index]
+        share = (sums / max(level.num_cells, 1)).T.tolist()
+        most = maxima.amax(2).T.tolist()
+        channels = {}
+        for at, channel in enumerate(CHANNELS):
+            passes, rollback, zeroed, drift, used = share[at]
+            channels[channel] = ChannelReport(passes, rollback, zeroed, drift, most[at][0], used, most[at][1])
+        strata.append(StratumReport(level.name, level.num_cells, channels, _named_cells(level, named)))
+    return Report(
+        strata=tuple(strata),
+        tokens=int(live),
+        clipped=clipped / max(live, 1.0),
+        mean=sum(channel_sums) / max(live, 1.0),
+        abs_mean=(channel_sums[0] - channel_sums[1]) / max(live, 1.0),
+        largest=float(parts[-1].max()),
+        kl=float(kl_estimate(mean_2)),
+        tv=float(tv_estimate(mean_2)),
+    )
+
+
+def _named_cells(level: Level, named: Tensor) -> dict[str, dict[str, tuple[float, float]]]:
+    present, drift, used = named.tolist()
+    return {
+        name: {channel: (drift[at][cell], used[at][cell]) for at, channel in enumerate(CHANNELS)}
+        for cell, name in enumerate(level.names or ())
+        if present[0][cell]
+    }

@@ -1,0 +1,410 @@
+"""Rewards by rules: real graders in real processes, and answers that hang, crash or kill them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_fiberpo.aligner.grader_pool import GraderPool
+from nemo_fiberpo.aligner.prompts import PromptRecord
+from nemo_fiberpo.aligner.rewards import RuleRewardModel, RuleRewards, decode_responses, reward_metrics
+
+HERE = str(Path(__file__).parent)
+BAD = {"bad": "bad_graders:grade"}
+
+
+@pytest.fixture(autouse=True)
+def find_bad_graders(monkeypatch):
+    monkeypatch.syspath_prepend(HERE)
+
+
+def bad(answer: str = "7") -> PromptRecord:
+    return PromptRecord("p", "d", "bad", {"answer": answer}, "made.jsonl:1")
+
+
+def rewards_of(*responses: str, **options) -> tuple[list[float], list[str | None], list[str]]:
+    with RuleRewards([bad()], graders=BAD, time_limit=0.5, **options) as rewards:
+        scores = rewards.score([0] * len(responses), list(responses))
+    return scores.rewards.tolist(), scores.failed, scores.reasons
+
+
+def sum_entry() -> dict:
+    return {"answer": "5", "metadata": {}, "question": "2 - 4 + 7 ="}
+
+
+def gym(task: str, entry: dict, **fields) -> PromptRecord:
+    return PromptRecord("p", "d", "reasoning_gym", {"task": task, "entry": entry, **fields}, "made.jsonl:1")
+
+
+def math(answer: str) -> PromptRecord:
+    return PromptRecord("p", "m", "math_verify", {"answer": answer}, "made.jsonl:9")
+
+
+# what the shipped graders say
+
+
+def test_reasoning_gym_grades_by_the_tasks_own_score():
+    sort = {"answer": "['1.0', '5.0', '9.0']", "metadata": {"direction": "ascending"}}
+    records = [
+        gym("chain_sum", sum_entry()),
+        gym("spell_backward", {"answer": "tac", "metadata": {}}),
+        gym("number_sorting", sort, answer_form="digit_list"),
+        gym("number_sorting", sort),
+        gym("chain_sum", sum_entry(), answer_form="answer_tag"),
+    ]
+    cases = [(0, "5", 1), (0, "6", 0), (0, "", 0), (1, "tac", 1), (1, "cat", 0), (2, "159", 1), (2, "951", 0)]
+    cases += [(2, "1,5,9", 0), (3, "[1,5,9]", 1), (3, "159", 0), (4, "so <answer>5</answer>", 1), (4, "5", 0)]
+    with RuleRewards(records) as rewards:
+        scores = rewards.score([case[0] for case in cases], [case[1] for case in cases])
+    assert scores.rewards.dtype == torch.float32
+    assert scores.rewards.tolist() == [case[2] for case in cases]
+    assert scores.failed == [None] * len(cases)
+
+
+def test_raw_score_is_the_graders_number_and_threshold_wants_a_full_one():
+    # spell_backward gives 1/3 for one letter of three in its place
+    record = gym("spell_backward", {"answer": "tac", "metadata": {}})
+    with RuleRewards([record], score="raw") as rewards:
+        assert rewards.score([0], ["txx"]).rewards.item() == pytest.approx(1 / 3)
+    with RuleRewards([record]) as rewards:
+        assert rewards.score([0], ["txx"]).rewards.item() == 0.0
+
+
+def test_math_verify_compares_values_not_strings():
+    records = [math("\\frac{1}{2}"), math("x^2+2x+1"), math("$\\{1,2\\}$")]
+    cases = [
+        (0, "$0.5$", 1),
+        (0, "The answer is $\\frac{2}{4}$.", 1),
+        (0, "\\boxed{1/3}", 0),
+        (1, "$(x+1)^2$", 1),
+        (1, "nothing here", 0),
+        (1, "", 0),
+        (2, "$\\{2,1\\}$", 1),
+    ]
+    with RuleRewards(records, time_limit=10.0) as rewards:
+        scores = rewards.score([case[0] for case in cases], [case[1] for case in cases])
+    assert scores.failed == [None] * len(cases)
+    assert scores.rewards.tolist() == [case[2] for case in cases]
+
+
+def test_a_reference_answer_that_math_verify_cannot_read_is_a_crash_not_a_zero():
+    with RuleRewards([math("")]) as rewards:
+        scores = rewards.score([0], ["$1$"])
+    assert scores.failed == ["crash"] and "reference answer" in scores.reasons[0]
+
+
+def test_a_formula_that_makes_sympy_hang_times_out():
+    with RuleRewards([math("1")], time_limit=1.0) as rewards:
+        scores = rewards.score([0, 0], ["$9^{9^{9^{9}}}$", "$1$"])
+    assert scores.rewards.tolist() == [0.0, 1.0]
+    assert scores.failed[0] in ("timeout", "crash") and scores.failed[1] is None
+
+
+# what a bad answer costs
+
+
+@pytest.mark.parametrize(
+    ("response", "failure", "reason"),
+    [
+        ("sleep 60", "timeout", "within 0.5 s"),
+        ("hold_gil", "timeout", "within 0.5 s"),
+        ("spawn 60", "timeout", "within 0.5 s"),
+        ("exit 0", "crash", "exit code 0"),
+        ("exit 3", "crash", "exit code 3"),
+        ("segfault", "crash", "SIGSEGV"),
+        ("kill_supervisor", "crash", "supervisor"),
+        ("allocate 100000000000", "crash", "out of memory"),
+        ("raise", "crash", "ZeroDivisionError: asked for"),
+        ("sys_exit 0", "crash", "SystemExit"),
+        ("nan", "crash", "not a finite number"),
+    ],
+)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_answer_that_breaks_the_grader_costs_only_itself(response, failure, reason, workers):
+    rewards, failed, reasons = rewards_of("7", "7", response, "7", "8", "7", workers=workers)
+    assert rewards == [1.0, 1.0, 0.0, 1.0, 0.0, 1.0]
+    assert failed == [None, None, failure, None, None, None]
+    assert reason in reasons[2]
+
+
+def test_many_bad_answers_in_a_row_and_at_both_ends():
+    answers = ["exit 1", "exit 1", "7", "sleep 9", "raise", "exit 1", "7", "sleep 9"] * 2
+    rewards, failed, _ = rewards_of(*answers, workers=2)
+    assert rewards == [float(answer == "7") for answer in answers]
+    expected = {"exit 1": "crash", "raise": "crash", "sleep 9": "timeout", "7": None}
+    assert failed == [expected[answer] for answer in answers]
+
+
+def test_slow_answers_have_a_limit_each_not_together():
+    with RuleRewards([bad()], graders=BAD, time_limit=1.0) as rewards:
+        assert rewards.score([0] * 6, ["sleep 0.3"] * 6).failed == [None] * 6  # 1.8 s together
+
+
+def test_a_kill_leaves_nothing_that_the_grader_started():
+    marker = "61.375"
+    rewards_of(f"spawn {marker}")
+    time.sleep(0.2)
+    assert marker not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+
+
+def test_a_replaced_worker_is_ready_in_milliseconds():
+    with RuleRewards([gym("chain_sum", sum_entry()), bad()], graders=BAD) as rewards:
+        rewards.score([0], ["5"])
+        start = time.perf_counter()
+        scores = rewards.score([1, 0] * 10, ["exit 1", "5"] * 10)
+        assert time.perf_counter() - start < 2.0  # importing reasoning-gym ten times takes 15 s
+    assert scores.rewards.tolist() == [0.0, 1.0] * 10
+
+
+def test_noise_on_stdout_and_long_answers_do_no_harm():
+    rewards, failed, _ = rewards_of("print", "x" * 500_000, "\ud800 \0 \n", "7")
+    assert rewards == [0.0, 0.0, 0.0, 1.0] and failed == [None] * 4
+
+
+def test_a_worker_that_dies_between_batches_is_replaced_without_blame():
+    with RuleRewards([bad()], graders=BAD) as rewards:
+        rewards.score([0], ["7"])
+        for victim in ("worker", "supervisor"):
+            slot = rewards._pool._slots[0]
+            os.kill(slot.pid if victim == "worker" else slot.process.pid, signal.SIGKILL)
+            time.sleep(0.1)
+            assert rewards.score([0, 0], ["7", "8"]).rewards.tolist() == [1.0, 0.0]
+
+
+def test_on_failure_error_names_prompt_and_answer():
+    with pytest.raises(RuntimeError, match=r"1 of 2 answers.*made.jsonl:1: crash, ZeroDivisionError.*'raise'"):
+        rewards_of("7", "raise", on_failure="error")
+
+
+def test_an_unknown_task_or_grader_is_named():
+    with pytest.raises(RuntimeError, match=r"'chain_summ' is not a task of reasoning-gym.*'chain_sum'"):
+        with RuleRewards([gym("chain_summ", sum_entry())]) as rewards:
+            rewards.wait_until_ready()
+    with pytest.raises(RuntimeError, match="no_such_module"):
+        with RuleRewards([bad()], graders={"bad": "no_such_module:grade"}) as rewards:
+            rewards.score([0], ["7"])
+    with pytest.raises(RuntimeError, match="nothing_here"):
+        RuleRewardModel([bad()], Letters(), {"graders": {"bad": "bad_graders:nothing_here"}}).start()
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [({"score": "rounded"}, "score"), ({"on_failure": "skip"}, "on_failure"), ({"workers": 0}, "workers")]
+    + [({"time_limit": float("inf")}, "time_limit"), ({"time_limit": -1}, "time_limit")],
+)
+def test_an_option_out_of_range_is_named(options, field):
+    with pytest.raises(ValueError, match=field):
+        RuleRewards([bad()], graders=BAD, **options)
+
+
+def test_a_memory_limit_too_small_to_start_says_so():
+    with pytest.raises(RuntimeError, match="memory_limit_mib"), GraderPool(BAD, [], memory_limit_mib=1) as pool:
+        pool.grade([("bad", {"answer": "7"}, "allocate 10")] * 3 + [("bad", {"answer": "7"}, "7")])
+        raise RuntimeError("memory_limit_mib: the worker lived")  # a lean worker may; then there is nothing to test
+
+
+# what a grading process is
+
+
+def test_a_grading_process_has_no_torch_no_launcher_environment_and_no_open_file(monkeypatch, tmp_path):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    read, write = os.pipe()
+    os.set_inheritable(write, True)  # what a C++ library's socket is
+    with RuleRewards([bad(), gym("chain_sum", sum_entry())], graders=BAD, score="raw") as rewards:
+        scores = rewards.score([0, 0, 0], ["imported torch", "imported nemo_fiberpo", "environment MASTER_ADDR"])
+        os.close(write)
+        os.set_blocking(read, False)
+        assert os.read(read, 1) == b""  # end of file: nobody else holds the other end
+    assert scores.rewards.tolist() == [0.0, 0.0, 0.0]
+    os.close(read)
+
+
+def alive(pids: list[int]) -> list[int]:
+    return [pid for pid in pids if Path(f"/proc/{pid}/stat").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_close_and_kill_minus_9_leave_no_process():
+    with RuleRewards([bad()], graders=BAD, workers=2) as rewards:
+        rewards.wait_until_ready()
+        pids = [pid for slot in rewards._pool._slots for pid in (slot.pid, slot.process.pid)]
+        assert len(alive(pids)) == 4
+    time.sleep(0.2)
+    assert not alive(pids)
+
+    script = f"""
+        import sys, threading, time
+        sys.path.insert(0, {HERE!r})
+        from nemo_fiberpo.aligner.grader_pool import GraderPool
+        pool = GraderPool({BAD!r}, [], workers=2, time_limit=99.0)
+        pool.wait_until_ready()
+        print(*[pid for slot in pool._slots for pid in (slot.pid, slot.process.pid)], flush=True)
+        pool.grade([("bad", {{"answer": "7"}}, "hold_gil"), ("bad", {{"answer": "7"}}, "sleep 99")])
+    """
+    root = str(Path(__file__).parents[2])
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": root}
+    )
+    assert trainer.stdout is not None
+    pids = [int(pid) for pid in trainer.stdout.readline().split()]
+    time.sleep(0.5)
+    assert len(alive(pids)) == 4
+    trainer.kill()
+    trainer.wait()
+    deadline = time.monotonic() + 5
+    while alive(pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(pids)
+    trainer.stdout.close()
+
+
+def test_a_closed_pool_refuses_and_closes_again():
+    rewards = RuleRewards([bad()], graders=BAD)
+    rewards.close()
+    rewards.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        rewards.score([0], ["7"])
+
+
+def test_800_short_answers_cost_less_than_a_third_of_a_second():
+    with RuleRewards([gym("chain_sum", sum_entry())]) as rewards:
+        rewards.score([0] * 10, ["5"] * 10)
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            rewards.score([0] * 800, ["5"] * 800)
+            seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.3
+
+
+# the shape that PPOTrainer expects
+
+
+class Letters:
+    """A tokenizer: letters are their code points, 0 ends a sequence."""
+
+    eos_id = 0
+
+    def text_to_ids(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def ids_to_text(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+
+def rollout(*pairs: tuple[str, str]) -> dict[str, torch.Tensor]:
+    """Prompts and responses, each response ended by one end-of-sequence token, padded with more of them."""
+    rows = [torch.tensor(Letters().text_to_ids(prompt + response) + [0]) for prompt, response in pairs]
+    return {
+        "response_tokens": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
+        "response_lengths": torch.tensor([len(row) for row in rows]),
+        "prompt_lengths": torch.tensor([len(prompt) for prompt, _ in pairs]),
+        "prompt_index": torch.zeros(len(rows), dtype=torch.int64),
+    }
+
+
+def test_decode_takes_the_response_up_to_its_end():
+    batch = rollout(("2+5=", "7"), ("1+1+5=", " 7 "), ("p", ""))
+    batch["response_lengths"][0] += 2  # padding counted in
+    assert decode_responses(batch, Letters()) == ["7", "7", ""]
+    truncated = rollout(("2+5=", "77"))
+    truncated["response_lengths"][0] = 5  # cut by the length limit before any end
+    assert decode_responses(truncated, Letters()) == ["7"]
+
+
+def test_reward_model_gives_rewards_zero_values_and_flags():
+    batch = rollout(("2+5=", "7"), ("2+5=", "8"), ("p", "sleep 9"), ("p", "raise"))
+    model = RuleRewardModel([bad()], Letters(), {"graders": BAD, "time_limit": 0.5})
+    rewards, values = model.infer_rm_critic(batch)
+    model.close()
+    assert rewards.tolist() == [1.0, 0.0, 0.0, 0.0] and rewards.dtype == torch.float32
+    assert values.shape == (4, batch["response_tokens"].size(1) - 1) and not values.any()
+    assert batch["grader_failed"].tolist() == [0, 0, 1, 2]
+    assert model.drops_failures and model.train({}) is None and model.save().result() is None
+
+
+RANKS = """
+    import sys, torch
+    sys.path[:0] = [{here!r}]
+    import test_rewards as t
+    rank, port, case = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{{port}}", rank=rank, world_size=2)
+    model = t.RuleRewardModel(
+        [t.bad()], t.Letters(), {{"graders": t.BAD, "time_limit": 0.5, "on_failure": case}}, group=torch.distributed.group.WORLD
+    )
+    batch = t.rollout(("2+5=", "7"), ("2+5=", "8"), ("p", "sleep 9"))
+    try:
+        rewards, _ = model.infer_rm_critic(batch)
+        print(rewards.tolist(), batch["grader_failed"].tolist(), model._rewards is not None)
+    except RuntimeError as error:
+        print("refused:", error)
+    model.close()
+"""
+
+
+@pytest.mark.parametrize("case", ["drop", "error"])
+def test_two_ranks_get_the_first_ones_grades(case):
+    root, port = str(Path(__file__).parents[2]), str(20000 + os.getpid() % 20000 + (case == "drop"))
+    code = textwrap.dedent(RANKS.format(here=HERE))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), port, case],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": root},
+        )
+        for rank in range(2)
+    ]
+    first, second = (rank.communicate(timeout=120)[0].strip() for rank in ranks)
+    if case == "drop":
+        assert first == "[1.0, 0.0, 0.0] [0, 0, 1] True"
+        assert second == "[1.0, 0.0, 0.0] [0, 0, 1] False"
+    else:
+        assert first.startswith("refused: 1 of 3 answers") and second.startswith("refused: grading failed on rank 0")
+
+
+def test_reward_metrics_leave_failures_out_of_the_mean_and_count_them():
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    domain, failed = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 2])
+    dropped = reward_metrics(rewards, domain, failed, ["math", "code", "none"], drops_failures=True)
+    assert dropped["reward/math"] == 0.5 and "reward/code" not in dropped and "reward/none" not in dropped
+    assert (dropped["grader_timeouts/math"], dropped["grader_crashes/code"], dropped["grader_crashes/math"]) == (1, 1, 0)
+    assert reward_metrics(rewards, domain, failed, ["math", "code"], False)["reward/math"] == pytest.approx(1 / 3)
+
+
+def test_remote_reward_model_adapts_the_servers_answer():
+    pytest.importorskip("nemo_aligner")
+    from nemo_aligner.utils.server_utils import FutureResult
+
+    from nemo_fiberpo.aligner.remote_rewards import RemoteRewardModel
+
+    class Answer(FutureResult):
+        def __init__(self, rewards):
+            self.rewards = rewards
+
+        def result(self):
+            return self.rewards
+
+    class Client:  # in place of the connection to a server, which needs a GPU machine
+        rewards = torch.tensor([[0.25], [-1.0]])
+
+        def infer_rm(self, rollout_batch):
+            return Answer(self.rewards)
+
+    batch = rollout(("2+5=", "7"), ("1+1=", "2"))
+    model = RemoteRewardModel(cfg=None, client=Client())
+    future = model.infer_rm_critic(batch)
+    assert isinstance(future, FutureResult) and batch["grader_failed"].tolist() == [0, 0]
+    rewards, values = future.result()
+    assert rewards.tolist() == [0.25, -1.0] and values.shape == (2, 5)
+    Client.rewards = torch.tensor([[float("nan")], [1.0]])
+    with pytest.raises(RuntimeError, match="not finite"):
+        model.infer_rm_critic(batch).result()

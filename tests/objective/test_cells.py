@@ -1,0 +1,130 @@
+"""Cells from labels: nesting, names, what is refused, and which layout is found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import nemo_fiberpo as fpo
+from nemo_fiberpo.objective.layout import RowLayout, ScatteredLayout
+from nemo_fiberpo.objective.pieces import dense_ids
+from tests.objective.cases import make_hierarchy
+
+LABELS = {"domain": torch.tensor([0, 0, 1, 1]), "prompt_group": torch.tensor([3, 3, 9, 8])}
+
+
+def test_levels_by_hand():
+    cells = make_hierarchy(2).cells(LABELS, torch.tensor([True, False, True, True]))
+    domain, group = cells.levels
+    assert domain.label_C.tolist() == [0, 1] and domain.count_C.tolist() == [1.0, 2.0] and domain.parent_C is None
+    assert group.label_C.tolist() == [3, 8, 9] and group.parent_C.tolist() == [0, 1, 1]
+    assert group.count_C.tolist() == [1.0, 1.0, 1.0]
+    assert cells.cell_per_token("prompt_group")[[0, 2, 3]].tolist() == [0, 2, 1]
+    assert cells.cell_per_token("domain")[[0, 2, 3]].tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_prompt_group_in_two_domains_is_refused(named: bool):
+    labels = {"domain": torch.tensor([0, 0, 1]), "prompt_group": torch.tensor([4, 5, 5])}
+    names = {"domain": ["math", "code"]} if named else None
+    shown = r"domain 0 \('math'\) and in domain 1 \('code'\)" if named else "domain 0 and in domain 1"
+    with pytest.raises(ValueError, match=rf"labels\['prompt_group'\]: value 5 has tokens in {shown}"):
+        make_hierarchy(2).cells(labels, names=names)
+
+
+def test_a_row_in_two_domains_is_refused_with_a_shape_too():
+    labels = {"domain": torch.tensor([0, 1, 1, 1]), "prompt_group": torch.tensor([4, 4, 5, 5])}
+    with pytest.raises(ValueError, match=r"labels\['prompt_group'\]: value 4 has tokens in domain 0 and in domain 1"):
+        make_hierarchy(2).cells(labels, shape=(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": {"domain": LABELS["domain"]}}, r"labels: the active stratum 'prompt_group' .*given: 'domain'"),
+        (
+            {"labels": {**LABELS, "domain": LABELS["domain"].int()}},
+            r"labels\['domain'\]: must be .*int64, got torch.int32",
+        ),
+        (
+            {"labels": {**LABELS, "domain": [0, 0, 1, 1]}},
+            r"labels\['domain'\]: must be a tensor of torch.int64, got list",
+        ),
+        (
+            {"labels": {**LABELS, "prompt_group": torch.tensor([1])}},
+            r"labels\['prompt_group'\]: has 1 tokens, .* has 4",
+        ),
+        ({"labels": {**LABELS, "domain": LABELS["domain"].view(2, 2)}}, r"labels\['domain'\]: must have one dimension"),
+        ({"mask": torch.ones(4)}, "mask: must be a tensor of torch.bool, got torch.float32"),
+        ({"mask": torch.ones(3, dtype=torch.bool)}, "mask: has 3 tokens"),
+        ({"shape": (2, 3)}, "shape: 2 x 3 is not the number of tokens, 4"),
+        ({"shape": (4,)}, r"shape: must be two integers \(B, S\)"),
+        ({"shape": (-2, -2)}, r"shape: must be two integers \(B, S\)"),
+        ({"names": {"domains": ["a", "b"]}}, "names: no stratum is called 'domains'; did you mean 'domain'"),
+        ({"names": {"domain": ["a"]}}, r"labels\['domain'\]: value 1 has no name; names\['domain'\] has 1"),
+        ({"names": {"domain": ["a", "a"]}}, r"names\['domain'\]: names must be unique"),
+    ],
+)
+def test_refusals_name_the_field(change: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        make_hierarchy(2).cells(**{"labels": LABELS, **change})
+
+
+def test_overrides_need_names_and_a_cell_of_that_name():
+    strata = (fpo.Stratum("domain", fpo.Budget(1, 1), budgets={"cod": fpo.Budget(2, 2)}),)
+    hierarchy = fpo.Hierarchy(strata, 0.1)
+    with pytest.raises(ValueError, match=r"names: stratum 'domain' overrides the budgets of \['cod'\]"):
+        hierarchy.cells(LABELS)
+    with pytest.raises(ValueError, match=r"stratum 'domain', budgets.cod: no cell .* did you mean 'code'"):
+        hierarchy.cells(LABELS, names={"domain": ["math", "code"]})
+
+
+def test_cells_serve_a_changed_hierarchy_with_the_same_strata():
+    loose, tight = make_hierarchy(2, budget=10.0), make_hierarchy(2, budget=1e-6)
+    cells = loose.cells(LABELS)
+    ell = torch.tensor([0.3, 0.2, 0.1, 0.4], dtype=torch.float64)
+    results = [fpo.gated_log_ratio(ell, built, tight) for built in (cells, tight.cells(LABELS))]
+    assert torch.equal(*results)
+    assert not torch.equal(fpo.gated_log_ratio(ell, cells, loose), results[0])
+
+
+def test_labels_of_other_strata_are_not_read():
+    other = {**LABELS, "router": torch.zeros(2)}
+    assert make_hierarchy(2).cells(other).num_cells("domain") == 2
+
+
+@pytest.mark.parametrize("labels", [[5, 3, 5, 9], [-(2**62), 2**62, 0, 0], [2**40, 1, 1, 7]])
+def test_dense_ids_of_any_labels(labels: list[int]):
+    label_C, cell_P = dense_ids(torch.tensor(labels))
+    assert label_C.tolist() == sorted(set(labels))
+    assert label_C[cell_P].tolist() == labels
+
+
+def test_rows_are_found_with_and_without_shape_and_whatever_masked_labels_hold():
+    hierarchy = make_hierarchy(2)
+    row = torch.arange(6).repeat_interleave(64)
+    labels = {"domain": row // 3, "prompt_group": row}
+    mask = (torch.arange(64) % 50 > 3).repeat(6)
+    for kept in (None, mask):
+        noisy = (
+            labels if kept is None else {k: torch.where(kept, v, 10**15 + torch.arange(384)) for k, v in labels.items()}
+        )
+        for shape in ((6, 64), (3, 128), None):
+            layout = hierarchy.cells(noisy, kept, shape=shape).layout
+            assert isinstance(layout, RowLayout) and layout.length <= 64
+    order = torch.randperm(384, generator=torch.Generator().manual_seed(0))
+    layout = hierarchy.cells({k: v[order] for k, v in labels.items()}, shape=(6, 64)).layout
+    assert isinstance(layout, ScatteredLayout)
+
+
+def test_a_hierarchy_describes_itself():
+    hierarchy = fpo.Hierarchy(
+        (
+            fpo.Stratum("domain", fpo.Budget(0.02, 0.015), {"code": fpo.Budget(0.03, 0.02)}, fpo.SlopeCap(32)),
+            fpo.Stratum("trajectory", fpo.Budget(0.1, 0.05), enabled=False),
+        ),
+        0.04,
+    )
+    first, second, last = hierarchy.describe().splitlines()
+    assert "C+ 0.02  C- 0.015  k min(token count, 32)  code: C+ 0.03 C- 0.02" in first
+    assert "k token count  (switched off)" in second and last.split() == ["token", "clip", "0.04"]

@@ -1,0 +1,147 @@
+"""load_hierarchy: what it reads, and every refusal with its field."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+import nemo_fiberpo as fpo
+from nemo_fiberpo.config import reject_unknown_keys
+
+YAML = """
+token_clip: 0.04
+strata:
+  - {name: domain, budget: {pos: 0.02, neg: 0.015}, budgets: {code: {pos: 0.03, neg: 0.02}}}
+  - {name: prompt_group, budget: {pos: 0.04, neg: 0.03}, slope: {cap: 32}, enabled: false}
+  - {name: trajectory, budget: {pos: 0.12, neg: 0.05}, slope: 32}
+"""
+EXPECTED = fpo.Hierarchy(
+    (
+        fpo.Stratum("domain", fpo.Budget(0.02, 0.015), {"code": fpo.Budget(0.03, 0.02)}),
+        fpo.Stratum("prompt_group", fpo.Budget(0.04, 0.03), slope=fpo.SlopeCap(32), enabled=False),
+        fpo.Stratum("trajectory", fpo.Budget(0.12, 0.05), slope=32),
+    ),
+    0.04,
+)
+
+
+def test_a_path_a_dict_and_a_dict_config_read_alike(tmp_path: Path):
+    path = tmp_path / "hierarchy.yaml"
+    path.write_text(YAML)
+    config = OmegaConf.create(YAML)
+    plain = OmegaConf.to_container(config)
+    assert isinstance(plain, dict)
+    for given in (path, str(path), config, plain):
+        assert fpo.load_hierarchy(given) == EXPECTED
+    assert [stratum.name for stratum in EXPECTED.active] == ["domain", "trajectory"]
+
+
+def test_interpolations_are_resolved_in_their_surroundings():
+    config = OmegaConf.create({"eps": 0.3, "h": {"token_clip": "${eps}", "strata": [{"name": "a", "budget": "${b}"}]}})
+    config.b = {"pos": 1, "neg": 2}
+    assert fpo.load_hierarchy(config.h) == fpo.Hierarchy((fpo.Stratum("a", fpo.Budget(1, 2)),), 0.3)
+    config.h.token_clip = "${epps}"
+    with pytest.raises(ValueError, match=r"h\.token_clip: .*epps"):
+        fpo.load_hierarchy(config.h)
+
+
+def edited(path: str, value: Any) -> dict[str, Any]:
+    """The example with one entry set; `...` removes it."""
+    config: Any = copy.deepcopy(OmegaConf.to_container(OmegaConf.create(YAML)))
+    *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+    node = config
+    for part in parents:
+        node = node[part]
+    if value is ...:
+        del node[last]
+    else:
+        node[last] = value
+    return config
+
+
+REFUSALS = [
+    ("token_clipp", 1, r"token_clipp: unknown key; did you mean 'token_clip'\?"),
+    ("strata.1.bugdet", {}, r"strata\[1\]\.bugdet: unknown key; did you mean 'budget'\?"),
+    ("strata.1.budget.poss", 1, r"strata\[1\]\.budget\.poss: unknown key; did you mean 'pos'\?"),
+    ("strata.0.budgets.code.negg", 1, r"strata\[0\]\.budgets\.code\.negg: unknown key; did you mean 'neg'\?"),
+    ("strata.1.slope.kap", 1, r"strata\[1\]\.slope\.kap: unknown key; did you mean 'cap'\?"),
+    ("strata.1.zzzz", 1, r"strata\[1\]\.zzzz: unknown key; valid: budget, budgets, enabled, name, slope"),
+    ("token_clip", ..., "token_clip: is required"),
+    ("strata", ..., "strata: is required"),
+    ("strata", [], "strata: at least one stratum"),
+    ("strata", {"name": "a"}, "strata: must be a list"),
+    ("strata.0", "domain", r"strata\[0\]: must be a mapping, got 'domain'"),
+    ("strata.0.name", ..., r"strata\[0\]\.name: is required"),
+    ("strata.0.name", "", r"strata\[0\]\.name: must be a non-empty string"),
+    ("strata.0.name", True, r"strata\[0\]\.name: must be a non-empty string, got True"),
+    ("strata.2.name", "domain", r"strata\[2\]\.name: 'domain' is already the name of strata\[0\]"),
+    ("strata.0.budget", ..., r"strata\[0\]\.budget: is required"),
+    ("strata.0.budget", 0.1, r"strata\[0\]\.budget: must be a mapping, got 0.1"),
+    ("strata.0.budget.neg", ..., r"strata\[0\]\.budget\.neg: is required"),
+    ("strata.0.budgets", [1], r"strata\[0\]\.budgets: must be a mapping"),
+    ("strata.0.budgets.code", 3, r"strata\[0\]\.budgets\.code: must be a mapping"),
+    ("strata.0.enabled", "no", r"strata\[0\]\.enabled: must be true or false, got 'no'"),
+    ("strata.1.slope.cap", ..., r"strata\[1\]\.slope\.cap: is required"),
+]
+for bad in (0, -1, float("inf"), float("nan"), True, "0.1", [1]):
+    for field in (
+        "token_clip",
+        "strata.0.budget.pos",
+        "strata.0.budgets.code.neg",
+        "strata.2.slope",
+        "strata.1.slope.cap",
+    ):
+        shown = field.replace(".0", "[0]").replace(".1", "[1]").replace(".2", "[2]")
+        REFUSALS.append((field, bad, "".join("\\" + c if c in "[]." else c for c in shown) + ": must be"))
+
+
+@pytest.mark.parametrize(("path", "value", "message"), REFUSALS)
+def test_refusals_name_the_field(path: str, value: Any, message: str):
+    with pytest.raises(ValueError, match=rf"^{message}"):
+        fpo.load_hierarchy(edited(path, value))
+
+
+def test_refusals_of_a_file_name_it(tmp_path: Path):
+    path = tmp_path / "hierarchy.yaml"
+    with pytest.raises(ValueError, match=r"hierarchy\.yaml: cannot be read: No such file"):
+        fpo.load_hierarchy(path)
+    path.write_text("token_clip: 1\nstrata: [\n")
+    with pytest.raises(ValueError, match=r"hierarchy\.yaml: line 3: not valid YAML"):
+        fpo.load_hierarchy(path)
+    path.write_text(YAML.replace("neg: 0.05", "neg: '???'"))
+    with pytest.raises(ValueError, match=r"hierarchy\.yaml: strata\[2\]\.budget\.neg: .*[Mm]issing"):
+        fpo.load_hierarchy(path)
+    path.write_text(YAML.replace("trajectory", "domain"))
+    with pytest.raises(ValueError, match=r"hierarchy\.yaml: strata\[2\]\.name: 'domain' is already"):
+        fpo.load_hierarchy(str(path))
+    path.write_text("- a\n")
+    with pytest.raises(ValueError, match=r"hierarchy\.yaml: .*must be a mapping"):
+        fpo.load_hierarchy(str(path))
+    path.write_text("token_clip: 1\ntoken_clip: 2\n")
+    with pytest.raises(ValueError, match=r"hierarchy\.yaml: line 2: not valid YAML: .*duplicate key"):
+        fpo.load_hierarchy(str(path))
+
+
+@pytest.mark.parametrize("given", [3, None, [1, 2]])
+def test_something_else_is_refused(given: Any):
+    with pytest.raises(ValueError, match=r"hierarchy: must be a mapping"):
+        fpo.load_hierarchy(given)
+
+
+def test_the_dataclasses_refuse_too():
+    with pytest.raises(ValueError, match=r"pos: must be finite and greater than 0"):
+        fpo.Budget(0.0, 1.0)
+    with pytest.raises(ValueError, match=r"budget: must be a Budget"):
+        fpo.Stratum("a", 0.1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"budgets\.code: must be a Budget"):
+        fpo.Stratum("a", fpo.Budget(1, 1), {"code": 1})  # type: ignore[dict-item]
+
+
+def test_reject_unknown_keys_for_others():
+    reject_unknown_keys({"a": 1}, ["a", "b"], "x")
+    with pytest.raises(ValueError, match=r"^x\.learning_rat: unknown key; did you mean 'learning_rate'"):
+        reject_unknown_keys({"learning_rat": 1}, ["learning_rate", "b"], "x")

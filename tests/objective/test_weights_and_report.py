@@ -1,0 +1,96 @@
+"""Weights of (2), the report of the gates, and the divergence estimates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import nemo_fiberpo as fpo
+from nemo_fiberpo.objective import build_cells
+from nemo_fiberpo.objective.divergence import kl_estimate, tv_estimate
+
+TRAJECTORY = torch.tensor([0, 0, 0, 1, 1, 2])
+MASK = torch.tensor([True, True, False, True, True, False])
+
+
+def test_weights_by_hand():
+    # two trajectories with live tokens, two tokens each; the third has none and does not count
+    cells = build_cells(["trajectory"], {"trajectory": TRAJECTORY}, MASK)
+    assert fpo.token_weights(cells).tolist() == [0.25, 0.25, 0, 0.25, 0.25, 0]
+    assert fpo.token_weights(cells, "token_mean").tolist() == [0.25, 0.25, 0, 0.25, 0.25, 0]
+    assert fpo.token_weights(cells, "fixed_length_mean", length=8).tolist() == [1 / 16, 1 / 16, 0, 1 / 16, 1 / 16, 0]
+    uneven = build_cells(["trajectory"], {"trajectory": TRAJECTORY})
+    expected = [1 / 9, 1 / 9, 1 / 9, 1 / 6, 1 / 6, 1 / 3]
+    assert fpo.token_weights(uneven).tolist() == pytest.approx(expected, abs=1e-16)
+    assert fpo.token_weights(uneven, dtype=torch.float32).dtype == torch.float32
+
+
+def test_weights_are_read_through_finer_strata():
+    labels = {"trajectory": TRAJECTORY, "segment": torch.arange(6)}
+    cells = build_cells(["trajectory", "segment"], labels)
+    assert torch.equal(fpo.token_weights(cells), fpo.token_weights(build_cells(["trajectory"], labels)))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"kind": "token_meen"}, "kind: unknown weighting 'token_meen'; did you mean 'token_mean'"),
+        ({"kind": "fixed_length_mean"}, "length: is for fixed_length_mean and required there"),
+        ({"kind": "token_mean", "length": 3}, "length: is for fixed_length_mean"),
+        ({"kind": "fixed_length_mean", "length": 0}, "length: must be finite and greater than 0"),
+        ({"stratum": "domain"}, r"cells: no active stratum is called 'domain'; there are \['trajectory'\]"),
+    ],
+)
+def test_weights_refuse_by_name(args: dict, message: str):
+    cells = build_cells(["trajectory"], {"trajectory": TRAJECTORY})
+    with pytest.raises(ValueError, match=message):
+        fpo.token_weights(cells, **args)
+
+
+def test_report_by_hand():
+    # C+ = C- = 0.1, k = 2 (token counts). Cell 0: M+ = 0.11, rollback; M- = 0, pass.  Cell 1: M+ = 0.05, pass;
+    # M- = -0.2 beyond C* = 0.15, zeroed.  eps = 0.12: residuals 0.01, -0.01; 0.05, -0.2: one of four tokens clipped
+    hierarchy = fpo.Hierarchy((fpo.Stratum("trajectory", fpo.Budget(0.1, 0.1)),), 0.12)
+    cells = hierarchy.cells({"trajectory": torch.tensor([0, 0, 1, 1])}, names={"trajectory": ["left", "right", "none"]})
+    ell = torch.tensor([0.12, 0.10, 0.10, -0.40], dtype=torch.float64)
+    metrics = fpo.surrogate(ell, torch.ones(4, dtype=torch.float64), cells, hierarchy).report.metrics()
+    expected = {
+        "trajectory/cells": 2,
+        "trajectory/pos/pass_through": 0.5,
+        "trajectory/pos/rollback": 0.5,
+        "trajectory/pos/zeroed": 0,
+        "trajectory/pos/drift_mean": 0.08,
+        "trajectory/pos/drift_max": 0.11,
+        "trajectory/pos/budget_used_mean": 0.8,
+        "trajectory/pos/budget_used_max": 1.1,
+        "trajectory/neg/pass_through": 0.5,
+        "trajectory/neg/rollback": 0,
+        "trajectory/neg/zeroed": 0.5,
+        "trajectory/neg/drift_mean": 0.1,
+        "trajectory/neg/drift_max": 0.2,
+        "trajectory/neg/budget_used_mean": 1.0,
+        "trajectory/neg/budget_used_max": 2.0,
+        "trajectory.left/pos/drift": 0.11,
+        "trajectory.left/pos/budget_used": 1.1,
+        "trajectory.left/neg/drift": 0,
+        "trajectory.left/neg/budget_used": 0,
+        "trajectory.right/pos/drift": 0.05,
+        "trajectory.right/pos/budget_used": 0.5,
+        "trajectory.right/neg/drift": 0.2,
+        "trajectory.right/neg/budget_used": 2.0,
+        "token/live": 4,
+        "token/clipped": 0.25,
+        "log_ratio/mean": -0.02,
+        "log_ratio/abs_mean": 0.18,
+        "log_ratio/max": 0.4,
+        "log_ratio/kl": 0.02,
+        "log_ratio/tv": 0.09,
+    }
+    assert metrics == pytest.approx(expected, abs=1e-15)
+
+
+def test_divergence_estimates_by_hand():
+    # log s+ = 0.3, log s- = 0.5: KL = 0.5 - 0.3 (49), TV = (0.3 + 0.5) / 2 to first order
+    mean = torch.tensor([[0.3], [-0.5]], dtype=torch.float64)
+    assert kl_estimate(mean).item() == pytest.approx(0.2, abs=1e-15)
+    assert tv_estimate(mean).item() == pytest.approx(0.4, abs=1e-15)
