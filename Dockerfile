@@ -6,7 +6,7 @@ ARG NEMO_IMAGE=nvcr.io/nvidia/nemo:25.02
 
 FROM python:3.11-slim AS cpu
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends gcc g++ libc6-dev util-linux \
+    && apt-get install -y --no-install-recommends gcc libc6-dev util-linux \
     && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 1000 fiberpo
 USER fiberpo

@@ -59,25 +59,34 @@ def run(cfg: DictConfig) -> None:
     sample = first_of_each_domain(checks, settings.check_prompts)
     grader = make_reward_model(reward, checks.records, actor.tokenizer)
 
-    learning = set(checks.domains)
+    share = dict.fromkeys(checks.domains, 1.0)
     generator = torch.Generator().manual_seed(cfg.model.seed)
     for step in range(settings.steps):
-        chosen = [record for record in records if record.domain in learning]
-        ids = torch.randint(len(chosen), (settings.batch_size,), generator=generator)
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        batch = [chosen[i] for i in ids.tolist()][rank::ranks]
+        batch = draw(records, share, settings.batch_size, generator)[rank::ranks]
         supervised_step(actor, hierarchy, optimizer, scheduler, batch, settings.batch_size)
         if (step + 1) % settings.check_every == 0:
             rows = evaluate(actor, grader, sample, batch=len(sample), seed=step)
             means = mean_rewards(rows, "sampled")
-            learning -= {domain for domain, mean in means.items() if mean >= settings.stop_reward}
+            # A domain that is left out is forgotten within a few steps.
+            share = {domain: settings.rehearsal if means[domain] >= settings.stop_reward else 1.0 for domain in share}
             if launch.is_first_rank():
                 line = ", ".join(f"{domain} {means[domain]:.2f}" for domain in checks.domains)
                 print(f"warm start: step {step + 1}, reward {line}", flush=True)
-            if not learning:
+            if max(share.values()) < 1.0:
                 break
     save(actor, target)
     grader.close()
+
+
+def draw(records, share: dict[str, float], number: int, generator: torch.Generator):
+    """`number` records at random, domains in proportion to their shares."""
+    by_domain = {domain: [record for record in records if record.domain == domain] for domain in share}
+    weights = torch.tensor(list(share.values()), dtype=torch.float64)
+    domains = torch.multinomial(weights, number, replacement=True, generator=generator).tolist()
+    places = torch.rand(number, generator=generator, dtype=torch.float64).tolist()
+    pools = [by_domain[domain] for domain in share]
+    return [pools[domain][int(place * len(pools[domain]))] for domain, place in zip(domains, places, strict=True)]
 
 
 def first_of_each_domain(prompts, number: int):
@@ -99,7 +108,7 @@ def supervised_step(actor, hierarchy, optimizer, scheduler, records, global_batc
     tokenizer = actor.tokenizer
     prompts = [tokenizer.text_to_ids(record.prompt) for record in records]
     answers = [tokenizer.text_to_ids(record.response) + [tokenizer.eos_id] for record in records]
-    width = actor.cfg.encoder_seq_length // 2
+    width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
     tokens = torch.full((len(records), width), tokenizer.eos_id)
     mask = torch.zeros(len(records), width - 1, dtype=torch.bool)
     for row, live, prompt, answer in zip(tokens, mask, prompts, answers, strict=True):

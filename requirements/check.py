@@ -1,6 +1,6 @@
 """Checks that the environment is what a lock file says: every version, torch's build, and the imports that matter.
 
-    python requirements/check.py requirements/cpu.lock
+It is called by setup.sh: `python requirements/check.py requirements/cpu.lock`.
 """
 
 from __future__ import annotations

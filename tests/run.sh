@@ -15,7 +15,7 @@ types() { mypy; }
 unit() { python -m pytest tests "$@"; }
 mcore() {
     local side="$PWD/.venv/mcore-newest"
-    echo "megatron-core $(PYTHONPATH=$side python -c 'import megatron.core as core; print(core.__version__, core.__path__[0])')"
+    echo "megatron-core $(PYTHONPATH=$side python -W ignore -c 'import megatron.core as core; print(core.__version__, core.__path__[0])')"
     PYTHONPATH="$side" python -m pytest tests/objective tests/megatron "$@"
 }
 

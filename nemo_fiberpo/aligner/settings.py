@@ -170,8 +170,9 @@ class WarmStartSettings:
     steps         optimizer steps at most
     batch_size    samples per optimizer step, over all ranks
     lr            learning rate
-    stop_reward   a domain leaves the batches once its mean reward on `check_prompts` training prompts reaches this; the
-                  warm start ends when all have
+    stop_reward   mean reward on `check_prompts` training prompts per domain at which a domain has learned enough; the warm
+                  start ends when all have
+    rehearsal     share of such a domain in the batches, the others' being 1, so that it is not forgotten
     check_every   optimizer steps between two checks
     """
 
@@ -180,6 +181,7 @@ class WarmStartSettings:
     batch_size: int
     lr: float
     stop_reward: float
+    rehearsal: float
     check_every: int
     check_prompts: int
 

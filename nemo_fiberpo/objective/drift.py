@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .cells import Cells
-from .layout import negative
 from .sharing import Reduce, exchange
 
 LARGEST = 1e280
@@ -81,10 +80,10 @@ def _token_sums(log_ratio_T: Tensor, weighted_advantage_T: Tensor | None, cells:
     dtype = compute_dtype(log_ratio_T)
     totals = []
     for block in cells.layout.blocks():
-        x = block.take(log_ratio_T, dtype)
-        block.add(sums_2P, negative(x), x)
+        x = block.take(log_ratio_T, dtype, "x")
+        block.add(sums_2P, block.negative(x), x)
         if weighted_advantage_T is not None:
-            totals.append(block.take(weighted_advantage_T, dtype).sum())
+            totals.append(block.take(weighted_advantage_T, dtype, "y").sum())
     return sums_2P, not totals or bool(torch.isfinite(torch.stack(totals)).all())
 
 

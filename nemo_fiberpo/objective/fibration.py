@@ -32,7 +32,6 @@ from .cells import Cells
 from .drift import Drift, check_tokens, compute_dtype, measure
 from .gates import aggregate_gate, log_clip
 from .hierarchy import Hierarchy
-from .layout import negative
 from .sharing import Reduce, exchange
 
 
@@ -101,24 +100,26 @@ def weigh_tokens(
     out_T = make(cells.num_tokens, dtype=dtype, device=log_ratio_T.device)
     clipped, largest = total_2P.new_zeros(()), total_2P.new_zeros(())
     for block in layout.blocks():
-        x = block.take(log_ratio_T, dtype)
-        neg = negative(x)
-        residual = x - block.own(mean_2P, neg)
-        clip = log_clip(residual, eps)
-        y = block.take(weight_T, dtype)
-        if exponentiate:
-            y = y * (clip + block.own(offset_2P, neg)).exp_()
+        x = block.take(log_ratio_T, dtype, "x")
+        neg = block.negative(x)
+        residual = block.own(mean_2P, neg, "residual")
+        torch.sub(x, residual, out=residual)
+        clip = log_clip(residual, eps, out=block.buffer("clip", dtype))
         outside = residual.sub_(clip).ne_(0.0)
-        saturated = y * outside
+        y = block.take(weight_T, dtype, "y")
+        if exponentiate:
+            ratio = clip.add_(block.own(offset_2P, neg, "offset")).exp_()
+            y = torch.mul(y, ratio, out=ratio)
+        if counting:
+            clipped += block.clear_masked(outside).sum(dtype=torch.float64)
+            largest = torch.maximum(largest, x.abs().amax().double())
         if gates.crossed:
             block.add(total_2P, neg, y)
         else:
             block.add_undivided(total_2P, y)
+        saturated = outside.mul_(y)
+        torch.sub(y, saturated, out=out_T[block.tokens].view(block.shape))
         block.add(saturated_2P, neg, saturated)
-        torch.sub(y, saturated, out=out_T[block.tokens].view_as(y))
-        if counting:
-            clipped += block.live(outside).sum(dtype=torch.float64)
-            largest = torch.maximum(largest, x.abs().amax().double())
     return out_T, TokenSums(layout.fold(total_2P), layout.fold(saturated_2P), clipped, largest)
 
 
@@ -148,8 +149,8 @@ def add_adjoint(out_T: Tensor, log_ratio_T: Tensor, adjoint: list[Tensor], cells
         return out_T
     table_2P = cells.layout.spread(per_token_2C).to(out_T.dtype)
     for block in cells.layout.blocks():
-        neg = negative(block.take(log_ratio_T, out_T.dtype))
-        out_T[block.tokens] += block.live(block.own(table_2P, neg)).view(-1)
+        neg = block.negative(block.take(log_ratio_T, out_T.dtype, "x"))
+        out_T[block.tokens] += block.clear_masked(block.own(table_2P, neg, "own")).view(-1)
     return out_T
 
 
@@ -206,10 +207,12 @@ class _GatedLogRatio(torch.autograd.Function):
         mean_2P, offset_2P = layout.spread(gates.mean_2C).to(dtype), layout.spread(gates.offset_2C).to(dtype)
         out_T = torch.zeros_like(log_ratio_T)
         for block in layout.blocks():
-            x = block.take(log_ratio_T, dtype)
-            neg = negative(x)
-            gated = block.own(offset_2P, neg) + log_clip(x - block.own(mean_2P, neg), gates.token_clip)
-            out_T[block.tokens] = block.live(gated).view(-1)
+            x = block.take(log_ratio_T, dtype, "x")
+            neg = block.negative(x)
+            residual = block.own(mean_2P, neg, "residual")
+            gated = log_clip(torch.sub(x, residual, out=residual), gates.token_clip, out=residual)
+            gated += block.own(offset_2P, neg, "offset")
+            out_T[block.tokens] = block.clear_masked(gated).view(-1)
         return out_T
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, sign, where, zeros_like
+from torch import Tensor, clamp, sign, where, zeros_like
 
 
 def aggregate_gate(drift: Tensor, budget: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,6 +26,6 @@ def aggregate_gate(drift: Tensor, budget: Tensor, slope: Tensor) -> tuple[Tensor
     return value, derivative
 
 
-def log_clip(residual: Tensor, token_clip: float) -> Tensor:
+def log_clip(residual: Tensor, token_clip: float, out: Tensor | None = None) -> Tensor:
     """Logarithm of the clip (12): clip(x, +-eps), elementwise. Its derivative is 1 where it returns x, else 0."""
-    return residual.clamp(-token_clip, token_clip)
+    return clamp(residual, -token_clip, token_clip, out=out)

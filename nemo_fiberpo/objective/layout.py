@@ -9,43 +9,84 @@ A piece (_P) is what a layout sums into: a row, or a finest cell. `cell_P` maps 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-CPU_BLOCK = 1 << 16
-GPU_BLOCK = 1 << 26
+# Tokens of a block. On a CPU its ten buffers should stay in cache, and it should be several times the 32768 elements
+# that torch gives to one thread: with two threads, blocks of a quarter of this take twice as long.
+CPU_BLOCK, GPU_BLOCK = 1 << 17, 1 << 26
 
 
 INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-def keep(value: Tensor, bits: Tensor) -> Tensor:
-    """`value` where `bits` is -1 (all ones), exactly 0.0 where it is 0, whatever `value` holds there, NaN and inf too.
+class Workspace:
+    """Buffers as large as a block, made once and written again for every block.
 
-    A product would keep NaN, and torch.where costs about twenty times an arithmetic operation on a CPU.
+    They stay in cache, where a fresh result for every operation would push the ones before it out.
     """
-    return (value.view(INTEGER[value.dtype]) & bits).view(value.dtype)
 
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
 
-def negative(value: Tensor) -> Tensor:
-    """-1 where value < 0, else 0, as integers of the same width: the channel of a token; -0.0 is not below 0."""
-    whole = INTEGER[value.dtype]
-    return (value + 0.0).view(whole) >> (torch.iinfo(whole).bits - 1)
+    def buffer(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """The buffer of this name, with what it last held. No block is larger than the first one."""
+        size = math.prod(shape)
+        held = self._held.get((name, dtype))
+        if held is None:
+            held = self._held[name, dtype] = torch.empty(size, dtype=dtype, device=device)
+        return held[:size].view(shape)
 
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """Consecutive tokens; `bits` is -1 at live tokens and 0 at masked ones, None where all are live."""
+    """Consecutive tokens; `bits` is -1 at live tokens and 0 at masked ones, None where all are live.
+
+    Selection is done on the bits of the numbers: `value & bits` is exactly 0.0 at masked tokens whatever they hold,
+    where a product would keep NaN, and torch.where costs about twenty times an arithmetic operation on a CPU. Results
+    are buffers of the workspace: valid until the same name is asked for again.
+    """
 
     tokens: slice
+    shape: tuple[int, ...]
     bits: Tensor | None
+    space: Workspace
+    device: torch.device
 
-    def live(self, value: Tensor) -> Tensor:
-        """`value`, exactly 0 at masked tokens."""
-        return value if self.bits is None else keep(value, self.bits)
+    def buffer(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A buffer with one value per token of this block."""
+        return self.space.buffer(name, dtype, self.shape, self.device)
+
+    def take(self, value_T: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+        """The block's tokens of `value_T`, exactly 0 at masked ones. Not to be written: it may be `value_T` itself."""
+        value = value_T[self.tokens].view(self.shape)
+        if value.dtype != dtype:
+            value = self.buffer(name, dtype).copy_(value)
+        if self.bits is None:
+            return value
+        out = self.buffer(name, dtype)
+        torch.bitwise_and(value.view(INTEGER[dtype]), self.bits, out=out.view(INTEGER[dtype]))
+        return out
+
+    def negative(self, value: Tensor) -> Tensor:
+        """-1 where value < 0, else 0, as integers of the same width: the channel of a token; -0.0 is not below 0."""
+        whole = INTEGER[value.dtype]
+        unsigned_zero = torch.add(value, 0.0, out=self.buffer("negative", value.dtype))
+        return unsigned_zero.view(whole).bitwise_right_shift_(torch.iinfo(whole).bits - 1)
+
+    def clear_masked(self, value: Tensor) -> Tensor:
+        """Set `value` to exactly 0 at masked tokens, in place."""
+        if self.bits is not None:
+            value.view(INTEGER[value.dtype]).bitwise_and_(self.bits)
+        return value
+
+    def wide(self, value: Tensor) -> Tensor:
+        """`value` in float64."""
+        return value if value.dtype == torch.float64 else self.buffer("wide", torch.float64).copy_(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,27 +94,26 @@ class RowBlock(_Tokens):
     """Consecutive rows. Token values are [rows, S]."""
 
     rows: slice
-    length: int
 
-    def take(self, value_T: Tensor, dtype: torch.dtype) -> Tensor:
-        """The block's tokens of `value_T`, exactly 0 at masked ones."""
-        return self.live(value_T[self.tokens].view(-1, self.length).to(dtype))
-
-    def own(self, table_2P: Tensor, neg: Tensor) -> Tensor:
+    def own(self, table_2P: Tensor, neg: Tensor, name: str) -> Tensor:
         """Per token the entry of its piece and its own channel."""
-        pos_P, neg_P = table_2P.view(INTEGER[table_2P.dtype])[:, self.rows, None]
-        chosen: Tensor = pos_P ^ ((pos_P ^ neg_P) & neg)
-        return chosen.view(table_2P.dtype)
+        whole = INTEGER[table_2P.dtype]
+        pos_P, neg_P = table_2P.view(whole)[:, self.rows, None]
+        out = self.buffer(name, table_2P.dtype)
+        torch.bitwise_and(neg, pos_P ^ neg_P, out=out.view(whole)).bitwise_xor_(pos_P)
+        return out
 
     def add(self, sums_2P: Tensor, neg: Tensor, value: Tensor) -> None:
         """Set the float64 sums of each piece and channel to those of `value`; a row lies in one block only."""
-        in_neg = keep(value, neg)
-        torch.sum(value - in_neg, 1, dtype=torch.float64, out=sums_2P[0, self.rows])
-        torch.sum(in_neg, 1, dtype=torch.float64, out=sums_2P[1, self.rows])
+        whole = INTEGER[value.dtype]
+        in_neg = self.buffer("part", value.dtype)
+        torch.bitwise_and(value.view(whole), neg, out=in_neg.view(whole))
+        torch.sum(self.wide(in_neg), 1, out=sums_2P[1, self.rows])
+        self.add_undivided(sums_2P, torch.sub(value, in_neg, out=in_neg))
 
     def add_undivided(self, sums_2P: Tensor, value: Tensor) -> None:
         """As `add`, with all tokens in the positive channel: one sum instead of two."""
-        torch.sum(value, 1, dtype=torch.float64, out=sums_2P[0, self.rows])
+        torch.sum(self.wide(value), 1, out=sums_2P[0, self.rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,22 +123,22 @@ class ScatteredBlock(_Tokens):
     cell: Tensor
     num_cells: int
 
-    def take(self, value_T: Tensor, dtype: torch.dtype) -> Tensor:
-        """The block's tokens of `value_T`, exactly 0 at masked ones."""
-        return self.live(value_T[self.tokens].to(dtype))
+    def _index(self, neg: Tensor) -> Tensor:
+        return torch.bitwise_and(neg, self.num_cells, out=self.buffer("index", neg.dtype)).add_(self.cell)
 
-    def own(self, table_2P: Tensor, neg: Tensor) -> Tensor:
+    def own(self, table_2P: Tensor, neg: Tensor, name: str) -> Tensor:
         """Per token the entry of its cell and its own channel."""
-        return table_2P.reshape(-1).index_select(0, self.cell + (neg & self.num_cells))
+        out = self.buffer(name, table_2P.dtype)
+        return torch.index_select(table_2P.reshape(-1), 0, self._index(neg), out=out)
 
     def add(self, sums_2P: Tensor, neg: Tensor, value: Tensor) -> None:
         """Add `value` in float64 to the sums of each token's cell and own channel."""
-        index = (self.cell + (neg & self.num_cells)).long()
-        sums_2P.view(-1).scatter_add_(0, index, value.to(torch.float64))
+        index = self.buffer("index64", torch.int64).copy_(self._index(neg))
+        sums_2P.view(-1).scatter_add_(0, index, self.wide(value))
 
     def add_undivided(self, sums_2P: Tensor, value: Tensor) -> None:
         """As `add`, with all tokens in the positive channel."""
-        sums_2P[0].scatter_add_(0, self.cell.long(), value.to(torch.float64))
+        sums_2P[0].scatter_add_(0, self.buffer("index64", torch.int64).copy_(self.cell), self.wide(value))
 
 
 Block = RowBlock | ScatteredBlock
@@ -137,8 +177,11 @@ class TokenLayout:
     def _block_tokens(self) -> int:
         return CPU_BLOCK if self.cell_P.device.type == "cpu" else GPU_BLOCK
 
-    def _bits(self, tokens: slice) -> Tensor | None:
-        return None if self.mask_T is None else self.mask_T[tokens].to(torch.int32).neg_()
+    def _bits(self, tokens: slice, shape: tuple[int, ...], space: Workspace) -> Tensor | None:
+        if self.mask_T is None:
+            return None
+        out = space.buffer("bits", torch.int32, shape, self.mask_T.device)
+        return out.copy_(self.mask_T[tokens].view(shape)).neg_()
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,12 +194,13 @@ class RowLayout(TokenLayout):
     def blocks(self) -> Iterator[Block]:
         num_rows = self.cell_P.numel() if self.num_cells else 0
         step = max(1, self._block_tokens() // self.length) if num_rows else 1
+        space = Workspace()
         for first in range(0, num_rows, step):
             last = min(first + step, num_rows)
             tokens = slice(first * self.length, last * self.length)
-            bits = self._bits(tokens)
-            bits = None if bits is None else bits.view(-1, self.length)
-            yield RowBlock(tokens, bits, slice(first, last), self.length)
+            shape = (last - first, self.length)
+            bits = self._bits(tokens, shape, space)
+            yield RowBlock(tokens, shape, bits, space, self.cell_P.device, slice(first, last))
 
     def cell_per_token(self) -> Tensor:
         return self.cell_P.repeat_interleave(self.length)
@@ -169,10 +213,12 @@ class ScatteredLayout(TokenLayout):
     cell_T: Tensor
 
     def blocks(self) -> Iterator[Block]:
-        step = self._block_tokens()
+        step, space = self._block_tokens(), Workspace()
         for first in range(0, self.num_tokens if self.num_cells else 0, step):
             tokens = slice(first, min(first + step, self.num_tokens))
-            yield ScatteredBlock(tokens, self._bits(tokens), self.cell_T[tokens], self.num_cells)
+            shape, device = (tokens.stop - first,), self.cell_T.device
+            bits = self._bits(tokens, shape, space)
+            yield ScatteredBlock(tokens, shape, bits, space, device, self.cell_T[tokens], self.num_cells)
 
     def spread(self, table_2C: Tensor) -> Tensor:
         return table_2C

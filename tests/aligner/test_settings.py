@@ -1,0 +1,128 @@
+"""Every refusal of the config names the field, and for an unknown key the nearest valid one."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from nemo_fiberpo.aligner.launch import apply_stratum_overrides, check_batches, check_sections, overrides
+from nemo_fiberpo.aligner.settings import algorithm_settings, data_settings, reward_settings
+
+ALGORITHM = {"samples_per_prompt": 8, "prompts_per_rollout": 96, "optimizer_steps": 4}
+HIERARCHY = {
+    "token_clip": 0.04,
+    "strata": [{"name": "domain", "budget": {"pos": 0.02, "neg": 0.015}}, {"name": "trajectory", "budget": {"pos": 1, "neg": 1}}],
+}
+
+
+def settings(**changes):
+    return algorithm_settings(OmegaConf.create({"algorithm": ALGORITHM | changes}))
+
+
+def test_sizes_follow():
+    assert settings().samples_per_rollout == 768
+    assert settings().samples_per_step == 192
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"samples_per_promt": 8}, ["algorithm.samples_per_promt", "did you mean 'samples_per_prompt'"]),
+        ({"samples_per_prompt": None}, ["algorithm.samples_per_prompt", "required"]),
+        ({"samples_per_prompt": 1}, ["algorithm.samples_per_prompt", "baseline", "given"]),
+        ({"samples_per_prompt": 2.5}, ["algorithm.samples_per_prompt", "whole number"]),
+        ({"optimizer_steps": 5}, ["algorithm.optimizer_steps", "divide", "96"]),
+        ({"epochs": 0}, ["algorithm.epochs", "at least 1"]),
+        ({"rl_steps": -2}, ["algorithm.rl_steps", "at least -1"]),
+        ({"advantage": "group_normalised"}, ["algorithm.advantage", "did you mean 'group_normalized'"]),
+        ({"weights": "token"}, ["algorithm.weights", "token_mean"]),
+        ({"weights": "fixed_length_mean"}, ["algorithm.fixed_length"]),
+        ({"fixed_length": 100}, ["algorithm.fixed_length", "only there"]),
+        ({"truncated": "drop"}, ["algorithm.truncated", "keep", "mask"]),
+        ({"kl": {"coefficient": -1}}, ["algorithm.kl.coefficient", "at least 0"]),
+        ({"kl": {"coeficient": 1}}, ["algorithm.kl.coeficient", "did you mean 'coefficient'"]),
+        ({"kl": 3}, ["algorithm.kl", "mapping"]),
+        ({"val_check_interval": 3, "save_interval": 4}, ["algorithm.save_interval", "multiple", "3"]),
+    ],
+)
+def test_algorithm_refusals(changes, words):
+    with pytest.raises(ValueError) as error:
+        settings(**changes)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("reader", "section", "values", "words"),
+    [
+        (data_settings, "data", {"trian": "x"}, ["data.trian", "did you mean 'train'"]),
+        (data_settings, "data", {"train": "x", "too_long": "cut"}, ["data.too_long", "error", "drop"]),
+        (data_settings, "data", {"heldout": "x"}, ["data.train", "required"]),
+        (reward_settings, "rewards", {"kind": "rule"}, ["rewards.kind", "did you mean 'rules'"]),
+        (reward_settings, "rewards", {"kind": "server"}, ["rewards.server", "address"]),
+        (reward_settings, "rewards", {"timelimit": 2}, ["rewards.timelimit", "did you mean 'time_limit'"]),
+    ],
+)
+def test_section_refusals(reader, section, values, words):
+    with pytest.raises(ValueError) as error:
+        reader(OmegaConf.create({section: values}))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_strata_are_overridden_by_name():
+    arguments = overrides(
+        ["hierarchy=trajectory", "hierarchy.strata.domain.budget.pos=0.5", "algorithm.epochs=2", "model.optim.lr=1", "+x=1"]
+    )
+    assert arguments == [
+        "hierarchy=trajectory",
+        "++stratum_overrides.domain.budget.pos=0.5",
+        "++algorithm.epochs=2",
+        "model.optim.lr=1",
+        "+x=1",
+    ]
+    cfg = OmegaConf.create({"hierarchy": HIERARCHY, "stratum_overrides": {"domain": {"budget": {"pos": 0.5}}}})
+    apply_stratum_overrides(cfg)
+    assert OmegaConf.to_container(cfg.hierarchy.strata[0]) == {"name": "domain", "budget": {"pos": 0.5, "neg": 0.015}}
+    assert "stratum_overrides" not in cfg
+
+
+@pytest.mark.parametrize(
+    ("cfg", "words"),
+    [
+        ({"hierarchy": HIERARCHY, "stratum_overrides": {"domian": {"slope": 3}}}, ["hierarchy.strata.domian", "'domain'"]),
+        ({"hierarchy": HIERARCHY, "algoritm": {}}, ["algoritm", "did you mean 'algorithm'"]),
+        ({"hierarchy": HIERARCHY | {"token_clip": 0}}, ["hierarchy.token_clip", "greater than 0"]),
+        (
+            {"hierarchy": HIERARCHY, "stratum_overrides": {"domain": {"budget": {"po": 3}}}},
+            ["hierarchy.strata[0].budget.po", "did you mean 'pos'"],
+        ),
+    ],
+)
+def test_section_and_hierarchy_refusals(cfg, words):
+    with pytest.raises(ValueError) as error:
+        check_sections(OmegaConf.create(cfg))
+    for word in words:
+        assert word in str(error.value)
+
+
+def batches(**model):
+    ppo = {"rollout_micro_batch_size": 32, "forward_micro_batch_size": 16} | model.pop("ppo", {})
+    return OmegaConf.create({"algorithm": ALGORITHM, "model": {"micro_batch_size": 16, "ppo": ppo} | model})
+
+
+@pytest.mark.parametrize(
+    ("cfg", "field"),
+    [
+        (batches(ppo={"rollout_micro_batch_size": 12}), "model.ppo.rollout_micro_batch_size"),
+        (batches(ppo={"rollout_micro_batch_size": 512}), "algorithm.prompts_per_rollout"),
+        (batches(micro_batch_size=36), "samples per optimizer step"),
+        (batches(ppo={"forward_micro_batch_size": 100}), "model.ppo.forward_micro_batch_size"),
+    ],
+)
+def test_batch_sizes_that_do_not_fit(cfg, field):
+    with pytest.raises(ValueError, match="multiple") as error:
+        check_batches(cfg, data_parallel_size=2)
+    assert field in str(error.value)
+
+
+def test_batch_sizes_that_fit():
+    check_batches(batches(), data_parallel_size=2)
