@@ -7,13 +7,17 @@
     strings     spell_backward          garden:     nedrag      6 to 8 letters
     algorithms  number_sorting          50931<      01359       5 to 7 digits; < ascending, > descending
 
-The generators make whole questions ("State the final answer to the following arithmetic problem: 2 - 4 + 7 ="). A policy
-of a few hundred thousand parameters reads bytes, so a prompt here is what distinguishes one question of its task from
-another, rendered from the generated entry's metadata. The entry itself goes into the file and is what the grader gets;
+The generators make whole questions ("State the final answer to the following arithmetic problem: 2 - 4 + 7 ="). A
+policy of a few hundred thousand parameters reads characters, so a prompt here is what distinguishes one question of its
+task from another, rendered from the generated entry's metadata. The entry itself goes into the file and to the grader;
 number_sorting wants a list, and the record's `answer_form: digit_list` says that `01359` is read as `[0,1,3,5,9]`.
 
-Writes a tokenizer of characters, train.jsonl, warmstart.jsonl (prompts with reference answers, for the supervised warm start) and heldout.jsonl. No
-prompt text is in two of them. The held-out prompts depend on --heldout-seed alone, the others on --seed too.
+reasoning-gym accepts a sorted list whose numbers are each off by at most 1. With digits that is lenient: one fixed answer
+for each prompt length and direction, read off no prompt, earns about 0.23. --stats measures such blind answers.
+
+Writes a tokenizer of characters, train.jsonl, warmstart.jsonl (for the supervised warm start) and heldout.jsonl; every
+record has a reference answer. No prompt text is in two files. The held-out prompts depend on --heldout-seed alone, the
+others on --seed too.
 """
 
 from __future__ import annotations
@@ -55,7 +59,7 @@ def _number_sorting(entry: Entry) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Domain:
-    """One domain: a task, the generator's parameters, how an entry is rendered, and prompts for train and warm start."""
+    """One domain: a task, the generator's parameters, how an entry is rendered, and how many prompts a file gets."""
 
     name: str
     task: str
@@ -111,7 +115,7 @@ def generate(domain: Domain, seed: int, taken: set[str]) -> Iterator[Record]:
         if prompt in taken:
             fruitless += 1
             if fruitless > 50_000:
-                raise ValueError(f"{domain.name}: {domain.task} has no more than {len(taken)} distinct prompts; ask for fewer")
+                raise ValueError(f"{domain.name}: {domain.task} has only {len(taken)} distinct prompts; ask for fewer")
             continue
         fruitless = 0
         taken.add(prompt)
@@ -171,7 +175,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_quickstart_data(out: Path, seed: int = 0, heldout_seed: int = 2024, heldout: int = 256) -> dict[str, Path]:
-    """Write the tokenizer and the three files into `out`; returns their paths by name. The same arguments give the same bytes."""
+    """Write the tokenizer and the three files into `out`; returns the files' paths. Same arguments, same bytes."""
     paths = {name: Path(out) / f"{name}.jsonl" for name in FILES}
     write_tokenizer(Path(out) / "tokenizer")
     for name, records in make_records(seed, heldout_seed, heldout).items():

@@ -4,6 +4,8 @@
     torchrun ... examples/train_gpt_fiberpo.py --config-name my_run hierarchy=trajectory algorithm.rl_steps=200
     torchrun ... examples/train_gpt_fiberpo.py --config-name my_run hierarchy.strata.domain.budget.pos=0.03
 
+    python examples/train_gpt_fiberpo.py --check --config-name my_run     only check the config
+
 It is NeMo-Aligner's PPO script with four differences: there is no critic; prompts carry a domain and come several times each;
 the actor's optimizer step is exact over the whole global batch; held-out prompts are evaluated before and after.
 A run that was stopped goes on from its newest checkpoint when the same command is given again.
@@ -21,12 +23,15 @@ from nemo_fiberpo.aligner import launch
 from nemo_fiberpo.aligner.settings import algorithm_settings, data_settings, reward_settings
 
 launch.register_resolvers()
+CHECK_ONLY = "--check" in sys.argv
 
 
 def run(cfg: DictConfig) -> None:
     # The config is checked before anything is imported that takes time.
     hierarchy = launch.check_sections(cfg)
     settings, data, reward = algorithm_settings(cfg), data_settings(cfg), reward_settings(cfg)
+    if CHECK_ONLY:
+        return
     launch.start(cfg)
 
     from nemo_aligner.utils import parallel_state
@@ -125,5 +130,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = launch.overrides(sys.argv[1:])
+    sys.argv[1:] = launch.overrides(argument for argument in sys.argv[1:] if argument != "--check")
     main()

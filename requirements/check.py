@@ -14,6 +14,7 @@ from pathlib import Path
 IMPORTS = {
     "cpu.lock": (
         "megatron.core",
+        "megatron.core.dist_checkpointing.strategies.tensorstore",
         "nemo.collections.nlp.models.language_modeling.megatron_gpt_model",
         "nemo_aligner.utils.distributed",
         "reasoning_gym",

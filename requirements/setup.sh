@@ -89,7 +89,7 @@ install_torch() {
 }
 
 if ! is_done run "$run_key"; then
-    say "setting up $PWD/$venv: about 2 minutes, 500 MB to download, 2 GB on disk"
+    say "setting up $PWD/$venv: about 2 minutes, 550 MB to download, 1.8 GB on disk"
     preflight
     pip_install "pip" --upgrade -r requirements/bootstrap.lock
     say "torch"

@@ -26,7 +26,7 @@ Failure = Literal["timeout", "crash"]
 Item = tuple[str, dict[str, Any], str]  # grader's name, the prompt's grader fields, the response
 
 _KEEP_ENV = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "COVERAGE_PROCESS_START")
-_ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 _SCRIPT = Path(__file__).with_name("graders.py")
 _CHUNK = 64  # answers a message; large enough to hide the pipe, small enough to share among workers
 _IDLE_DEATHS = 3  # a worker that dies this often in a row without an answer in hand will not get better
@@ -163,8 +163,8 @@ class GraderPool:
     def grade(self, items: Sequence[Item]) -> list[Outcome]:
         """The outcome of each item, in order.
 
-        RuntimeError if the graders cannot be loaded, or if a worker dies again and again with nothing to grade; the pool
-        is closed then, as after any exception.
+        RuntimeError if the graders cannot be loaded, or if a worker dies again and again with nothing to grade; the
+        pool is closed then, as after any exception.
         """
         if not self._finalizer.alive:
             raise RuntimeError("the grading pool is closed")

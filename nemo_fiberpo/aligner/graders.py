@@ -73,7 +73,7 @@ def _score_answer(task: str) -> Callable[[str | None, dict[str, Any]], float]:
     if task not in factory.DATASETS:
         near = difflib.get_close_matches(task, factory.DATASETS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"task: {task!r} is not a task of reasoning-gym {hint}")
+        raise ValueError(f"task: {task!r} is not a task of reasoning-gym{hint}")
     return factory.get_score_answer_fn(task)
 
 
@@ -99,8 +99,8 @@ def _gold_answer(answer: str) -> list[Any]:
     raise ValueError(f"answer: math-verify reads no expression in the reference answer {answer!r}")
 
 
-def _prepare(name: str, grader: Grader, record: dict[str, Any]) -> None:
-    """Do before the first answer what would otherwise count against its time limit: imports, tables, compiled regexes."""
+def _prepare(grader: Grader, record: dict[str, Any]) -> None:
+    """Do before the first answer what would count against its time limit: imports, tables, compiled regexes."""
     if grader is reasoning_gym:
         _score_answer(record["task"])
     elif grader is math_verify:
@@ -178,7 +178,7 @@ def main() -> None:
     try:
         graders = {name: load_grader(target) for name, target in setup["graders"].items()}
         for name, record in setup["samples"]:
-            _prepare(name, graders[name], record)
+            _prepare(graders[name], record)
     except BaseException as error:
         _send(outbox, {"refused": f"{type(error).__name__}: {error}"[:_TEXT_LIMIT]})
         return

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("int_div", lambda x, y: x // y, replace=True)
 
 
-def overrides(arguments: Sequence[str]) -> list[str]:
+def overrides(arguments: Iterable[str]) -> list[str]:
     """The command line's overrides as Hydra takes them, so that anything can be overridden and a typo is explained.
 
     `hierarchy.strata.domain.budget.pos=0.03` names a stratum of the list, which Hydra cannot; it becomes an entry of

@@ -3,12 +3,12 @@
 One JSON object a line:
     prompt     text, not empty
     domain     name of the domain; the strata `domain` and `prompt_group` are made of this and of the prompt's index
-    grader     "reasoning_gym" (with `task`, `entry`, optional `answer_form`), "math_verify" (with `answer`), or a grader
-               of the config's own, whose fields are free
+    grader     "reasoning_gym" (with `task`, `entry`, optional `answer_form`), "math_verify" (with `answer`), or one of
+               the config's own, whose fields are free
     id         optional, unique in the file
     response   optional reference answer, for a supervised warm start
-    strata     optional {stratum: label} for strata of the hierarchy's own beside domain, prompt_group and trajectory, such as
-               {"language": "en"}; labels are text
+    strata     optional {stratum: label} for strata of the hierarchy's own beside domain, prompt_group and trajectory,
+               such as {"language": "en"}; labels are text
 Blank lines and a byte-order mark are skipped. Every refusal is a ValueError that names file, line and field.
 """
 
@@ -20,7 +20,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -108,7 +108,8 @@ def _record(where: str, line: str, own_graders: Collection[str]) -> PromptRecord
     rest = {name: value for name, value in data.items() if name not in (*_REQUIRED, *_OPTIONAL, _STRATA)}
     if grader in GRADER_FIELDS and grader not in own_graders:
         _check_fields(where, grader, rest)
-    return PromptRecord(data["prompt"], data["domain"], grader, rest, where, data.get("id"), data.get("response"), strata)
+    prompt, domain, identity, response = data["prompt"], data["domain"], data.get("id"), data.get("response")
+    return PromptRecord(prompt, domain, grader, rest, where, identity, response, strata)
 
 
 def _check_fields(where: str, grader: str, fields: dict[str, Any]) -> None:
@@ -142,8 +143,8 @@ def _hint(name: str, valid: Iterable[str]) -> str:
 class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """The prompts of one file, tokenized; an item is {text: int64 [length], length, prompt_index, domain}.
 
-    domains        names of the domains in the order of their ids; None: the file's own, sorted. Give a validation set the
-                   training set's; a domain outside it is an error.
+    domains        names of the domains in the order of their ids; None: the file's own, sorted. Give a validation set
+                   the training set's; a domain outside it is an error.
     first_index    `prompt_index` of the first prompt. A validation set that starts where the training set ends shares
                    one grader with it: `RuleRewards(train.records + validation.records)`.
     too_long       a prompt of more than max_prompt_length tokens: "error", or "drop" it (`dropped` counts them).
@@ -159,7 +160,7 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
         *,
         domains: Sequence[str] | None = None,
         first_index: int = 0,
-        too_long: Literal["error", "drop"] = "error",
+        too_long: str = "error",
         own_graders: Collection[str] = (),
     ):
         if too_long not in ("error", "drop"):
@@ -176,23 +177,21 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
         tokens = [tokenizer.text_to_ids(record.prompt) for record in records]
         for record, ids in zip(records, tokens, strict=True):
             if not ids:
-                raise ValueError(f"{record.where}: prompt: {record.prompt!r} has no tokens in this tokenizer's vocabulary")
+                raise ValueError(f"{record.where}: prompt: {record.prompt!r} has no tokens in this vocabulary")
         fits = [len(ids) <= max_prompt_length for ids in tokens]
         self.dropped = fits.count(False)
         if self.dropped and (too_long == "error" or self.dropped == len(records)):
             first = fits.index(False)
             raise ValueError(
                 f"{records[first].where}: prompt: {len(tokens[first])} tokens, more than max_prompt_length = "
-                f"{max_prompt_length}; so are {self.dropped} of {len(records)} prompts of this file. Shorten them, raise "
-                "max_prompt_length, or set too_long: drop"
+                f"{max_prompt_length}; so are {self.dropped} of {len(records)} prompts of this file. Shorten them, "
+                "raise max_prompt_length, or set too_long: drop"
             )
         self.records = [record for record, fit in zip(records, fits, strict=True) if fit]
         self.first_index = first_index
         domain_id = {name: number for number, name in enumerate(self.domains)}
         self._domain = [domain_id[record.domain] for record in self.records]
-        self._tokens = [
-            torch.tensor(ids, dtype=torch.int64) for ids, fit in zip(tokens, fits, strict=True) if fit
-        ]
+        self._tokens = [torch.tensor(ids, dtype=torch.int64) for ids, fit in zip(tokens, fits, strict=True) if fit]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -202,7 +201,7 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return PromptSubset(self, places)
 
     def label_names(self, stratum: str) -> list[str]:
-        """The names of a stratum's label values, value v at place v: the domains, or a stratum of the records' own, sorted.
+        """The names of a stratum's label values, value v at place v: the domains, or the records' own labels, sorted.
 
         ValueError naming the first record that has no label for the stratum.
         """
@@ -210,9 +209,10 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
             return self.domains
         for record in self.records:
             if stratum not in record.strata:
+                known = ["domain", "prompt_group", "trajectory", *record.strata]
                 raise ValueError(
-                    f"{record.where}: strata: has no label for the stratum {stratum!r} of the hierarchy; domain, prompt_group "
-                    f"and trajectory need none{_hint(stratum, ['domain', 'prompt_group', 'trajectory', *record.strata])}"
+                    f"{record.where}: strata: has no label for the stratum {stratum!r} of the hierarchy; domain, "
+                    f"prompt_group and trajectory need none{_hint(stratum, known)}"
                 )
         return sorted({record.strata[stratum] for record in self.records})
 

@@ -32,8 +32,8 @@ class RemoteRewardModel:
     """The reward model and critic of PPOTrainer, by `RemoteGPTRMClient`: the server that
     NeMo-Aligner's `serve_reward_model.py` starts.
 
-    `cfg` is that client's: {reward_model: {ip, port, name}, pad_to_length}. SPMD: the client sends from the first rank of
-    the model-parallel group and broadcasts the answer within it.
+    `cfg` is that client's: {reward_model: {ip, port, name}, pad_to_length}. SPMD: the client sends from the first rank
+    of the model-parallel group and broadcasts the answer within it.
     """
 
     drops_failures = False  # a server that fails ends the run

@@ -1,7 +1,7 @@
 """Rewards: by rules graded in killable processes, or by NeMo-Aligner's reward-model server.
 
-Both are shaped like the critic client that NeMo-Aligner's PPOTrainer talks to (`infer_rm_critic`, `train`, `save`), with
-values of zero, since there is no critic. Both add the column `grader_failed` to the rollout batch.
+Both are shaped like the critic client that NeMo-Aligner's PPOTrainer talks to (`infer_rm_critic`, `train`, `save`),
+with values of zero, since there is no critic. Both add the column `grader_failed` to the rollout batch.
 """
 
 from __future__ import annotations
@@ -104,8 +104,9 @@ class RuleRewards:
         if failures:
             first = failures[0]
             message = (
-                f"{len(failures)} of {len(outcomes)} answers could not be graded; the first, to {records[first].where}: "
-                f"{outcomes[first].failure}, {outcomes[first].reason}; the answer was {responses[first][:200]!r}"
+                f"{len(failures)} of {len(outcomes)} answers could not be graded; the first, to "
+                f"{records[first].where}: {outcomes[first].failure}, {outcomes[first].reason}; "
+                f"the answer was {responses[first][:200]!r}"
             )
             if self.on_failure == "error":
                 raise RuntimeError(message)
@@ -155,9 +156,9 @@ class NoFuture:
 class RuleRewardModel:
     """Rule rewards as the reward model and critic of NeMo-Aligner's PPOTrainer.
 
-    SPMD: `infer_rm_critic` is collective over the model-parallel group (TP x PP), whose ranks hold the same rollout batch.
-    Its first rank grades and broadcasts, so the others get the same bits and start no process. `options` are those of
-    RuleRewards; `group` overrides the group (default: NeMo-Aligner's). `prompt_index` counts in `records`.
+    SPMD: `infer_rm_critic` is collective over the model-parallel group (TP x PP), whose ranks hold the same rollout
+    batch. Its first rank grades and broadcasts, so the others get the same bits and start no process. `options` are
+    those of RuleRewards; `group` overrides the group (default: NeMo-Aligner's). `prompt_index` counts in `records`.
     """
 
     def __init__(

@@ -228,7 +228,8 @@ def test_a_grading_process_has_no_torch_no_launcher_environment_and_no_open_file
 
 
 def alive(pids: list[int]) -> list[int]:
-    return [pid for pid in pids if Path(f"/proc/{pid}/stat").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text()]
+    stats = {pid: Path(f"/proc/{pid}/stat") for pid in pids}
+    return [pid for pid, stat in stats.items() if stat.exists() and " Z " not in stat.read_text()]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -251,7 +252,10 @@ def test_close_and_kill_minus_9_leave_no_process():
     """
     root = str(Path(__file__).parents[2])
     trainer = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": root}
+        [sys.executable, "-c", textwrap.dedent(script)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": root},
     )
     assert trainer.stdout is not None
     pids = [int(pid) for pid in trainer.stdout.readline().split()]
@@ -338,7 +342,10 @@ RANKS = """
     rank, port, case = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{{port}}", rank=rank, world_size=2)
     model = t.RuleRewardModel(
-        [t.bad()], t.Letters(), {{"graders": t.BAD, "time_limit": 0.5, "on_failure": case}}, group=torch.distributed.group.WORLD
+        [t.bad()],
+        t.Letters(),
+        {{"graders": t.BAD, "time_limit": 0.5, "on_failure": case}},
+        group=torch.distributed.group.WORLD,
     )
     batch = t.rollout(("2+5=", "7"), ("2+5=", "8"), ("p", "sleep 9"))
     try:
@@ -376,7 +383,8 @@ def test_reward_metrics_leave_failures_out_of_the_mean_and_count_them():
     domain, failed = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 2])
     dropped = reward_metrics(rewards, domain, failed, ["math", "code", "none"], drops_failures=True)
     assert dropped["reward/math"] == 0.5 and "reward/code" not in dropped and "reward/none" not in dropped
-    assert (dropped["grader_timeouts/math"], dropped["grader_crashes/code"], dropped["grader_crashes/math"]) == (1, 1, 0)
+    assert (dropped["grader_timeouts/math"], dropped["grader_crashes/math"]) == (1, 0)
+    assert (dropped["grader_timeouts/code"], dropped["grader_crashes/code"]) == (0, 1)
     assert reward_metrics(rewards, domain, failed, ["math", "code"], False)["reward/math"] == pytest.approx(1 / 3)
 
 

@@ -1,0 +1,186 @@
+"""The training script as a user runs it: real NeMo-Aligner, real processes, a few steps of a tiny policy.
+
+What must hold: every parallel layout trains, a killed run resumes to the same metrics, and bad input is explained.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "seed=3",
+    "data.heldout=null",
+    "algorithm.prompts_per_rollout=8",
+    "algorithm.samples_per_prompt=4",
+    "algorithm.optimizer_steps=2",
+    "model.micro_batch_size=4",
+    "model.ppo.rollout_micro_batch_size=8",
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=32",
+    "model.moe_ffn_hidden_size=32",
+]
+pytestmark = pytest.mark.timeout(600)
+
+
+def environment() -> dict[str, str]:
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+    return os.environ | quiet | {"PYTHONPATH": str(ROOT)}
+
+
+def command(script: str, run_dir: Path, *overrides: str, processes: int = 2) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launcher, str(ROOT / "examples" / script), "--config-name", "quickstart", f"run_dir={run_dir}", *SMALL, *overrides]
+
+
+def launch(script: str, run_dir: Path, *overrides: str, processes: int = 2) -> str:
+    done = subprocess.run(
+        command(script, run_dir, *overrides, processes=processes),
+        cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-8000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory) -> Path:
+    """A run directory with the quickstart's data and a policy of two supervised steps."""
+    run_dir = tmp_path_factory.mktemp("start")
+    launch("warm_start.py", run_dir, "warm_start.steps=2", "warm_start.batch_size=8", "warm_start.check_every=100")
+    assert (run_dir / "warm_start.nemo").exists()
+    return run_dir
+
+
+def fresh(start: Path, tmp_path: Path, name: str) -> Path:
+    run_dir = tmp_path / name
+    run_dir.mkdir()
+    shutil.copytree(start / "data", run_dir / "data")
+    shutil.copy(start / "warm_start.nemo", run_dir / "warm_start.nemo")
+    return run_dir
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """Rows of the metrics file without those about time."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if not any(name.startswith("timers/") for name in row)]
+
+
+def optimizer_steps(run_dir: Path) -> list[dict]:
+    return [row for row in metrics(run_dir) if "train_optim/grad_norm" in row]
+
+
+TWO_EPOCHS = ["algorithm.rl_steps=4", "algorithm.save_interval=2", "algorithm.epochs=2", "algorithm.kl.coefficient=0.01"]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(start, tmp_path_factory) -> Path:
+    run_dir = fresh(start, tmp_path_factory.mktemp("uninterrupted"), "run")
+    launch("train_gpt_fiberpo.py", run_dir, *TWO_EPOCHS)
+    return run_dir
+
+
+def test_a_run_leaves_metrics_checkpoints_and_a_policy(uninterrupted):
+    steps = optimizer_steps(uninterrupted)
+    assert [row["step"] for row in steps] == list(range(16)), "4 RL steps x 2 epochs x 2 minibatches"
+    for row in steps:
+        first = row["step"] % 4 == 0
+        assert row["train_optim/on_policy"] == float(first)
+        assert row["train_optim/gate_all_reduces"] == (0.0 if first else 2.0)
+        assert math.isfinite(row["train_optim/grad_norm"])
+        # float32: pass D repeats pass A, and the old log-probs on-policy
+        assert row["train_optim/recompute_error"] < 1e-5
+        assert row["train_optim/kl_penalty"] >= 0.0
+        if not first:
+            for stratum in ("domain", "prompt_group", "trajectory"):
+                for channel in ("pos", "neg"):
+                    regimes = [row[f"train_optim/gates/{stratum}/{channel}/{r}"] for r in ("pass_through", "rollback", "zeroed")]
+                    assert sum(regimes) == pytest.approx(1.0)
+    assert any(row["train_optim/gates/log_ratio/abs_mean"] > 0 for row in steps if "train_optim/loss" in row)
+    rollouts = [row for row in metrics(uninterrupted) if "train_rollouts/rewards" in row]
+    assert [row["train_rollouts/consumed_samples"] for row in rollouts] == [8.0, 16.0, 24.0, 32.0]
+    checkpoints = {path.name for path in (uninterrupted / "nemo" / "checkpoints").iterdir()}
+    assert any(name.startswith("fiberpo-step=2-consumed_samples=16-") for name in checkpoints)
+    assert "quickstart.nemo" in checkpoints
+    assert list((uninterrupted / "nemo").glob("events.out.tfevents*")), "a TensorBoard log"
+
+
+def test_a_run_killed_between_checkpoints_resumes_to_the_same_metrics(start, uninterrupted, tmp_path):
+    run_dir = fresh(start, tmp_path, "killed")
+    process = subprocess.Popen(
+        command("train_gpt_fiberpo.py", run_dir, *TWO_EPOCHS),
+        cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        until = time.monotonic() + 240
+        # the checkpoint is that of step 2; the third step has begun to write its metrics
+        while not ((run_dir / "metrics.jsonl").exists() and any(row["rl_step"] == 2 for row in optimizer_steps(run_dir))):
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < until, "no third step"
+            time.sleep(0.05)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    killed_at = len(optimizer_steps(run_dir))
+    assert 8 < killed_at < 16
+    launch("train_gpt_fiberpo.py", run_dir, *TWO_EPOCHS)
+    assert metrics(run_dir) == metrics(uninterrupted)
+
+
+ONE_STEP = ["algorithm.rl_steps=1", "algorithm.save_interval=0"]
+LAYOUTS = {
+    "tensor parallel": (["model.tensor_model_parallel_size=2", "model.moe_token_dispatcher_type=alltoall"], 2),
+    "pipeline parallel": (["model.pipeline_model_parallel_size=2"], 2),
+    "expert parallel": (
+        ["model.expert_model_parallel_size=2", "model.megatron_amp_O2=true", "trainer.precision=bf16"], 2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_trains(start, tmp_path, layout):
+    overrides, processes = LAYOUTS[layout]
+    run_dir = fresh(start, tmp_path, "run")
+    launch("train_gpt_fiberpo.py", run_dir, *ONE_STEP, *overrides, processes=processes)
+    first, second = optimizer_steps(run_dir)
+    assert first["train_optim/on_policy"] == 1.0 and second["train_optim/gate_all_reduces"] == 2.0
+    assert first["train_optim/recompute_error"] < (1e-5 if layout != "expert parallel" else 0.1)
+    assert second["train_optim/gates/trajectory/cells"] == 16.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["algorithm.samples_per_promt=4"], ["algorithm.samples_per_promt", "did you mean 'samples_per_prompt'"]),
+        (["hierarchy.strata.domian.slope=3"], ["hierarchy.strata.domian", "did you mean 'domain'"]),
+        (["hierarchy.strata.domain.budget.pos=-1"], ["hierarchy.strata[0].budget.pos", "greater than 0"]),
+        (["hierarchy.token_clip=nan"], ["hierarchy.token_clip", "finite"]),
+        (["algorithm.optimizer_steps=5"], ["algorithm.optimizer_steps", "divide"]),
+    ],
+)
+def test_bad_config_is_one_line_before_anything_is_loaded(tmp_path, overrides, words):
+    begun = [sys.executable, str(ROOT / "examples" / "train_gpt_fiberpo.py"), "--check", "--config-name", "quickstart"]
+    done = subprocess.run([*begun, f"run_dir={tmp_path}", *overrides], env=environment(), text=True, capture_output=True)
+    assert done.returncode == 1
+    message = done.stderr.strip().splitlines()
+    assert len(message) == 1 and message[0].startswith("error: "), done.stderr
+    for word in words:
+        assert word in message[0]
+
+
+def test_every_shipped_hierarchy_and_the_quickstart_config_pass_the_check(tmp_path):
+    for hierarchy in sorted(path.stem for path in (ROOT / "conf" / "hierarchy").glob("*.yaml")):
+        begun = [sys.executable, str(ROOT / "examples" / "train_gpt_fiberpo.py"), "--check", "--config-name", "quickstart"]
+        done = subprocess.run(
+            [*begun, f"hierarchy={hierarchy}", f"run_dir={tmp_path}"], env=environment(), text=True, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr
