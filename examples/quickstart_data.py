@@ -12,8 +12,8 @@ policy of a few hundred thousand parameters reads characters, so a prompt here i
 task from another, rendered from the generated entry's metadata. The entry itself goes into the file and to the grader;
 number_sorting wants a list, and the record's `answer_form: digit_list` says that `01359` is read as `[0,1,3,5,9]`.
 
-reasoning-gym accepts a sorted list whose numbers are each off by at most 1. With digits that is lenient: one fixed answer
-for each prompt length and direction, read off no prompt, earns about 0.23. --stats measures such blind answers.
+reasoning-gym accepts a sorted list whose numbers are each off by at most 1. With digits that is lenient: a fixed answer
+for each length and direction of prompt earns about 0.23 without reading it. --stats measures such blind answers.
 
 Writes a tokenizer of characters, train.jsonl, warmstart.jsonl (for the supervised warm start) and heldout.jsonl; every
 record has a reference answer. No prompt text is in two files. The held-out prompts depend on --heldout-seed alone, the

@@ -47,6 +47,7 @@ def run(cfg: DictConfig) -> None:
     from nemo_fiberpo.aligner.evaluation import evaluate, mean_rewards, write_rows
     from nemo_fiberpo.aligner.loggers import MetricsFile, Progress
     from nemo_fiberpo.aligner.prompts import PromptDataset, make_collate
+    from nemo_fiberpo.aligner.report import format_table, make_report
     from nemo_fiberpo.aligner.rewards import make_reward_model
     from nemo_fiberpo.aligner.trainer import FiberPOTrainer
 
@@ -118,10 +119,15 @@ def run(cfg: DictConfig) -> None:
             rows = fiberpo.evaluate_heldout()
             if launch.is_first_rank():
                 write_rows(path, rows)
-                print(f"held-out reward {moment}: {mean_rewards(rows, 'sampled')}", flush=True)
+                means = ", ".join(f"{name} {mean:.3f}" for name, mean in mean_rewards(rows, "sampled").items())
+                print(f"held-out reward {moment}: {means}", flush=True)
         if moment == "before":
             fiberpo.fit()
     reward_model.close()
+    if launch.is_first_rank():
+        table = make_report(run_dir, title=cfg.name)
+        print(format_table(table) if table else "")
+        print(f"wrote {run_dir}/report.png, metrics.jsonl; TensorBoard log and checkpoints in {run_dir}/nemo", flush=True)
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="quickstart")
