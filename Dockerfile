@@ -1,8 +1,10 @@
 # Two images of the same package.
 #   docker build --target cpu -t fiberpo:cpu .    the quickstart and the tests, on any machine
-#   docker build --target gpu -t fiberpo:gpu .    training on NVIDIA GPUs, on top of the NeMo container
+#   docker build --target gpu --build-arg NEMO_IMAGE=... -t fiberpo:gpu .
+#                                                 training on NVIDIA GPUs, on top of the NeMo container
 # The quickstart:  docker run --rm -v "$PWD/runs:/home/fiberpo/nemo_fiberpo/runs" fiberpo:cpu
-ARG NEMO_IMAGE=nvcr.io/nvidia/nemo:25.02
+# NEMO_IMAGE: NVIDIA's NeMo container of release 25.02 (NeMo 2.2, NeMo-Aligner 0.7), by the name you pull it under.
+ARG NEMO_IMAGE=scratch
 
 FROM python:3.11-slim AS cpu
 RUN apt-get update \

@@ -8,6 +8,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash requirements/setup.sh
 source requirements/env.sh
 
+export PYTHONWARNINGS=ignore TQDM_DISABLE=1 # NeMo's imports warn a lot, and one line a step is enough
+
+python examples/train_gpt_fiberpo.py --check --config-name quickstart "$@"
 launch() { torchrun --standalone --nproc_per_node 2 "$@"; }
 launch examples/warm_start.py --config-name quickstart "$@"
 launch examples/train_gpt_fiberpo.py --config-name quickstart "$@"

@@ -6,9 +6,9 @@
 
     python examples/train_gpt_fiberpo.py --check --config-name my_run     only check the config
 
-It is NeMo-Aligner's PPO script with four differences: there is no critic; prompts carry a domain and come several times each;
-the actor's optimizer step is exact over the whole global batch; held-out prompts are evaluated before and after.
-A run that was stopped goes on from its newest checkpoint when the same command is given again.
+It is NeMo-Aligner's PPO script with four differences: there is no critic; prompts carry a domain and come several
+times each; the actor's optimizer step is exact over the whole global batch; held-out prompts are evaluated before and
+after. A run that was stopped goes on from its newest checkpoint when the same command is given again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def run(cfg: DictConfig) -> None:
     )
     from nemo_aligner.utils.utils import retrieve_model_state_dict_in_cpu
 
-    from nemo_fiberpo.aligner.evaluation import evaluate, mean_rewards, write_rows
+    from nemo_fiberpo.aligner.evaluation import mean_rewards, write_rows
     from nemo_fiberpo.aligner.loggers import MetricsFile, Progress
     from nemo_fiberpo.aligner.prompts import PromptDataset, make_collate
     from nemo_fiberpo.aligner.report import format_table, make_report
@@ -127,7 +127,9 @@ def run(cfg: DictConfig) -> None:
     if launch.is_first_rank():
         table = make_report(run_dir, title=cfg.name)
         print(format_table(table) if table else "")
-        print(f"wrote {run_dir}/report.png, metrics.jsonl; TensorBoard log and checkpoints in {run_dir}/nemo", flush=True)
+        print(
+            f"wrote {run_dir}/report.png, metrics.jsonl; TensorBoard log and checkpoints in {run_dir}/nemo", flush=True
+        )
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="quickstart")

@@ -2,10 +2,10 @@
 
     torchrun --nproc_per_node 2 examples/warm_start.py --config-name quickstart
 
-A policy that answers nothing right has nothing to reinforce. This trains a fresh model on prompts with reference answers, each
-domain until it answers about a third of its prompts, and writes the .nemo file that examples/train_gpt_fiberpo.py starts from.
-The supervised gradient is that of the objective on-policy with advantage 1: every token's coefficient is its weight.
-"""
+A policy that answers nothing right has nothing to reinforce. This trains a fresh model on prompts with reference
+answers, each domain until it answers about a third of its prompts, and writes the .nemo file that
+examples/train_gpt_fiberpo.py starts from. The supervised gradient is that of the objective on-policy with advantage 1:
+every token's coefficient is its weight."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def run(cfg: DictConfig) -> None:
     init_distributed(trainer, actor)
     checks = PromptDataset(data.train, actor.tokenizer, data.max_prompt_length)
     optimizer, scheduler, _ = launch.initialise(cfg, trainer, actor, checks)
-    records = load_prompts(settings.data)
+    examples = tokenize(load_prompts(settings.data), actor.tokenizer)
     sample = first_of_each_domain(checks, settings.check_prompts)
     grader = make_reward_model(reward, checks.records, actor.tokenizer)
 
@@ -63,7 +63,7 @@ def run(cfg: DictConfig) -> None:
     generator = torch.Generator().manual_seed(cfg.model.seed)
     for step in range(settings.steps):
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        batch = draw(records, share, settings.batch_size, generator)[rank::ranks]
+        batch = draw(examples, share, settings.batch_size, generator)[rank::ranks]
         supervised_step(actor, hierarchy, optimizer, scheduler, batch, settings.batch_size)
         if (step + 1) % settings.check_every == 0:
             rows = evaluate(actor, grader, sample, batch=len(sample), seed=step)
@@ -79,14 +79,22 @@ def run(cfg: DictConfig) -> None:
     grader.close()
 
 
-def draw(records, share: dict[str, float], number: int, generator: torch.Generator):
-    """`number` records at random, domains in proportion to their shares."""
-    by_domain = {domain: [record for record in records if record.domain == domain] for domain in share}
+def draw(examples, share: dict[str, float], number: int, generator: torch.Generator):
+    """`number` examples at random, domains in proportion to their shares."""
     weights = torch.tensor(list(share.values()), dtype=torch.float64)
     domains = torch.multinomial(weights, number, replacement=True, generator=generator).tolist()
     places = torch.rand(number, generator=generator, dtype=torch.float64).tolist()
-    pools = [by_domain[domain] for domain in share]
+    pools = [examples[domain] for domain in share]
     return [pools[domain][int(place * len(pools[domain]))] for domain, place in zip(domains, places, strict=True)]
+
+
+def tokenize(records, tokenizer) -> dict[str, list[tuple[list[int], list[int]]]]:
+    """(prompt, answer and end of sequence) as token ids, by domain."""
+    examples: dict[str, list[tuple[list[int], list[int]]]] = {}
+    for record in records:
+        answer = [*tokenizer.text_to_ids(record.response), tokenizer.eos_id]
+        examples.setdefault(record.domain, []).append((tokenizer.text_to_ids(record.prompt), answer))
+    return examples
 
 
 def first_of_each_domain(prompts, number: int):
@@ -100,22 +108,19 @@ def first_of_each_domain(prompts, number: int):
     return prompts.subset(places)
 
 
-def supervised_step(actor, hierarchy, optimizer, scheduler, records, global_batch: int) -> None:
+def supervised_step(actor, hierarchy, optimizer, scheduler, examples, global_batch: int) -> None:
     """One optimizer step on -mean log-likelihood of the answers, each answer weighing the same."""
     from nemo_fiberpo.aligner.actor import Minibatch
     from nemo_fiberpo.objective.cells import build_cells
 
-    tokenizer = actor.tokenizer
-    prompts = [tokenizer.text_to_ids(record.prompt) for record in records]
-    answers = [tokenizer.text_to_ids(record.response) + [tokenizer.eos_id] for record in records]
-    width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
-    tokens = torch.full((len(records), width), tokenizer.eos_id)
-    mask = torch.zeros(len(records), width - 1, dtype=torch.bool)
-    for row, live, prompt, answer in zip(tokens, mask, prompts, answers, strict=True):
+    width = max(len(prompt) + len(answer) for prompt, answer in examples)
+    tokens = torch.full((len(examples), width), actor.tokenizer.eos_id)
+    mask = torch.zeros(len(examples), width - 1, dtype=torch.bool)
+    for row, live, (prompt, answer) in zip(tokens, mask, examples, strict=True):
         row[: len(prompt) + len(answer)] = torch.tensor(prompt + answer)
         live[len(prompt) - 1 : len(prompt) + len(answer) - 1] = True
     weights = mask.double() / mask.sum(1, keepdim=True) / global_batch
-    trajectory = torch.arange(len(records)).repeat_interleave(width - 1)
+    trajectory = torch.arange(len(examples)).repeat_interleave(width - 1)
     minibatch = Minibatch(
         tokens=tokens,
         old_log_probs=torch.zeros(mask.shape),
@@ -123,7 +128,9 @@ def supervised_step(actor, hierarchy, optimizer, scheduler, records, global_batc
         weights=weights,
         weighted_advantage=weights,
         mask=mask,
-        cells=build_cells(["trajectory"], {"trajectory": trajectory}, mask.reshape(-1), shape=tuple(mask.shape)),
+        cells=build_cells(
+            ["trajectory"], {"trajectory": trajectory}, mask.reshape(-1), shape=(len(examples), width - 1)
+        ),
     )
     actor.prepare_for_training()
     optimizer.zero_grad()

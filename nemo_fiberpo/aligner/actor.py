@@ -70,8 +70,8 @@ def check_model(cfg: DictConfig) -> None:
 
 
 class FiberPOActor(MegatronGPTActorModel):
-    """MegatronGPTActorModel whose training step is `megatron.step.exact_step`, and whose generation keeps expert-parallel
-    ranks in lockstep.
+    """MegatronGPTActorModel whose training step is `megatron.step.exact_step`, and whose generation keeps
+    expert-parallel ranks in lockstep.
 
     Reads the sections of the model config that its parent reads (`model.ppo` holds generation and micro-batch sizes).
     SPMD: as its parent; samples are sharded over data parallel ranks (expert-parallel ones included), replicated over
@@ -82,6 +82,7 @@ class FiberPOActor(MegatronGPTActorModel):
         check_model(cfg)
         super().__init__(cfg, trainer)
         self._reducer: Reducer | None = None
+        self._sampling_params: dict[str, Any]
 
     @property
     def reducer(self) -> Reducer:
@@ -106,7 +107,8 @@ class FiberPOActor(MegatronGPTActorModel):
             self._sampling_params = before
 
     def token_log_probs(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """[b, s - 1] log-probs of tokens[:, 1:] from vocabulary-parallel logits [b, s, V/tp], at the sampling temperature 1."""
+        """[b, s - 1] log-probs of tokens[:, 1:] from vocabulary-parallel logits [b, s, V/tp], at the sampling
+        temperature 1."""
         return next_token_log_probs(logits, tokens, mpu.get_tensor_model_parallel_group())
 
     def get_logprob_output_only_func(self, inference_only: bool = True) -> Callable:
@@ -163,7 +165,11 @@ class FiberPOActor(MegatronGPTActorModel):
         columns = {"tokens": minibatch.tokens}
         if with_penalty:
             assert minibatch.init_log_probs is not None
-            columns |= {"init_log_probs": minibatch.init_log_probs, "weights": minibatch.weights, "mask": minibatch.mask}
+            columns |= {
+                "init_log_probs": minibatch.init_log_probs,
+                "weights": minibatch.weights,
+                "mask": minibatch.mask,
+            }
         parts = {name: value.split(self.cfg.micro_batch_size) for name, value in columns.items()}
         return [dict(zip(parts, row, strict=True)) for row in zip(*parts.values(), strict=True)]
 
@@ -211,8 +217,8 @@ class FiberPOActor(MegatronGPTActorModel):
 def kl_penalty(log_probs: Tensor, batch: dict[str, Tensor], *, coefficient: float) -> Tensor:
     """coefficient * sum_i w_i (exp(d_i) - d_i - 1), d = log pi_init - log pi: the k3 estimate of KL(pi || pi_init).
 
-    All [b, s - 1]; masked tokens add nothing, whatever their values. The exponent is limited to 20 nats (a ratio of 5e8),
-    beyond which float32 would overflow.
+    All [b, s - 1]; masked tokens add nothing, whatever their values. The exponent is limited to 20 nats (a ratio of
+    5e8), beyond which float32 would overflow.
     """
     mask = batch["mask"].to(log_probs.device)
     difference = batch["init_log_probs"].to(log_probs.device) - log_probs

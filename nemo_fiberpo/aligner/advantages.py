@@ -1,8 +1,8 @@
 """Advantages of whole responses from their rewards, by prompt group.
 
-All tensors are 1-D over the samples of a rollout, [N], on one device; `valid` is bool: samples that have a reward. A sample
-that has none takes no part in a baseline and has advantage 0. SPMD: give every rank the whole rollout; nothing is reduced here.
-"""
+All tensors are 1-D over the samples of a rollout, [N], on one device; `valid` is bool: samples that have a reward. A
+sample that has none takes no part in a baseline and has advantage 0. SPMD: give every rank the whole rollout; nothing
+is reduced here."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def group_normalized(rewards: Tensor, group: Tensor, valid: Tensor) -> Tensor:
 
 
 def rloo(rewards: Tensor, group: Tensor, valid: Tensor) -> Tensor:
-    """r minus the mean reward of the other valid samples of the prompt group, float64 [N]; 0 where there is no other."""
+    """r minus the mean reward of the other valid samples of the prompt group, float64 [N]; 0 where there is no
+    other."""
     _, index = group.unique(return_inverse=True)
     groups = int(index.max()) + 1 if index.numel() else 0
     rewards = torch.where(valid, rewards.double(), 0.0)

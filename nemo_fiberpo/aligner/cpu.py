@@ -1,8 +1,8 @@
 """NeMo 2.2.1 and NeMo-Aligner 0.7.0 without a GPU: one explicit, reversible place, on top of `megatron.cpu`.
 
-Both were written for NVIDIA's containers and take Apex, Transformer Engine, TensorRT-LLM and PyTriton for granted. `install()`
-fills the few gaps that a CPU run meets, for the whole process, until `uninstall()`. Nothing is patched unless it is called; call
-it before importing anything of `nemo_aligner`. On a GPU machine none of this is used.
+Both were written for NVIDIA's containers and take Apex, Transformer Engine, TensorRT-LLM and PyTriton for granted.
+`install()` fills the few gaps that a CPU run meets, for the whole process, until `uninstall()`. Nothing is patched
+unless it is called; call it before importing anything of `nemo_aligner`. On a GPU machine none of this is used.
 
 What the configuration must say in addition (`conf/model/` does): transformer_engine=False, fusions off,
 use_cpu_initialization=True, optim.name=mcore_distributed_optim, trainer.accelerator=cpu.
@@ -10,11 +10,12 @@ use_cpu_initialization=True, optim.name=mcore_distributed_optim, trainer.acceler
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +24,6 @@ from nemo_fiberpo.megatron.patching import Patch, Patches
 
 _GPT = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model"
 _OVERRIDES = "nemo.collections.nlp.parts.nlp_overrides"
-_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 _FILE_WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 
 
@@ -39,7 +39,9 @@ def _local_spec(spec_name: str = "", transformer_config: Any = None, *_args: Any
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     if spec_name:
-        raise ValueError(f"model.name={spec_name!r}: the CPU mode builds Megatron-core's local layer spec; leave name empty")
+        raise ValueError(
+            f"model.name={spec_name!r}: the CPU mode builds Megatron-core's local layer spec; leave name empty"
+        )
     return get_gpt_layer_local_spec(transformer_config.num_moe_experts, transformer_config.moe_grouped_gemm)
 
 
@@ -81,38 +83,34 @@ def _with_serialization_format(write_item: Callable) -> Callable:
     return wrapped
 
 
-def _without_step(get_states: Callable) -> Callable:
-    """torch's AdamW keeps `step` with each parameter, Apex's in the group; Megatron-core saves the former as if it were a
-    shard of the parameter. It already carries the step with the groups where Apex is absent, so it is left out here."""
+def _adam_with_group_steps() -> type:
+    """torch's AdamW with Apex's state: `step` in the parameter group, not with every parameter."""
+    import torch
 
-    def wrapped(optimizer: Any, model_param: Any) -> dict[str, Any]:
-        return {name: value for name, value in get_states(optimizer, model_param).items() if name != "step"}
+    class AdamW(torch.optim.AdamW):
+        @contextlib.contextmanager
+        def _steps_with_parameters(self) -> Iterator[None]:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if self.state.get(parameter):
+                        self.state[parameter]["step"] = torch.tensor(float(group.get("step", 0)))
+            yield
+            for state in self.state.values():
+                state.pop("step", None)
 
-    return wrapped
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            torch.optim.Optimizer.__setstate__(self, state)
+            with self._steps_with_parameters():
+                super().__setstate__({})
 
+        def step(self, closure: Any = None) -> Any:
+            with self._steps_with_parameters():
+                loss = super().step(closure)
+            for group in self.param_groups:
+                group["step"] = group.get("step", 0) + 1
+            return loss
 
-def _keeping_step(set_states: Callable) -> Callable:
-    """The way back: the step that `load_state_dict` restored stays."""
-
-    def wrapped(optimizer: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        group, order = optimizer.model_param_group_index_map[model_param]
-        state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][order]]
-        set_states(optimizer, model_param, {"step": state["step"], **tensors} if "step" in state else tensors)
-
-    return wrapped
-
-
-def _own_steps(load_state_dict: Callable) -> Callable:
-    """Megatron-core gives all parameters one tensor as their step; AdamW, which counts in place, would count it once for
-    every parameter."""
-
-    def wrapped(optimizer: Any, state_dict: dict[str, Any]) -> None:
-        load_state_dict(optimizer, state_dict)
-        for state in optimizer.optimizer.state.values():
-            if "step" in state:
-                state["step"] = state["step"].clone()
-
-    return wrapped
+    return AdamW
 
 
 def _identity(_self: Any, checkpoint: Any) -> Any:
@@ -125,33 +123,90 @@ def _patches() -> Patches:
 
     return Patches(
         (
-            Patch("nemo.collections.nlp.models.nlp_model", "get_megatron_pretrained_bert_models",
-                  "asks a registry on the network for a list of BERT models", lambda: []),
-            Patch(_GPT, "get_specs", "builds every layer spec, those of Transformer Engine included, to pick one", _local_spec),
-            Patch("nemo.collections.nlp.modules.common.megatron.megatron_init", "_set_random_seed",
-                  "leaves Megatron's RNG tracker without its streams where no GPU is counted", wrap=_seeding_the_tracker),
-            Patch("nemo.collections.nlp.modules.common.megatron.build_model", "set_defaults_if_not_set_tensor_model_parallel_attributes",
-                  "comes from Apex; Megatron-core has the same", set_defaults_if_not_set_tensor_model_parallel_attributes, missing_ok=True),
-            Patch("nemo.collections.nlp.modules.common.megatron.utils", "listify_model", "comes from Apex", _listify, missing_ok=True),
+            Patch(
+                "nemo.collections.nlp.models.nlp_model",
+                "get_megatron_pretrained_bert_models",
+                "asks a registry on the network for a list of BERT models",
+                list,
+            ),
+            Patch(
+                _GPT,
+                "get_specs",
+                "builds every layer spec, those of Transformer Engine included, to pick one",
+                _local_spec,
+            ),
+            Patch(
+                "nemo.collections.nlp.modules.common.megatron.megatron_init",
+                "_set_random_seed",
+                "leaves Megatron's RNG tracker without its streams where no GPU is counted",
+                wrap=_seeding_the_tracker,
+            ),
+            Patch(
+                "nemo.collections.nlp.modules.common.megatron.build_model",
+                "set_defaults_if_not_set_tensor_model_parallel_attributes",
+                "comes from Apex; Megatron-core has the same",
+                set_defaults_if_not_set_tensor_model_parallel_attributes,
+                missing_ok=True,
+            ),
+            Patch(
+                "nemo.collections.nlp.modules.common.megatron.utils",
+                "listify_model",
+                "comes from Apex",
+                _listify,
+                missing_ok=True,
+            ),
             *(
-                Patch("nemo.collections.nlp.modules.common.megatron.utils", name, "is Apex's; only isinstance checks read it",
-                      _Unavailable, missing_ok=True)
+                Patch(
+                    "nemo.collections.nlp.modules.common.megatron.utils",
+                    name,
+                    "is Apex's; only isinstance checks read it",
+                    _Unavailable,
+                    missing_ok=True,
+                )
                 for name in ("FusedLayerNorm", "FastLayerNorm", "MixedFusedRMSNorm")
             ),
             Patch(_OVERRIDES, "HAVE_APEX", "guards the distributed strategy, which itself does not need Apex", True),
-            Patch(_OVERRIDES, "McoreDistributedOptimizer", "is imported together with Apex's optimizer",
-                  McoreDistributedOptimizer, missing_ok=True),
-            Patch(_OVERRIDES, "MegatronDistributedFusedAdam", "is Apex's; only isinstance checks read it", _Unavailable, missing_ok=True),
+            Patch(
+                _OVERRIDES,
+                "McoreDistributedOptimizer",
+                "is imported together with Apex's optimizer",
+                McoreDistributedOptimizer,
+                missing_ok=True,
+            ),
+            Patch(
+                _OVERRIDES,
+                "MegatronDistributedFusedAdam",
+                "is Apex's; only isinstance checks read it",
+                _Unavailable,
+                missing_ok=True,
+            ),
             Patch(f"{_OVERRIDES}:NLPDDPStrategy", "_fix_tensors_device", "asserts that CUDA is initialised", _identity),
-            Patch("torch.distributed", "all_gather_into_tensor", "gloo refuses the 0-dimensional size NeMo-Aligner gathers",
-                  wrap=_one_dimensional),
-            Patch(_FILE_WRITER, "_write_item", "Megatron-core 0.11 calls torch's writer by its older signature",
-                  wrap=_with_serialization_format),
-            Patch(_OPTIMIZER, "_get_main_param_and_optimizer_states", "expects Apex's Adam, see there", wrap=_without_step),
-            Patch(_OPTIMIZER, "_set_main_param_and_optimizer_states", "expects Apex's Adam, see there", wrap=_keeping_step),
-            Patch(_OPTIMIZER, "load_state_dict", "expects Apex's Adam, see there", wrap=_own_steps),
+            Patch(
+                "torch.distributed",
+                "all_gather_into_tensor",
+                "gloo refuses the 0-dimensional size NeMo-Aligner gathers",
+                wrap=_one_dimensional,
+            ),
+            Patch(
+                _FILE_WRITER,
+                "_write_item",
+                "Megatron-core 0.11 calls torch's writer by its older signature",
+                wrap=_with_serialization_format,
+            ),
+            Patch(
+                "megatron.core.optimizer",
+                "Adam",
+                "torch's AdamW counts steps per parameter; Megatron-core saves Apex's, which counts per group",
+                _adam_with_group_steps(),
+            ),
+            Patch(
+                "megatron.core.optimizer.distrib_optimizer",
+                "HAVE_APEX_OR_TE",
+                "tells whether Adam counts steps per group, which the one above does",
+                True,
+            ),
         )
-    )  # fmt: skip
+    )
 
 
 def _stub_modules() -> dict[str, ModuleType]:

@@ -28,8 +28,8 @@ def evaluate(
         batch  prompts per generation batch and rank
         seed   of the sampling: the same prompts and seed give paired samples before and after training
 
-    Returns rows {prompt_index, domain, mode, reward, response, length, ended}, by mode and prompt, the same on every rank;
-    prompt_index counts within `prompts`, reward is None where the response could not be graded.
+    Returns rows {prompt_index, domain, mode, reward, response, length, ended}, by mode and prompt, the same on every
+    rank; prompt_index counts within `prompts`, reward is None where the response could not be graded.
 
     SPMD: every rank calls this; prompts are sharded over data-parallel ranks.
     """
@@ -56,7 +56,15 @@ def _evaluate_batch(
     rewards, _ = answer.result() if isinstance(answer, FutureResult) else answer
     texts = decode_responses(rollout, actor.tokenizer)
     lengths = (rollout["response_lengths"] - rollout["prompt_lengths"]).tolist()
-    columns = zip(indices, rewards.tolist(), texts, lengths, rollout["is_end"].tolist(), rollout["grader_failed"].tolist())
+    columns = zip(
+        indices,
+        rewards.tolist(),
+        texts,
+        lengths,
+        rollout["is_end"].tolist(),
+        rollout["grader_failed"].tolist(),
+        strict=False,
+    )
     return [
         {
             "prompt_index": index,

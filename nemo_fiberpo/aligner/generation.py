@@ -1,10 +1,10 @@
 """Generation by NeMo's native loop, in lockstep over expert-parallel ranks.
 
-NeMo decodes until every sample of this rank has ended. With expert parallelism each decoding step is a collective (tokens
-travel to the ranks that hold their experts), so a rank that stops earlier than its expert-parallel peers leaves them waiting
-for ever. `Lockstep` makes all ranks of such a group decode the same number of steps: two guard rows give every rank the same
-shortest and longest prompt, and the first of them ends only when all samples of all ranks have.
-"""
+NeMo decodes until every sample of this rank has ended. With expert parallelism each decoding step is a collective
+(tokens travel to the ranks that hold their experts), so a rank that stops earlier than its expert-parallel peers
+leaves them waiting for ever. `Lockstep` makes all ranks of such a group decode the same number of steps: two guard
+rows give every rank the same shortest and longest prompt, and the first of them ends only when all samples of all
+ranks have."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def expert_group() -> dist.ProcessGroup | None:
 def add_guard_rows(tokens: Tensor, lengths: Tensor, eos_id: int, max_new_tokens: int, group: dist.ProcessGroup):
     """Two rows before the prompts, as long as the shortest and the longest prompt of any rank of `group`.
 
-    tokens int64 [b, s], lengths int64 [b] -> the same with b + 2 rows and room for max_new_tokens after the longest prompt.
-    """
+    tokens int64 [b, s], lengths int64 [b] -> the same with b + 2 rows and room for max_new_tokens after the longest
+    prompt."""
     extremes = torch.stack([-lengths.min(), lengths.max()])
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     shortest, longest = -int(extremes[0]), int(extremes[1])
@@ -44,7 +44,8 @@ def add_guard_rows(tokens: Tensor, lengths: Tensor, eos_id: int, max_new_tokens:
 
 
 class Lockstep(TrackLengthGPTModelTextGenerationStrategy):
-    """NeMo-Aligner's strategy for a batch whose first rows are `add_guard_rows`'s, ended for all ranks of `group` together."""
+    """NeMo-Aligner's strategy for a batch whose first rows are `add_guard_rows`'s, ended for all ranks of `group`
+    together."""
 
     def __init__(self, model: Any, context_lengths: Tensor, max_length: int, group: dist.ProcessGroup):
         super().__init__(model, context_lengths, max_length)
@@ -67,8 +68,8 @@ def generate_tokens(
 ) -> Tensor | None:
     """Sample responses: tokens int64 [b, s] with room behind each prompt, lengths [b] of the prompts.
 
-    Returns int64 [b, longest], None on a pipeline stage between the first and the last. NeMo's `generate` does the same and
-    then turns every token back into text, one at a time, which nobody here reads.
+    Returns int64 [b, longest], None on a pipeline stage between the first and the last. NeMo's `generate` does the
+    same and then turns every token back into text, one at a time, which nobody here reads.
     """
     output = synced_generate(
         model,
@@ -92,7 +93,8 @@ def generate_tokens(
 @contextlib.contextmanager
 def deterministic(seed: int, step: int, data_parallel_rank: int) -> Iterator[None]:
     """Sample from a generator that is a function of (seed, step, rank on the data-parallel axis), so that a resumed run
-    draws what the uninterrupted one would have; equal on tensor- and pipeline-parallel ranks, which must sample alike."""
+    draws what the uninterrupted one would have; equal on tensor- and pipeline-parallel ranks, which must sample
+    alike."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         torch.manual_seed((seed * 1_000_003 + step) * 65_537 + data_parallel_rank)

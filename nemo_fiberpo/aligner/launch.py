@@ -5,6 +5,8 @@ Nothing here decides anything about the algorithm; it starts NeMo the way NeMo-A
 
 from __future__ import annotations
 
+import gc
+import logging as std_logging
 import os
 import re
 import sys
@@ -35,8 +37,8 @@ def overrides(arguments: Iterable[str]) -> list[str]:
     """The command line's overrides as Hydra takes them, so that anything can be overridden and a typo is explained.
 
     `hierarchy.strata.domain.budget.pos=0.03` names a stratum of the list, which Hydra cannot; it becomes an entry of
-    `stratum_overrides`, see `apply_stratum_overrides`. Keys of the sections that are checked key by key are passed even if
-    they are unknown: the check names the nearest valid one, Hydra would not.
+    `stratum_overrides`, see `apply_stratum_overrides`. Keys of the sections that are checked key by key are passed
+    even if they are unknown: the check names the nearest valid one, Hydra would not.
     """
     out = []
     for argument in arguments:
@@ -80,7 +82,12 @@ def check_batches(cfg: DictConfig, data_parallel_size: int) -> None:
     per_step = algorithm.prompts_per_rollout * group // algorithm.optimizer_steps
     local = algorithm.prompts_per_rollout * group // ranks
     wanted = (
-        ("model.ppo.rollout_micro_batch_size", model.ppo.rollout_micro_batch_size, group, "algorithm.samples_per_prompt"),
+        (
+            "model.ppo.rollout_micro_batch_size",
+            model.ppo.rollout_micro_batch_size,
+            group,
+            "algorithm.samples_per_prompt",
+        ),
         (
             "algorithm.prompts_per_rollout x samples_per_prompt",
             algorithm.prompts_per_rollout * group,
@@ -93,7 +100,12 @@ def check_batches(cfg: DictConfig, data_parallel_size: int) -> None:
             model.micro_batch_size * ranks,
             f"model.micro_batch_size x {ranks} data-parallel ranks",
         ),
-        ("samples per rank and rollout", local, model.ppo.forward_micro_batch_size, "model.ppo.forward_micro_batch_size"),
+        (
+            "samples per rank and rollout",
+            local,
+            model.ppo.forward_micro_batch_size,
+            "model.ppo.forward_micro_batch_size",
+        ),
     )
     for name, value, divisor, meaning in wanted:
         if value % divisor:
@@ -111,7 +123,10 @@ def start(cfg: DictConfig) -> None:
 
     mp.set_start_method("spawn", force=True)
     if cfg.cpu:
-        logging.setLevel(logging.WARNING)
+        # What these say on a CPU is which GPU features are absent, and NeMo names every default of its config.
+        logging.setLevel(logging.ERROR)
+        for name in ("lightning.pytorch", "pytorch_lightning", "megatron"):
+            std_logging.getLogger(name).setLevel(std_logging.ERROR)
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
@@ -155,6 +170,9 @@ def initialise(cfg: DictConfig, trainer: Any, actor: Any, dataset: Any) -> tuple
     batch = divide(cfg.model.global_batch_size, parallel_state.get_data_parallel_world_size())
     init_using_ptl(trainer, actor, torch.utils.data.DataLoader(dataset, batch_size=batch), dataset)
     del actor._train_dl
+    # PPOTrainer collects garbage several times a step; without this each pass walks all that NeMo's imports made.
+    gc.collect()
+    gc.freeze()
     optimizer, scheduler = extract_optimizer_scheduler_from_ptl_model(actor)
     return optimizer, scheduler, add_custom_checkpoint_callback(trainer, actor)
 
@@ -162,7 +180,9 @@ def initialise(cfg: DictConfig, trainer: Any, actor: Any, dataset: Any) -> tuple
 def prompt_loader(cfg: DictConfig, dataset: Any, collate: Callable) -> Callable:
     """What PPOTrainer calls for a data loader of prompts that starts at `consumed_samples`."""
     prompts_per_batch = cfg.model.ppo.rollout_micro_batch_size // cfg.algorithm.samples_per_prompt
-    return partial(_build_loader, dataset, collate, prompts_per_batch, cfg.algorithm.prompts_per_rollout, cfg.model.seed)
+    return partial(
+        _build_loader, dataset, collate, prompts_per_batch, cfg.algorithm.prompts_per_rollout, cfg.model.seed
+    )
 
 
 def _build_loader(dataset: Any, collate: Callable, micro: int, total: int, seed: int, consumed_samples: int) -> Any:
@@ -184,7 +204,8 @@ def _build_loader(dataset: Any, collate: Callable, micro: int, total: int, seed:
 
 
 def wait_for_file(path: Path, seconds: float = 120.0) -> None:
-    """Until `path` is there, which the first rank writes before process groups exist. TimeoutError if it does not come."""
+    """Until `path` is there, which the first rank writes before process groups exist. TimeoutError if it does not
+    come."""
     until = time.monotonic() + seconds
     while not path.exists():
         if time.monotonic() > until:

@@ -15,9 +15,9 @@ from typing import Any, TextIO
 class MetricsFile:
     """One JSON object a line: {"rl_step": n, "step": x-axis of the logger, "<prefix>/<name>": number, ...}.
 
-    Given to NeMo-Aligner's logger wrapper beside its TensorBoard logger. Lines are appended and flushed whole; on a resume
-    `rewind` drops what a killed run had written past its checkpoint. Numbers are written with all their digits, NaN and
-    infinity as null.
+    Given to NeMo-Aligner's logger wrapper beside its TensorBoard logger. Lines are appended and flushed whole; on a
+    resume `rewind` drops what a killed run had written past its checkpoint. Numbers are written with all their digits,
+    NaN and infinity as null.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -44,7 +44,8 @@ class MetricsFile:
 
 
 def _rl_step(metrics: Mapping[str, Any], step: int | None) -> int | None:
-    """The RL step that a row belongs to: optimizer steps say it themselves, an evaluation comes after its step is counted."""
+    """The RL step that a row belongs to: optimizer steps say it themselves, an evaluation comes after its step is
+    counted."""
     if "train_optim/rl_step" in metrics:
         return int(metrics["train_optim/rl_step"])
     if step is not None and any(name.startswith("val_rollouts/") for name in metrics):
@@ -88,11 +89,14 @@ class Progress:
     def _print(self, step: int) -> None:
         now = time.monotonic()
         per_domain = [
-            f"{name.removeprefix('reward/')} {value:.2f}" for name, value in self._rollout.items() if name.startswith("reward/")
+            f"{name.removeprefix('reward/')} {value:.2f}"
+            for name, value in self._rollout.items()
+            if name.startswith("reward/")
         ]
         used = ", ".join(f"{stratum} {100 * value:.0f}%" for stratum, value in self._gates.items()) or "on-policy"
+        reward = self._rollout.get("rewards", math.nan)
         print(
-            f"step {step + 1:>{len(str(self._total))}}/{self._total}  reward {self._rollout.get('rewards', math.nan):.3f}"
+            f"step {step + 1:>{len(str(self._total))}}/{self._total}  reward {reward:.3f}"
             f" ({', '.join(per_domain)})  most of a budget used: {used}  {now - self._since:.1f} s",
             file=self._stream,
             flush=True,

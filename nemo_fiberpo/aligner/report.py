@@ -1,8 +1,8 @@
 """What a run did, for a person: a picture and a table.
 
-    python -m nemo_fiberpo.aligner.report RUN_DIR
+    python -m nemo_fiberpo.aligner.report RUN_DIR [RUN_DIR ...]
 
-reads from RUN_DIR
+reads from each RUN_DIR
     metrics.jsonl           JSON objects with "rl_step" (from 0) and the keys of METRIC_KEYS; others are ignored
     heldout_before.jsonl    one answer a line: prompt_index, domain, mode ("sampled" | "greedy"), reward (null where the
     heldout_after.jsonl     grader failed), response
@@ -30,6 +30,7 @@ METRIC_KEYS = {
     "train_reward": r"train_rollouts/reward/(?P<domain>.+)",
     "budget_used": r"train_optim/gates/(?P<stratum>[^/]+)/(?P<channel>pos|neg)/budget_used_max",
 }
+PASS_THROUGH = r"train_optim/gates/(?P<stratum>[^/.]+)/(pos|neg)/pass_through"
 MODES = ("sampled", "greedy")
 RESAMPLES = 10_000
 
@@ -157,6 +158,39 @@ def format_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def gates_at_work(path: Path) -> dict[str, float]:
+    """By stratum, the fraction of the optimizer steps after the first of a rollout in which one of its cells left
+    pass-through. The first step is on-policy: its log-ratios are 0."""
+    left: dict[str, list[bool]] = defaultdict(list)
+    for row in _json_lines(path):
+        lowest: dict[str, float] = defaultdict(lambda: 1.0)
+        for key, value in row.items():
+            if (match := re.fullmatch(PASS_THROUGH, key)) and value is not None:
+                lowest[match["stratum"]] = min(lowest[match["stratum"]], value)
+        for stratum, fraction in lowest.items():
+            left[stratum].append(fraction < 1.0)
+    return {stratum: sum(steps) / len(steps) for stratum, steps in left.items()}
+
+
+def format_markdown(runs: Sequence[tuple[str, Sequence[Row], dict[str, float]]]) -> str:
+    """(name, held-out rows, gates at work) of several runs as one Markdown table, and a second one of the gates."""
+    lines = [
+        "| run | domain | decoding | before | after | change | 95% interval | prompts |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, rows, _ in runs:
+        lines += [
+            f"| {name} | {row.domain} | {row.mode} | {row.before:.3f} | {row.after:.3f} | {row.difference:+.3f} "
+            f"| [{row.low:+.3f}, {row.high:+.3f}] | {row.n} |"
+            for row in rows
+        ]
+    strata = list(dict.fromkeys(stratum for _, _, gates in runs for stratum in gates))
+    lines += ["", "| run | " + " | ".join(strata) + " |", "|---" * (len(strata) + 1) + "|"]
+    for name, _, gates in runs:
+        lines.append(f"| {name} | " + " | ".join(f"{100 * gates.get(stratum, 0):.0f}%" for stratum in strata) + " |")
+    return "\n".join(lines)
+
+
 def make_report(run: Path, picture: Path | None = None, title: str = "") -> list[Row]:
     """Write the picture of the run in folder `run` (default: report.png in it) and return the held-out rows.
 
@@ -175,14 +209,23 @@ def make_report(run: Path, picture: Path | None = None, title: str = "") -> list
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m nemo_fiberpo.aligner.report", description="What a run did.")
-    parser.add_argument("run", type=Path, help="folder with metrics.jsonl and heldout_before/after.jsonl")
-    parser.add_argument("--out", type=Path, help="where the picture goes (default: RUN/report.png)")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="run", help="folder with metrics.jsonl, heldout_*.jsonl")
+    parser.add_argument("--out", type=Path, help="where the picture of a single run goes (default: RUN/report.png)")
     parser.add_argument("--title", default="", help="a line above the picture")
+    parser.add_argument("--markdown", action="store_true", help="print one Markdown table of all runs")
     args = parser.parse_args()
-    rows = make_report(args.run, args.out, args.title)
-    if rows:
-        print(format_table(rows))
-    print(f"wrote {args.out or args.run / 'report.png'}")
+    if args.out and len(args.runs) > 1:
+        parser.error("--out: is for one run")
+    reports = [
+        (run.name, make_report(run, args.out, args.title), gates_at_work(run / "metrics.jsonl")) for run in args.runs
+    ]
+    if args.markdown:
+        print(format_markdown(reports))
+        return
+    for run, (_, rows, _) in zip(args.runs, reports, strict=True):
+        if rows:
+            print(format_table(rows))
+        print(f"wrote {args.out or run / 'report.png'}")
 
 
 if __name__ == "__main__":

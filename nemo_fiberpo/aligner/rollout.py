@@ -15,10 +15,10 @@ from torch import Tensor
 class PromptSampler(MegatronPretrainingRandomSampler):
     """NeMo's random sampler with the order of prompts a function of `consumed_samples` (prompts) alone.
 
-    RL step s of an epoch takes prompts [s p, (s + 1) p) of that epoch's permutation, p = global_batch_size, dealt to the
-    data-parallel ranks in micro-batches. NeMo's own deals each rank a fixed part of the data set and, where p does not
-    divide it, ends an epoch with a rollout that is too short; here what is left over sits out the epoch, and each epoch
-    leaves out others. So a resumed run neither skips nor repeats a prompt, on any number of ranks.
+    RL step s of an epoch takes prompts [s p, (s + 1) p) of that epoch's permutation, p = global_batch_size, dealt to
+    the data-parallel ranks in micro-batches. NeMo's own deals each rank a fixed part of the data set and, where p does
+    not divide it, ends an epoch with a rollout that is too short; here what is left over sits out the epoch, and each
+    epoch leaves out others. So a resumed run neither skips nor repeats a prompt, on any number of ranks.
     """
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -53,8 +53,8 @@ def repeated_prompts(repeats: int) -> type[RepeatedPrompts]:
 def deal_groups(group: Tensor, minibatches: int, ranks: int, seed: int) -> list[list[Tensor]]:
     """Indices of the samples of each rank's minibatches: [rank][minibatch] -> int64.
 
-    group  int64 [N], the prompt group of each sample. The groups are shuffled by `seed`, each minibatch gets as many whole
-           groups, and its samples go to the ranks in turn, so that every rank has equally many.
+    group  int64 [N], the prompt group of each sample. The groups are shuffled by `seed`, each minibatch gets as many
+           whole groups, and its samples go to the ranks in turn, so that every rank has equally many.
 
     Raises ValueError where that cannot be done. A pure function: every rank computes the same.
     """
@@ -72,7 +72,9 @@ def deal_groups(group: Tensor, minibatches: int, ranks: int, seed: int) -> list[
         samples = (minibatch == number).nonzero().squeeze(1)
         samples = samples[place[group[samples]].argsort(stable=True)]
         if len(samples) % ranks:
-            raise ValueError(f"{len(samples)} samples per optimizer step cannot be dealt equally to {ranks} data-parallel ranks")
+            raise ValueError(
+                f"{len(samples)} samples per optimizer step cannot be dealt equally to {ranks} data-parallel ranks"
+            )
         for rank in range(ranks):
             dealt[rank].append(samples[rank::ranks])
     return dealt
@@ -84,7 +86,8 @@ class GroupedRollout(PPORolloutBatch):
     minibatches = 1
 
     def chunk(self, rank: int, split_size: int, seed: int) -> GroupedRollout:
-        """This rank's samples, ordered by minibatch; equally many each. `trajectory` numbers the samples of the rollout."""
+        """This rank's samples, ordered by minibatch; equally many each. `trajectory` numbers the samples of the
+        rollout."""
         group = self.data["prompt_index"].cpu()
         indices = torch.cat(deal_groups(group, self.minibatches, split_size, seed)[rank])
         chunk = type(self)()

@@ -1,7 +1,7 @@
 """The `algorithm`, `data` and `rewards` sections of a run's config, checked before anything is loaded.
 
-Unknown keys and values that make no sense are ValueErrors that name the field. `hierarchy` is `nemo_fiberpo.load_hierarchy`'s;
-`model`, `trainer` and `exp_manager` are NeMo's own.
+Unknown keys and values that make no sense are ValueErrors that name the field. `hierarchy` is
+`nemo_fiberpo.load_hierarchy`'s; `model`, `trainer` and `exp_manager` are NeMo's own.
 """
 
 from __future__ import annotations
@@ -93,13 +93,13 @@ class AlgorithmSettings:
         _choice(self, "truncated", TRUNCATED)
         if self.prompts_per_rollout % self.optimizer_steps:
             raise ValueError(
-                f"optimizer_steps: {self.optimizer_steps} must divide prompts_per_rollout = {self.prompts_per_rollout}, "
-                "so that every optimizer step holds whole prompt groups"
+                f"optimizer_steps: {self.optimizer_steps} must divide prompts_per_rollout = "
+                f"{self.prompts_per_rollout}, so that every optimizer step holds whole prompt groups"
             )
         if self.advantage != "given" and self.samples_per_prompt < 2:
             raise ValueError(
-                f"samples_per_prompt: {self.samples_per_prompt} leaves advantage={self.advantage} without a baseline; take "
-                "at least 2, or advantage: given"
+                f"samples_per_prompt: {self.samples_per_prompt} leaves advantage={self.advantage} without a baseline; "
+                "take at least 2, or advantage: given"
             )
         if (self.weights == "fixed_length_mean") != (self.fixed_length is not None):
             raise ValueError("fixed_length: a number of tokens, for weights: fixed_length_mean and only there")
@@ -107,7 +107,8 @@ class AlgorithmSettings:
             _whole(self, "fixed_length", 1)
         if self.val_check_interval and self.save_interval % self.val_check_interval:
             raise ValueError(
-                f"save_interval: {self.save_interval} must be a multiple of val_check_interval = {self.val_check_interval}"
+                f"save_interval: {self.save_interval} must be a multiple of val_check_interval = "
+                f"{self.val_check_interval}"
             )
         if not isinstance(self.kl.coefficient, (int, float)) or not 0 <= self.kl.coefficient < float("inf"):
             raise ValueError(f"kl.coefficient: must be a finite number, at least 0, got {self.kl.coefficient!r}")
@@ -124,8 +125,8 @@ class AlgorithmSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """train and heldout are JSONL files (see `prompts.py`); prompts of more than max_prompt_length tokens are an error or
-    dropped. `heldout_greedy` evaluates the held-out prompts by greedy decoding in addition to sampling."""
+    """train and heldout are JSONL files (see `prompts.py`); prompts of more than max_prompt_length tokens are an error
+    or dropped. `heldout_greedy` evaluates the held-out prompts by greedy decoding in addition to sampling."""
 
     train: str
     heldout: str | None = None
@@ -140,8 +141,8 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """kind `rules` grades responses in killable processes (see `rewards.RuleRewards` for its options); kind `server` asks
-    NeMo-Aligner's reward-model server, with the client's own configuration in `server`."""
+    """kind `rules` grades responses in killable processes (see `rewards.RuleRewards` for its options); kind `server`
+    asks NeMo-Aligner's reward-model server, with the client's own configuration in `server`."""
 
     kind: str = "rules"
     workers: int = 1
@@ -170,8 +171,8 @@ class WarmStartSettings:
     steps         optimizer steps at most
     batch_size    samples per optimizer step, over all ranks
     lr            learning rate
-    stop_reward   mean reward on `check_prompts` training prompts per domain at which a domain has learned enough; the warm
-                  start ends when all have
+    stop_reward   mean reward on `check_prompts` training prompts per domain at which a domain has learned enough; the
+                  warm start ends when all have
     rehearsal     share of such a domain in the batches, the others' being 1, so that it is not forgotten
     check_every   optimizer steps between two checks
     """

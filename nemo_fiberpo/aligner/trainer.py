@@ -1,4 +1,4 @@
-"""The training loop: NeMo-Aligner's PPOTrainer with prompt groups, whole-group minibatches and the exact FiberPO step."""
+"""The training loop: PPOTrainer of NeMo-Aligner with prompt groups, whole-group minibatches and the exact step."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ BUILT_IN_STRATA = ("domain", "prompt_group", "trajectory")
 class FiberPOTrainer(PPOTrainer):
     """PPOTrainer whose rollouts are prompt groups and whose optimizer steps are exact FiberPO steps.
 
-    What it changes of its parent: prompts come several times each; a minibatch holds whole prompt groups; advantages are
-    group-relative instead of a critic's; old log-probs, cells and weights are agreed once per rollout; the gradient is that
-    of the whole minibatch with global denominators, not a mean of per-micro-batch means; responses that did not end are
-    trained on unless `truncated: mask`. `fit`, checkpoints, timers and loggers are the parent's.
+    What it changes of its parent: prompts come several times each; a minibatch holds whole prompt groups; advantages
+    are group-relative instead of a critic's; old log-probs, cells and weights are agreed once per rollout; the
+    gradient is that of the whole minibatch with global denominators, not a mean of per-micro-batch means; responses
+    that did not end are trained on unless `truncated: mask`. `fit`, checkpoints, timers and loggers are the parent's.
 
     SPMD: one instance per rank. Samples are sharded over data-parallel ranks, replicated over tensor and pipeline ones.
     """
@@ -60,7 +60,8 @@ class FiberPOTrainer(PPOTrainer):
         self._cells: list[Cells] = []
 
     def _run_inference(self, dataloader_builder: Any, consumed_samples: int, is_validation: bool):
-        """One rollout: generate, grade, gather, deal whole prompt groups to minibatches and ranks, compute old log-probs.
+        """One rollout: generate, grade, gather, deal whole prompt groups to minibatches and ranks, compute old
+        log-probs.
 
         Returns this rank's samples and the metrics of the whole rollout.
         """
@@ -113,7 +114,11 @@ class FiberPOTrainer(PPOTrainer):
         if self.settings.truncated == "mask":
             keep = keep & rollout_batch["is_end"].bool()
         mask = mask & keep[:, None]
-        columns = {"mask": mask, "prompt_index": rollout_batch["prompt_index"], "trajectory": rollout_batch["trajectory"]}
+        columns = {
+            "mask": mask,
+            "prompt_index": rollout_batch["prompt_index"],
+            "trajectory": rollout_batch["trajectory"],
+        }
         advantage = rollout_batch["advantage"][:, None].expand(mask.shape)
         problem = non_finite("old log-probs", log_probs, mask) or non_finite("advantage", advantage, mask)
         self._cells, weights = self._agree(columns, problem)
@@ -129,7 +134,8 @@ class FiberPOTrainer(PPOTrainer):
         return data, {"advantage/abs_mean": rollout_batch["advantage"].abs().mean().item()}
 
     def _agree(self, columns: Mapping[str, Tensor], problem: str | None) -> tuple[list[Cells], Tensor]:
-        """Cells of every minibatch, shared between the ranks, and the token weights [b, s - 1] with global denominators."""
+        """Cells of every minibatch, shared between the ranks, and the token weights [b, s - 1] with global
+        denominators."""
         steps = self.settings.optimizer_steps
         own: list[Cells] = []
         try:
@@ -145,15 +151,19 @@ class FiberPOTrainer(PPOTrainer):
 
     def _hierarchy_cells(self, part: Mapping[str, Tensor]) -> Cells:
         labels = {
-            stratum.name: flat(stratum_labels(stratum.name, part, self.prompts), part["mask"]) for stratum in self.hierarchy.active
+            stratum.name: flat(stratum_labels(stratum.name, part, self.prompts), part["mask"])
+            for stratum in self.hierarchy.active
         }
-        names = {stratum.name: self.prompts.label_names(stratum.name) for stratum in self.hierarchy.active
-                 if stratum.name not in ("prompt_group", "trajectory")}  # fmt: skip
-        return self.hierarchy.cells(labels, part["mask"].reshape(-1), names=names, shape=tuple(part["mask"].shape))
+        names = {
+            stratum.name: self.prompts.label_names(stratum.name)
+            for stratum in self.hierarchy.active
+            if stratum.name not in ("prompt_group", "trajectory")
+        }
+        return self.hierarchy.cells(labels, part["mask"].reshape(-1), names=names, shape=_shape(part["mask"]))
 
     def _trajectory_cells(self, part: Mapping[str, Tensor]) -> Cells:
         labels = {"trajectory": flat(part["trajectory"], part["mask"])}
-        return build_cells(["trajectory"], labels, part["mask"].reshape(-1), shape=tuple(part["mask"].shape))
+        return build_cells(["trajectory"], labels, part["mask"].reshape(-1), shape=_shape(part["mask"]))
 
     def run_training(self, dataloader_iter: Iterator[Mapping[str, Tensor]]):
         """The optimizer steps of one rollout, `epochs` times over its minibatches."""
@@ -204,7 +214,9 @@ class FiberPOTrainer(PPOTrainer):
     def _over_ranks(self, extra_loss: float, recompute_error: float) -> dict[str, float]:
         """For the logs: the KL penalty summed over the ranks that hold tokens, the recompute error's maximum."""
         axes = self.model.reducer.axes
-        own = torch.tensor([extra_loss if axes.represents else 0.0, recompute_error], device=torch.cuda.current_device())
+        own = torch.tensor(
+            [extra_loss if axes.represents else 0.0, recompute_error], device=torch.cuda.current_device()
+        )
         gathered = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(axes.group))]
         torch.distributed.all_gather(gathered, own, group=axes.group)
         values = torch.stack(gathered)
@@ -230,7 +242,9 @@ class FiberPOTrainer(PPOTrainer):
         }
         domain = self.prompts.label_table("domain")[batch["prompt_index"]]
         names = self.prompts.label_names("domain")
-        metrics |= reward_metrics(batch["rewards"], domain, batch["grader_failed"], names, self.rm_critic.drops_failures)
+        metrics |= reward_metrics(
+            batch["rewards"], domain, batch["grader_failed"], names, self.rm_critic.drops_failures
+        )
         for number, name in enumerate(names):
             here = domain == number
             if bool(here.any()):
@@ -239,7 +253,11 @@ class FiberPOTrainer(PPOTrainer):
         return metrics
 
     def _first_sample(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-        tokens, start, stop = batch["response_tokens"][0], int(batch["prompt_lengths"][0]), int(batch["response_lengths"][0])
+        tokens, start, stop = (
+            batch["response_tokens"][0],
+            int(batch["prompt_lengths"][0]),
+            int(batch["response_lengths"][0]),
+        )
         to_text = self.model.tokenizer.ids_to_text
         return {
             "reward": batch["rewards"][0].item(),
@@ -248,7 +266,8 @@ class FiberPOTrainer(PPOTrainer):
         }
 
     def evaluate_heldout(self) -> list[dict[str, Any]]:
-        """One graded response per held-out prompt and mode, from the same random numbers at every call; see `evaluate`."""
+        """One graded response per held-out prompt and mode, from the same random numbers at every call; see
+        `evaluate`."""
         assert self.heldout is not None
         size = self.model.cfg.ppo.rollout_micro_batch_size
         seed = self.model.cfg.seed
@@ -257,6 +276,7 @@ class FiberPOTrainer(PPOTrainer):
     @torch.no_grad()
     def run_validation(self) -> dict[str, Any]:
         """Held-out rewards, as `fit` logs them every `val_check_interval` RL steps."""
+        assert self.heldout is not None
         rows = self.evaluate_heldout()
         metrics: dict[str, Any] = {}
         for mode in self.heldout_modes:
@@ -267,9 +287,14 @@ class FiberPOTrainer(PPOTrainer):
         return metrics | {"table": {"reward": first["reward"], "prompt": prompt, "response": first["response"]}}
 
 
+def _shape(mask: Tensor) -> tuple[int, int]:
+    rows, width = mask.shape
+    return rows, width
+
+
 def check_strata(hierarchy: Hierarchy, prompts: PromptDataset) -> None:
-    """ValueError if the hierarchy cannot be made from this data set: an unknown stratum, a budget override that names no
-    cell, strata that do not nest. One token per prompt stands for all that will be sampled from it."""
+    """ValueError if the hierarchy cannot be made from this data set: an unknown stratum, a budget override that names
+    no cell, strata that do not nest. One token per prompt stands for all that will be sampled from it."""
     everything = torch.arange(len(prompts))
     part = {"prompt_index": everything + prompts.first_index, "trajectory": everything}
     labels = {stratum.name: stratum_labels(stratum.name, part, prompts) for stratum in hierarchy.active}

@@ -19,7 +19,11 @@ def test_group_normalized_by_hand():
 def test_rloo_by_hand():
     # rewards 1, 0, 0: the others' means are 0, 1/2, 1/2
     rewards = torch.tensor([1.0, 0.0, 0.0])
-    assert rloo(rewards, torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.bool)).tolist() == [1.0, -0.5, -0.5]
+    assert rloo(rewards, torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.bool)).tolist() == [
+        1.0,
+        -0.5,
+        -0.5,
+    ]
 
 
 def by_loop(name, rewards, group, valid):

@@ -12,7 +12,10 @@ import pytest
 
 from nemo_fiberpo.aligner.picture import plot_report
 from nemo_fiberpo.aligner.report import (
+    Row,
+    format_markdown,
     format_table,
+    gates_at_work,
     heldout_table,
     make_report,
     paired_bootstrap,
@@ -141,3 +144,32 @@ def test_a_picture_of_nothing_of_one_step_and_of_a_use_of_zero_is_drawn(tmp_path
         path.unlink(missing_ok=True)
         plot_report(rewards, budgets, heldout, path)
         assert path.read_bytes().startswith(PNG)
+
+
+def test_gates_at_work_counts_optimizer_steps_in_which_a_cell_left_pass_through(tmp_path):
+    gate = "train_optim/gates/{}/{}/pass_through"
+    rows = [
+        {"rl_step": 0, "train_optim/on_policy": 1.0},
+        {
+            "rl_step": 0,
+            gate.format("domain", "pos"): 1.0,
+            gate.format("domain", "neg"): 1.0,
+            gate.format("x", "pos"): 1.0,
+        },
+        {
+            "rl_step": 0,
+            gate.format("domain", "pos"): 1.0,
+            gate.format("domain", "neg"): 0.5,
+            gate.format("x", "pos"): 1.0,
+        },
+    ]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert gates_at_work(path) == {"domain": 0.5, "x": 0.0}
+
+
+def test_several_runs_make_one_markdown_table():
+    row = Row("math", "sampled", 0.25, 0.5, 0.125, 0.375, n=256)
+    text = format_markdown([("seed0", [row], {"domain": 0.5})])
+    assert "| seed0 | math | sampled | 0.250 | 0.500 | +0.250 | [+0.125, +0.375] | 256 |" in text
+    assert "| seed0 | 50% |" in text

@@ -9,7 +9,10 @@ from nemo_fiberpo.aligner.settings import algorithm_settings, data_settings, rew
 ALGORITHM = {"samples_per_prompt": 8, "prompts_per_rollout": 96, "optimizer_steps": 4}
 HIERARCHY = {
     "token_clip": 0.04,
-    "strata": [{"name": "domain", "budget": {"pos": 0.02, "neg": 0.015}}, {"name": "trajectory", "budget": {"pos": 1, "neg": 1}}],
+    "strata": [
+        {"name": "domain", "budget": {"pos": 0.02, "neg": 0.015}},
+        {"name": "trajectory", "budget": {"pos": 1, "neg": 1}},
+    ],
 }
 
 
@@ -70,7 +73,13 @@ def test_section_refusals(reader, section, values, words):
 
 def test_strata_are_overridden_by_name():
     arguments = overrides(
-        ["hierarchy=trajectory", "hierarchy.strata.domain.budget.pos=0.5", "algorithm.epochs=2", "model.optim.lr=1", "+x=1"]
+        [
+            "hierarchy=trajectory",
+            "hierarchy.strata.domain.budget.pos=0.5",
+            "algorithm.epochs=2",
+            "model.optim.lr=1",
+            "+x=1",
+        ]
     )
     assert arguments == [
         "hierarchy=trajectory",
@@ -88,7 +97,10 @@ def test_strata_are_overridden_by_name():
 @pytest.mark.parametrize(
     ("cfg", "words"),
     [
-        ({"hierarchy": HIERARCHY, "stratum_overrides": {"domian": {"slope": 3}}}, ["hierarchy.strata.domian", "'domain'"]),
+        (
+            {"hierarchy": HIERARCHY, "stratum_overrides": {"domian": {"slope": 3}}},
+            ["hierarchy.strata.domian", "'domain'"],
+        ),
         ({"hierarchy": HIERARCHY, "algoritm": {}}, ["algoritm", "did you mean 'algorithm'"]),
         ({"hierarchy": HIERARCHY | {"token_clip": 0}}, ["hierarchy.token_clip", "greater than 0"]),
         (

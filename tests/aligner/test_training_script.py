@@ -34,20 +34,38 @@ pytestmark = pytest.mark.timeout(600)
 
 
 def environment() -> dict[str, str]:
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+    quiet = {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": "ignore",
+    }
     return os.environ | quiet | {"PYTHONPATH": str(ROOT)}
 
 
 def command(script: str, run_dir: Path, *overrides: str, processes: int = 2) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*launcher, str(ROOT / "examples" / script), "--config-name", "quickstart", f"run_dir={run_dir}", *SMALL, *overrides]
+    return [
+        *launcher,
+        str(ROOT / "examples" / script),
+        "--config-name",
+        "quickstart",
+        f"run_dir={run_dir}",
+        *SMALL,
+        *overrides,
+    ]
 
 
 def launch(script: str, run_dir: Path, *overrides: str, processes: int = 2) -> str:
     done = subprocess.run(
         command(script, run_dir, *overrides, processes=processes),
-        cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout[-8000:]
     return done.stdout
 
@@ -79,7 +97,12 @@ def optimizer_steps(run_dir: Path) -> list[dict]:
     return [row for row in metrics(run_dir) if "train_optim/grad_norm" in row]
 
 
-TWO_EPOCHS = ["algorithm.rl_steps=4", "algorithm.save_interval=2", "algorithm.epochs=2", "algorithm.kl.coefficient=0.01"]
+TWO_EPOCHS = [
+    "algorithm.rl_steps=4",
+    "algorithm.save_interval=2",
+    "algorithm.epochs=2",
+    "algorithm.kl.coefficient=0.01",
+]
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +126,10 @@ def test_a_run_leaves_metrics_checkpoints_and_a_policy(uninterrupted):
         if not first:
             for stratum in ("domain", "prompt_group", "trajectory"):
                 for channel in ("pos", "neg"):
-                    regimes = [row[f"train_optim/gates/{stratum}/{channel}/{r}"] for r in ("pass_through", "rollback", "zeroed")]
+                    regimes = [
+                        row[f"train_optim/gates/{stratum}/{channel}/{r}"]
+                        for r in ("pass_through", "rollback", "zeroed")
+                    ]
                     assert sum(regimes) == pytest.approx(1.0)
     assert any(row["train_optim/gates/log_ratio/abs_mean"] > 0 for row in steps if "train_optim/loss" in row)
     rollouts = [row for row in metrics(uninterrupted) if "train_rollouts/rewards" in row]
@@ -118,12 +144,18 @@ def test_a_run_killed_between_checkpoints_resumes_to_the_same_metrics(start, uni
     run_dir = fresh(start, tmp_path, "killed")
     process = subprocess.Popen(
         command("train_gpt_fiberpo.py", run_dir, *TWO_EPOCHS),
-        cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         until = time.monotonic() + 240
         # the checkpoint is that of step 2; the third step has begun to write its metrics
-        while not ((run_dir / "metrics.jsonl").exists() and any(row["rl_step"] == 2 for row in optimizer_steps(run_dir))):
+        while not (
+            (run_dir / "metrics.jsonl").exists() and any(row["rl_step"] == 2 for row in optimizer_steps(run_dir))
+        ):
             assert process.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < until, "no third step"
             time.sleep(0.05)
@@ -141,9 +173,10 @@ LAYOUTS = {
     "tensor parallel": (["model.tensor_model_parallel_size=2", "model.moe_token_dispatcher_type=alltoall"], 2),
     "pipeline parallel": (["model.pipeline_model_parallel_size=2"], 2),
     "expert parallel": (
-        ["model.expert_model_parallel_size=2", "model.megatron_amp_O2=true", "trainer.precision=bf16"], 2,
+        ["model.expert_model_parallel_size=2", "model.megatron_amp_O2=true", "trainer.precision=bf16"],
+        2,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -169,7 +202,9 @@ def test_every_layout_trains(start, tmp_path, layout):
 )
 def test_bad_config_is_one_line_before_anything_is_loaded(tmp_path, overrides, words):
     begun = [sys.executable, str(ROOT / "examples" / "train_gpt_fiberpo.py"), "--check", "--config-name", "quickstart"]
-    done = subprocess.run([*begun, f"run_dir={tmp_path}", *overrides], env=environment(), text=True, capture_output=True)
+    done = subprocess.run(
+        [*begun, f"run_dir={tmp_path}", *overrides], env=environment(), text=True, capture_output=True
+    )
     assert done.returncode == 1
     message = done.stderr.strip().splitlines()
     assert len(message) == 1 and message[0].startswith("error: "), done.stderr
@@ -179,7 +214,13 @@ def test_bad_config_is_one_line_before_anything_is_loaded(tmp_path, overrides, w
 
 def test_every_shipped_hierarchy_and_the_quickstart_config_pass_the_check(tmp_path):
     for hierarchy in sorted(path.stem for path in (ROOT / "conf" / "hierarchy").glob("*.yaml")):
-        begun = [sys.executable, str(ROOT / "examples" / "train_gpt_fiberpo.py"), "--check", "--config-name", "quickstart"]
+        begun = [
+            sys.executable,
+            str(ROOT / "examples" / "train_gpt_fiberpo.py"),
+            "--check",
+            "--config-name",
+            "quickstart",
+        ]
         done = subprocess.run(
             [*begun, f"hierarchy={hierarchy}", f"run_dir={tmp_path}"], env=environment(), text=True, capture_output=True
         )
