@@ -48,6 +48,9 @@ def run(cfg: DictConfig) -> None:
     with open_dict(cfg):
         cfg.model.optim.lr = cfg.model.optim.sched.min_lr = settings.lr
         cfg.model.global_batch_size = settings.batch_size
+        replicas = cfg.model.tensor_model_parallel_size * cfg.model.pipeline_model_parallel_size
+        ranks = int(os.environ.get("WORLD_SIZE", "1")) // replicas
+        cfg.model.micro_batch_size = settings.batch_size // ranks
     trainer = resolve_and_create_trainer(cfg, "ppo")
     if trainer.world_size > 1:
         launch.wait_for_file(Path(cfg.data_dir) / "train.jsonl")
@@ -62,7 +65,7 @@ def run(cfg: DictConfig) -> None:
     share = dict.fromkeys(checks.domains, 1.0)
     generator = torch.Generator().manual_seed(cfg.model.seed)
     for step in range(settings.steps):
-        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        rank = parallel_state.get_data_parallel_rank()
         batch = draw(examples, share, settings.batch_size, generator)[rank::ranks]
         supervised_step(actor, hierarchy, optimizer, scheduler, batch, settings.batch_size)
         if (step + 1) % settings.check_every == 0:
