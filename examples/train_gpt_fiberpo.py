@@ -30,26 +30,17 @@ def run(cfg: DictConfig) -> None:
     # The config is checked before anything is imported that takes time.
     hierarchy = launch.check_sections(cfg)
     settings, data, reward = algorithm_settings(cfg), data_settings(cfg), reward_settings(cfg)
+    launch.check_same_run(cfg)
     if CHECK_ONLY:
         return
     launch.start(cfg)
 
     from nemo_aligner.utils import parallel_state
-    from nemo_aligner.utils.distributed import Timer
-    from nemo_aligner.utils.train_script_utils import (
-        CustomLoggerWrapper,
-        init_distributed,
-        init_peft,
-        retrieve_custom_trainer_state_dict,
-    )
+    from nemo_aligner.utils.train_script_utils import init_distributed, init_peft, retrieve_custom_trainer_state_dict
     from nemo_aligner.utils.utils import retrieve_model_state_dict_in_cpu
 
-    from nemo_fiberpo.aligner.evaluation import mean_rewards, write_rows
-    from nemo_fiberpo.aligner.loggers import MetricsFile, Progress
-    from nemo_fiberpo.aligner.prompts import PromptDataset, make_collate
-    from nemo_fiberpo.aligner.report import format_table, make_report
+    from nemo_fiberpo.aligner.prompts import PromptDataset
     from nemo_fiberpo.aligner.rewards import make_reward_model
-    from nemo_fiberpo.aligner.trainer import FiberPOTrainer
 
     # The policy, as NeMo-Aligner's scripts build it.
     trainer = launch.build_lightning_trainer(cfg)
@@ -77,11 +68,30 @@ def run(cfg: DictConfig) -> None:
             too_long=data.too_long,
             own_graders=own_graders,
         )
+    if train.dropped and launch.is_first_rank():
+        print(f"{data.train}: dropped {train.dropped} prompts of more than {data.max_prompt_length} tokens")
     records = train.records + (heldout.records if heldout is not None else [])
     reward_model = make_reward_model(reward, records, actor.tokenizer)
 
-    # Optimizer, checkpoint, logs.
-    optimizer, scheduler, checkpoints = launch.initialise(cfg, trainer, actor, train)
+    try:
+        train_and_evaluate(cfg, trainer, actor, restored, hierarchy, settings, data, train, heldout, reward_model)
+    finally:
+        reward_model.close()
+
+
+def train_and_evaluate(cfg, trainer, actor, restored, hierarchy, settings, data, train, heldout, reward_model) -> None:
+    """Optimizer, checkpoint and logs; then held-out reward before, training, held-out reward after."""
+    from nemo_aligner.utils.distributed import Timer
+    from nemo_aligner.utils.train_script_utils import CustomLoggerWrapper
+
+    from nemo_fiberpo.aligner.evaluation import mean_rewards, write_rows
+    from nemo_fiberpo.aligner.loggers import MetricsFile, Progress
+    from nemo_fiberpo.aligner.prompts import make_collate
+    from nemo_fiberpo.aligner.report import format_table, make_report
+    from nemo_fiberpo.aligner.trainer import FiberPOTrainer
+
+    optimizer, scheduler, checkpoints = launch.initialise(cfg, trainer, actor, train, settings.total_steps(len(train)))
+    reward_model.start()
     run_dir = Path(cfg.run_dir)
     metrics_file = MetricsFile(run_dir / "metrics.jsonl") if launch.is_first_rank() else None
     loggers = [*trainer.loggers, metrics_file] if metrics_file is not None else list(trainer.loggers)
@@ -106,30 +116,34 @@ def run(cfg: DictConfig) -> None:
     )
     if launch.is_first_rank():
         loggers.append(Progress(fiberpo.max_steps))
+        launch.remember_run(cfg)
     fiberpo.logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     if restored is not None:
         fiberpo.load_state_dict(restored)
     if metrics_file is not None:
         metrics_file.rewind(fiberpo.step)
 
-    # Held-out reward before, training, held-out reward after.
-    for moment in ("before", "after"):
-        path = run_dir / f"heldout_{moment}.jsonl"
-        if heldout is not None and not (moment == "before" and fiberpo.step > 0):
-            rows = fiberpo.evaluate_heldout()
-            if launch.is_first_rank():
-                write_rows(path, rows)
-                means = ", ".join(f"{name} {mean:.3f}" for name, mean in mean_rewards(rows, "sampled").items())
-                print(f"held-out reward {moment}: {means}", flush=True)
-        if moment == "before":
-            fiberpo.fit()
-    reward_model.close()
+    def evaluate(moment: str) -> None:
+        if heldout is None:
+            return
+        rows = fiberpo.evaluate_heldout()
+        if launch.is_first_rank():
+            write_rows(run_dir / f"heldout_{moment}.jsonl", rows)
+            means = ", ".join(f"{name} {mean:.3f}" for name, mean in mean_rewards(rows, "sampled").items())
+            print(f"held-out reward {moment}: {means}", flush=True)
+
+    if fiberpo.step == 0:
+        evaluate("before")
+    fiberpo.fit()
+    if fiberpo.step < fiberpo.max_steps:
+        if launch.is_first_rank():
+            print(f"stopped at RL step {fiberpo.step} of {fiberpo.max_steps}; the same command goes on from here")
+        return
+    evaluate("after")
     if launch.is_first_rank():
         table = make_report(run_dir, title=cfg.name)
         print(format_table(table) if table else "")
-        print(
-            f"wrote {run_dir}/report.png, metrics.jsonl; TensorBoard log and checkpoints in {run_dir}/nemo", flush=True
-        )
+        print(f"wrote {run_dir}/report.png and metrics.jsonl; TensorBoard log and checkpoints are in {run_dir}/nemo")
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="quickstart")

@@ -28,13 +28,16 @@ launch.register_resolvers()
 def run(cfg: DictConfig) -> None:
     hierarchy = launch.check_sections(cfg)
     settings, data, reward = warm_start_settings(cfg), data_settings(cfg), reward_settings(cfg)
+    launch.check_same_run(cfg)
     target = Path(cfg.pretrained_checkpoint.restore_from_path)
     if target.exists():
         print(f"warm start: {target} exists, nothing to do")
         return
     if int(os.environ.get("RANK", "0")) == 0:
         print("warm start: making the data", flush=True)
+        shutil.rmtree(cfg.data_dir, ignore_errors=True)
         write_quickstart_data(Path(cfg.data_dir), seed=cfg.seed)
+        launch.remember_run(cfg)
     launch.start(cfg)
 
     from nemo_aligner.utils import parallel_state
@@ -57,7 +60,7 @@ def run(cfg: DictConfig) -> None:
     actor = FiberPOActor(cfg.model, trainer)
     init_distributed(trainer, actor)
     checks = PromptDataset(data.train, actor.tokenizer, data.max_prompt_length)
-    optimizer, scheduler, _ = launch.initialise(cfg, trainer, actor, checks)
+    optimizer, scheduler, _ = launch.initialise(cfg, trainer, actor, checks, settings.steps)
     examples = tokenize(load_prompts(settings.data), actor.tokenizer)
     sample = first_of_each_domain(checks, settings.check_prompts)
     grader = make_reward_model(reward, checks.records, actor.tokenizer)

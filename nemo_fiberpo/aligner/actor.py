@@ -62,11 +62,23 @@ def check_model(cfg: DictConfig) -> None:
     if not cfg.get("mcore_gpt", False):
         raise ValueError("model.mcore_gpt: must be true; NeMo's own GPT without Megatron-core is not supported")
     for name, instead in (
-        ("context_parallel_size", "a larger tensor_model_parallel_size with sequence_parallel"),
+        ("context_parallel_size", "a larger tensor_model_parallel_size"),
         ("virtual_pipeline_model_parallel_size", "pipeline_model_parallel_size alone"),
+        ("sequence_parallel", "tensor_model_parallel_size alone"),
     ):
-        if (cfg.get(name) or 1) > 1:
+        if (cfg.get(name) or 1) > 1 or cfg.get(name) is True:
             raise ValueError(f"model.{name}: {cfg.get(name)} is not supported by this actor; use {instead}")
+    for name, off in (("offload_adam_states", False), ("entropy_bonus", 0.0)):
+        if cfg.ppo.get(name):
+            raise ValueError(f"model.ppo.{name}: {cfg.ppo.get(name)} is not supported by this actor; set it to {off}")
+    neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    for name, value in neutral.items():
+        given = cfg.ppo.sampling_params.get(name, value)
+        if given != value:
+            raise ValueError(
+                f"model.ppo.sampling_params.{name}: {given}; must be {value}: the ratios compare the policy with "
+                "itself, and responses sampled from another distribution are not its own"
+            )
 
 
 class FiberPOActor(MegatronGPTActorModel):

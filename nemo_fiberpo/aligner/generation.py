@@ -97,5 +97,5 @@ def deterministic(seed: int, step: int, data_parallel_rank: int) -> Iterator[Non
     alike."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed((seed * 1_000_003 + step) * 65_537 + data_parallel_rank)
+        torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + data_parallel_rank) % 2**63)
         yield

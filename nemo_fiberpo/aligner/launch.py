@@ -6,6 +6,7 @@ Nothing here decides anything about the algorithm; it starts NeMo the way NeMo-A
 from __future__ import annotations
 
 import gc
+import json
 import logging as std_logging
 import os
 import re
@@ -23,7 +24,9 @@ from nemo_fiberpo.aligner.settings import SECTIONS
 from nemo_fiberpo.config import load_hierarchy, reject_unknown_keys
 from nemo_fiberpo.objective import Hierarchy
 
-_OWN = ("hierarchy", "algorithm", "data", "rewards")
+_NEMO = ("model", "trainer", "exp_manager", "hydra")  # sections whose unknown keys Hydra refuses
+# What may change when a run goes on: how long it runs and how often it is looked at and saved.
+_MAY_CHANGE = ("rl_steps", "data_epochs", "val_check_interval", "save_interval")
 
 
 def register_resolvers() -> None:
@@ -45,7 +48,7 @@ def overrides(arguments: Iterable[str]) -> list[str]:
         stratum = re.match(r"\+{0,2}hierarchy\.strata\.([^.=]+)\.([^=]+)=(.*)$", argument, re.DOTALL)
         if stratum:
             out.append("++stratum_overrides.{}.{}={}".format(*stratum.groups()))
-        elif re.match(rf"({'|'.join(_OWN)})\.[^=]+=", argument):
+        elif re.match(rf"(?!({'|'.join(_NEMO)})\.)\w+\.[^=]+=", argument):
             out.append("++" + argument)
         else:
             out.append(argument)
@@ -73,6 +76,39 @@ def check_sections(cfg: DictConfig) -> Hierarchy:
         return load_hierarchy(cfg.hierarchy)
     except ValueError as error:
         raise ValueError(f"hierarchy.{error}") from error
+
+
+def _identity(cfg: DictConfig) -> dict[str, Any]:
+    """What makes a run the run it is."""
+    out = {"seed": cfg.seed, "data.train": cfg.data.train}
+    for section in ("hierarchy", "algorithm", "warm_start"):
+        values = OmegaConf.to_container(cfg[section], resolve=True) if cfg.get(section) is not None else {}
+        assert isinstance(values, dict)
+        out |= {f"{section}.{key!s}": value for key, value in values.items() if key not in _MAY_CHANGE}
+    return out
+
+
+def remember_run(cfg: DictConfig) -> None:
+    """Write down in `run_dir` what the run is, for `check_same_run`; atomic."""
+    path = Path(cfg.run_dir) / "run.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(_identity(cfg), indent=1))
+    os.replace(temporary, path)
+
+
+def check_same_run(cfg: DictConfig) -> None:
+    """ValueError naming the first key by which `run_dir` holds another run: it would go on as a mixture of both."""
+    path = Path(cfg.run_dir) / "run.json"
+    if not path.exists():
+        return
+    before, now = json.loads(path.read_text()), json.loads(json.dumps(_identity(cfg)))
+    for key in [*now, *before]:
+        if before.get(key) != now.get(key):
+            raise ValueError(
+                f"{key}: {now.get(key)!r}, but the run in {cfg.run_dir} has {before.get(key)!r}; give a run_dir of its "
+                f"own, such as run_dir={cfg.run_dir}-2"
+            )
 
 
 def check_batches(cfg: DictConfig, data_parallel_size: int) -> None:
@@ -153,8 +189,10 @@ def load_actor(cfg: DictConfig, trainer: Any) -> Any:
     return load_from_nemo(FiberPOActor, cfg.model, trainer, strict=True, restore_path=path)
 
 
-def initialise(cfg: DictConfig, trainer: Any, actor: Any, dataset: Any) -> tuple[Any, Any, Any]:
+def initialise(cfg: DictConfig, trainer: Any, actor: Any, dataset: Any, optimizer_steps: int) -> tuple[Any, Any, Any]:
     """Set up distribution, optimizer and scheduler, and restore a checkpoint if exp_manager found one.
+
+    optimizer_steps  of the whole run: the horizon of the learning-rate schedule, unless `trainer.max_steps` sets one
 
     Returns (optimizer, scheduler, checkpoint callback).
     """
@@ -166,7 +204,9 @@ def initialise(cfg: DictConfig, trainer: Any, actor: Any, dataset: Any) -> tuple
         init_using_ptl,
     )
 
-    # NeMo derives the number of optimizer steps from a data loader of samples; its own is never read.
+    if trainer.max_steps < 0:
+        trainer.fit_loop.epoch_loop.max_steps = optimizer_steps
+    # NeMo wants a data loader to be there; PPOTrainer builds its own and never reads this one.
     batch = divide(cfg.model.global_batch_size, parallel_state.get_data_parallel_world_size())
     init_using_ptl(trainer, actor, torch.utils.data.DataLoader(dataset, batch_size=batch), dataset)
     del actor._train_dl
@@ -219,10 +259,15 @@ def is_first_rank() -> bool:
 
 
 def explain(main: Callable[[], None]) -> None:
-    """Run a script's main; a ValueError about the user's input is one line on the terminal, not a traceback."""
+    """Run a script's main; a ValueError raised by this package, which is about the user's input, is one line on the
+    terminal. One from elsewhere keeps its traceback; so do all with FIBERPO_TRACEBACK=1."""
     try:
         main()
     except ValueError as error:
-        if os.environ.get("FIBERPO_TRACEBACK"):
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+        if os.environ.get("FIBERPO_TRACEBACK") or not raised_in.startswith("nemo_fiberpo"):
             raise
         sys.exit(f"error: {error}")

@@ -51,6 +51,9 @@ class RemoteRewardModel:
         rollout_batch["grader_failed"] = torch.full((tokens.size(0),), OK, device=tokens.device)
         return _RewardsOnly(self._client.infer_rm(rollout_batch), tokens)
 
+    def start(self) -> None:
+        """The server is another job's; there is nothing to start."""
+
     def train(self, ppo_rollout_data: Any) -> None:
         """There is no critic to train."""
 

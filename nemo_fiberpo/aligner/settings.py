@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_fiberpo.config import reject_unknown_keys
+from nemo_fiberpo.objective.hierarchy import positive_number
 from nemo_fiberpo.objective.surrogate import WEIGHTS
 from nemo_fiberpo.objective.wording import nearest
 
@@ -21,6 +22,8 @@ ADVANTAGES = ("group_normalized", "rloo", "given")
 TRUNCATED = ("keep", "mask")
 TOO_LONG = ("error", "drop")
 REWARD_KINDS = ("rules", "server")
+SCORES = ("threshold", "raw")
+ON_FAILURE = ("drop", "zero", "error")
 SECTIONS = (
     "name",
     "seed",
@@ -65,7 +68,8 @@ class AlgorithmSettings:
                          them out of the loss and out of every cell, their rewards stay in the group's baseline
     kl                   see KlSettings
     val_check_interval   RL steps between evaluations on the held-out prompts; 0: never
-    save_interval        RL steps between checkpoints, a multiple of val_check_interval; 0: never
+    save_interval        RL steps between checkpoints, a multiple of val_check_interval; the end of training and of its
+                         time are saved too. 0: nothing is ever saved, the trained policy neither
     """
 
     samples_per_prompt: int
@@ -117,6 +121,13 @@ class AlgorithmSettings:
     def samples_per_rollout(self) -> int:
         return self.prompts_per_rollout * self.samples_per_prompt
 
+    def total_steps(self, prompts: int) -> int:
+        """Optimizer steps of the whole run on a data set of `prompts` prompts."""
+        rl_steps = self.data_epochs * (prompts // self.prompts_per_rollout)
+        if self.rl_steps >= 0:
+            rl_steps = min(rl_steps, self.rl_steps)
+        return rl_steps * self.optimizer_steps * self.epochs
+
     @property
     def samples_per_step(self) -> int:
         """Samples per optimizer step over all ranks; NeMo's global batch size."""
@@ -155,6 +166,11 @@ class RewardSettings:
 
     def __post_init__(self) -> None:
         _choice(self, "kind", REWARD_KINDS)
+        _choice(self, "score", SCORES)
+        _choice(self, "on_failure", ON_FAILURE)
+        _whole(self, "workers", 1)
+        _whole(self, "memory_limit_mib", 1)
+        positive_number(self.time_limit, "time_limit")
         if (self.kind == "server") != (self.server is not None):
             raise ValueError("server: the reward server's address, for kind: server and only there")
 

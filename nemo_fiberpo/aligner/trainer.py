@@ -54,6 +54,11 @@ class FiberPOTrainer(PPOTrainer):
         self.heldout, self.heldout_modes = heldout, heldout_modes
         if settings.val_check_interval and heldout is None:
             raise ValueError("algorithm.val_check_interval: evaluates data.heldout, which is not given")
+        if len(prompts) < settings.prompts_per_rollout:
+            raise ValueError(
+                f"algorithm.prompts_per_rollout: {settings.prompts_per_rollout}, but data.train has "
+                f"{len(prompts)} prompts"
+            )
         check_strata(hierarchy, prompts)
         super().__init__(**parent, batch_iterator_cls=repeated_prompts(settings.samples_per_prompt))
         self._rollout_cls = grouped_rollout(settings.optimizer_steps)
@@ -131,7 +136,7 @@ class FiberPOTrainer(PPOTrainer):
         }
         if "init_logprobs" in rollout_batch:
             data["init_logprobs"] = rollout_batch["init_logprobs"]
-        return data, {"advantage/abs_mean": rollout_batch["advantage"].abs().mean().item()}
+        return data, {}
 
     def _agree(self, columns: Mapping[str, Tensor], problem: str | None) -> tuple[list[Cells], Tensor]:
         """Cells of every minibatch, shared between the ranks, and the token weights [b, s - 1] with global
@@ -234,6 +239,7 @@ class FiberPOTrainer(PPOTrainer):
         counted = batch["valid"].bool()
         metrics: dict[str, Any] = {
             "table": self._first_sample(batch),
+            "advantage/abs_mean": batch["advantage"].abs().mean().item(),
             "rollout_size": batch["prompt_index"].numel() // self.settings.samples_per_prompt,
             "rewards": batch["rewards"][counted].double().mean().item() if bool(counted.any()) else float("nan"),
             "response_length": length.mean().item(),

@@ -9,7 +9,7 @@ from nemo_fiberpo.aligner import cpu
 cpu.install()
 from nemo_fiberpo.aligner.actor import check_model, kl_penalty  # noqa: E402
 
-GOOD = {"mcore_gpt": True, "optim": {"name": "mcore_distributed_optim"}}
+GOOD = {"mcore_gpt": True, "optim": {"name": "mcore_distributed_optim"}, "ppo": {"sampling_params": {}}}
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,11 @@ GOOD = {"mcore_gpt": True, "optim": {"name": "mcore_distributed_optim"}}
         ({"mcore_gpt": False}, ["model.mcore_gpt"]),
         ({"context_parallel_size": 2}, ["model.context_parallel_size", "tensor_model_parallel_size"]),
         ({"virtual_pipeline_model_parallel_size": 2}, ["model.virtual_pipeline_model_parallel_size"]),
+        ({"sequence_parallel": True}, ["model.sequence_parallel", "tensor_model_parallel_size alone"]),
+        ({"ppo": {"offload_adam_states": True, "sampling_params": {}}}, ["model.ppo.offload_adam_states", "False"]),
+        ({"ppo": {"entropy_bonus": 0.1, "sampling_params": {}}}, ["model.ppo.entropy_bonus", "0"]),
+        ({"ppo": {"sampling_params": {"temperature": 0.7}}}, ["model.ppo.sampling_params.temperature", "must be 1.0"]),
+        ({"ppo": {"sampling_params": {"top_k": 5}}}, ["model.ppo.sampling_params.top_k", "must be 0"]),
     ],
 )
 def test_a_model_that_cannot_run_is_refused_by_field(change, words):
