@@ -68,6 +68,12 @@ def check_model(cfg: DictConfig) -> None:
     ):
         if (cfg.get(name) or 1) > 1 or cfg.get(name) is True:
             raise ValueError(f"model.{name}: {cfg.get(name)} is not supported by this actor; use {instead}")
+    if cfg.get("num_moe_experts") and (cfg.get("tensor_model_parallel_size") or 1) > 1:
+        raise ValueError(
+            f"model.tensor_model_parallel_size: {cfg.tensor_model_parallel_size} with a mixture of experts; "
+            "Megatron-core trains that only under sequence parallelism, which this actor does not support; use "
+            "expert_model_parallel_size or pipeline_model_parallel_size"
+        )
     for name, off in (("offload_adam_states", False), ("entropy_bonus", 0.0)):
         if cfg.ppo.get(name):
             raise ValueError(f"model.ppo.{name}: {cfg.ppo.get(name)} is not supported by this actor; set it to {off}")

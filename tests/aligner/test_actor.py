@@ -20,6 +20,10 @@ GOOD = {"mcore_gpt": True, "optim": {"name": "mcore_distributed_optim"}, "ppo": 
         ({"context_parallel_size": 2}, ["model.context_parallel_size", "tensor_model_parallel_size"]),
         ({"virtual_pipeline_model_parallel_size": 2}, ["model.virtual_pipeline_model_parallel_size"]),
         ({"sequence_parallel": True}, ["model.sequence_parallel", "tensor_model_parallel_size alone"]),
+        (
+            {"num_moe_experts": 4, "tensor_model_parallel_size": 2},
+            ["model.tensor_model_parallel_size", "expert_model_parallel_size"],
+        ),
         ({"ppo": {"offload_adam_states": True, "sampling_params": {}}}, ["model.ppo.offload_adam_states", "False"]),
         ({"ppo": {"entropy_bonus": 0.1, "sampling_params": {}}}, ["model.ppo.entropy_bonus", "0"]),
         ({"ppo": {"sampling_params": {"temperature": 0.7}}}, ["model.ppo.sampling_params.temperature", "must be 1.0"]),
