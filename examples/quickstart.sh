@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Sets everything up in .venv (first call only), makes the data and a warm-started policy, and trains that small
 # mixture-of-experts GPT with FiberPO-Domain on two processes of the CPU.
-#   bash examples/quickstart.sh           the run of conf/quickstart.yaml
-#   bash examples/quickstart.sh seed=1    anything in the config can be overridden
+#   bash examples/quickstart.sh                               the run of conf/quickstart.yaml
+#   bash examples/quickstart.sh seed=1 run_dir=runs/seed1     anything in the config can be overridden
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash requirements/setup.sh

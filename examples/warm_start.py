@@ -30,13 +30,19 @@ def run(cfg: DictConfig) -> None:
     settings, data, reward = warm_start_settings(cfg), data_settings(cfg), reward_settings(cfg)
     launch.check_same_run(cfg)
     target = Path(cfg.pretrained_checkpoint.restore_from_path)
+    first = os.environ.get("RANK", "0") == "0"
     if target.exists():
-        print(f"warm start: {target} exists, nothing to do")
+        if first:
+            print(f"warm start: {target} exists, nothing to do")
         return
-    if int(os.environ.get("RANK", "0")) == 0:
-        print("warm start: making the data", flush=True)
-        shutil.rmtree(cfg.data_dir, ignore_errors=True)
-        write_quickstart_data(Path(cfg.data_dir), seed=cfg.seed)
+    # The other ranks wait for this file, whose text says which data is complete.
+    complete = Path(cfg.data_dir) / "complete"
+    if first:
+        if not launch.says(complete, f"seed {cfg.seed}"):
+            print("warm start: making the data", flush=True)
+            complete.unlink(missing_ok=True)
+            write_quickstart_data(Path(cfg.data_dir), seed=cfg.seed)
+            complete.write_text(f"seed {cfg.seed}\n")
         launch.remember_run(cfg)
     launch.start(cfg)
 
@@ -55,8 +61,7 @@ def run(cfg: DictConfig) -> None:
         ranks = int(os.environ.get("WORLD_SIZE", "1")) // replicas
         cfg.model.micro_batch_size = settings.batch_size // ranks
     trainer = resolve_and_create_trainer(cfg, "ppo")
-    if trainer.world_size > 1:
-        launch.wait_for_file(Path(cfg.data_dir) / "train.jsonl")
+    launch.wait_until_says(complete, f"seed {cfg.seed}")
     actor = FiberPOActor(cfg.model, trainer)
     init_distributed(trainer, actor)
     checks = PromptDataset(data.train, actor.tokenizer, data.max_prompt_length)

@@ -243,13 +243,17 @@ def _build_loader(dataset: Any, collate: Callable, micro: int, total: int, seed:
     return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
 
 
-def wait_for_file(path: Path, seconds: float = 120.0) -> None:
-    """Until `path` is there, which the first rank writes before process groups exist. TimeoutError if it does not
-    come."""
+def says(path: Path, text: str) -> bool:
+    """Whether the file is there and holds `text`."""
+    return path.exists() and path.read_text().strip() == text
+
+
+def wait_until_says(path: Path, text: str, seconds: float = 300.0) -> None:
+    """Until the first rank has written `text` to `path`, before process groups exist. TimeoutError if it does not."""
     until = time.monotonic() + seconds
-    while not path.exists():
+    while not says(path, text):
         if time.monotonic() > until:
-            raise TimeoutError(f"{path} was not written within {seconds:.0f} s")
+            raise TimeoutError(f"{path} does not say {text!r} after {seconds:.0f} s")
         time.sleep(0.1)
 
 
