@@ -162,7 +162,9 @@ class TokenLayout:
         return torch.zeros(2, self.cell_P.numel(), dtype=torch.float64, device=self.cell_P.device)
 
     def spread(self, table_2C: Tensor) -> Tensor:
-        """Per-cell values as per-piece values."""
+        """Per-cell values as per-piece values; 0 where all tokens are masked, so that there is no cell to read."""
+        if not self.num_cells:
+            return table_2C.new_zeros(2, self.cell_P.numel())
         return table_2C.index_select(1, self.cell_P)
 
     def fold(self, sums_2P: Tensor) -> Tensor:

@@ -216,3 +216,18 @@ def test_rows_and_scattered_tokens_give_one_answer(
         result = fpo.surrogate(ell, weight, cells, hierarchy)
         torch.testing.assert_close(result.coefficients[order], expected.coefficients, rtol=1e-10, atol=1e-12)
         assert result.value == pytest.approx(expected.value, rel=1e-10, abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", [None, (2, 3)])
+def test_a_rank_whose_tokens_are_all_masked_has_coefficients_of_zero(shape):
+    hierarchy = fpo.load_hierarchy(
+        {
+            "token_clip": 0.1,
+            "strata": [{"name": name, "budget": {"pos": 1, "neg": 1}} for name in ("domain", "trajectory")],
+        }
+    )
+    labels = {"domain": torch.zeros(6, dtype=torch.int64), "trajectory": torch.arange(6) // 3}
+    cells = hierarchy.cells(labels, torch.zeros(6, dtype=torch.bool), shape=shape)
+    log_ratio = torch.full((6,), float("nan"), dtype=torch.float64)
+    assert fpo.token_coefficients(log_ratio, log_ratio, cells, hierarchy).tolist() == [0.0] * 6
+    assert fpo.gated_log_ratio(log_ratio, cells, hierarchy).tolist() == [0.0] * 6
