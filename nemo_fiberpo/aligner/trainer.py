@@ -26,7 +26,7 @@ from nemo_fiberpo.megatron.groups import exchange, non_finite
 from nemo_fiberpo.objective import Cells, Hierarchy, token_weights
 from nemo_fiberpo.objective.cells import build_cells
 
-BUILT_IN_STRATA = ("domain", "prompt_group", "trajectory")
+UNNAMED_STRATA = ("prompt_group", "trajectory")  # their labels are numbers of the rollout
 
 
 class FiberPOTrainer(PPOTrainer):
@@ -159,11 +159,7 @@ class FiberPOTrainer(PPOTrainer):
             stratum.name: flat(stratum_labels(stratum.name, part, self.prompts), part["mask"])
             for stratum in self.hierarchy.active
         }
-        names = {
-            stratum.name: self.prompts.label_names(stratum.name)
-            for stratum in self.hierarchy.active
-            if stratum.name not in ("prompt_group", "trajectory")
-        }
+        names = stratum_names(self.hierarchy, self.prompts)
         return self.hierarchy.cells(labels, part["mask"].reshape(-1), names=names, shape=_shape(part["mask"]))
 
     def _trajectory_cells(self, part: Mapping[str, Tensor]) -> Cells:
@@ -304,8 +300,13 @@ def check_strata(hierarchy: Hierarchy, prompts: PromptDataset) -> None:
     everything = torch.arange(len(prompts))
     part = {"prompt_index": everything + prompts.first_index, "trajectory": everything}
     labels = {stratum.name: stratum_labels(stratum.name, part, prompts) for stratum in hierarchy.active}
-    names = {name: prompts.label_names(name) for name in labels if name not in ("prompt_group", "trajectory")}
-    hierarchy.cells(labels, names=names)
+    hierarchy.cells(labels, names=stratum_names(hierarchy, prompts))
+
+
+def stratum_names(hierarchy: Hierarchy, prompts: PromptDataset) -> dict[str, list[str]]:
+    """The names of the label values of every active stratum that has names."""
+    active = (stratum.name for stratum in hierarchy.active)
+    return {name: prompts.label_names(name) for name in active if name not in UNNAMED_STRATA}
 
 
 def stratum_labels(name: str, part: Mapping[str, Tensor], prompts: PromptDataset) -> Tensor:
