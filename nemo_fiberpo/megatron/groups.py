@@ -1,10 +1,15 @@
 """Which ranks hold which tokens, said once, and the only collectives of the objective.
 
-    axis   tokens      who speaks for them
-    tp     replicated  rank 0: vocab-parallel log-probs are equal on all tensor-parallel ranks
-    pp     replicated  the last stage, the only one that has log-probs
-    cp     sharded     everybody: a sequence is split over the axis
-    dp     sharded     everybody; the expert-parallel axis lies inside dp and shards tokens as it does
+    axis   tokens      who speaks for them                            parameter gradients
+    tp     replicated  rank 0: vocab-parallel log-probs are equal      each rank has its own shard
+                       on all tensor-parallel ranks
+    pp     replicated  the last stage, the only one with log-probs     each rank has its own layers
+    cp     sharded     everybody: a sequence is split over the axis    averaged by Megatron's DDP
+    dp     sharded     everybody; expert-parallel ranks lie inside     averaged by Megatron's DDP
+                       dp x cp and shard tokens as these do
+
+A host that hands over log-probs which it has gathered over cp makes that axis replicated: rank 0 speaks, every rank
+computes the same loss, and what the backward pass of the gather does decides the scale of the gradient (`GATHERED`).
 
 A rank represents its tokens if it is the speaker on every replicated axis. Sums run over one group that spans all axes;
 ranks that do not represent their tokens contribute zeros. So every rank gets the same bits, takes the same decisions
@@ -13,8 +18,10 @@ and raises the same errors, and nobody waits for a rank that left.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,16 +31,38 @@ from torch import Tensor
 
 from nemo_fiberpo.objective.cells import Cells
 
+GATHERED = ("slice", "sum")
+"""What the backward pass of a gather of log-probs does with the gradient [b, s] that every rank of the axis computes:
+
+    slice   each rank keeps the part of its own tokens (verl; `sequences.gather_rows`)
+    sum     gradients of all ranks are added up first, so that each counts as often as the axis has ranks (NeMo-RL)
+"""
+
 
 @dataclass(frozen=True)
 class Axis:
-    """A parallel dimension: this rank's place on it, and whether its ranks hold different tokens or copies of them."""
+    """A parallel dimension: this rank's place on it, and whether its ranks hold different tokens or copies of them.
+
+    speaker    the rank that speaks for copies
+    group      the axis's process group
+    averaged   Megatron's DDP averages parameter gradients over it
+    backward   of the gather that made the copies, one of `GATHERED`; None where nothing was gathered
+    """
 
     name: str
     size: int
     rank: int
     sharded: bool
     speaker: int = 0
+    group: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
+    averaged: bool = False
+    backward: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.backward is not None and (self.backward not in GATHERED or self.sharded):
+            raise ValueError(
+                f"backward: of the gathered axis {self.name} must be one of {GATHERED}, got {self.backward!r}"
+            )
 
     @property
     def represents(self) -> bool:
@@ -49,9 +78,7 @@ class TokenAxes:
 
     def __post_init__(self) -> None:
         if dist.is_available() and dist.is_initialized():
-            product = 1
-            for axis in self.axes:
-                product *= axis.size
+            product = math.prod(axis.size for axis in self.axes)
             size = dist.get_world_size(self.group)
             if product != size:
                 sizes = " x ".join(f"{axis.name} {axis.size}" for axis in self.axes)
@@ -71,32 +98,58 @@ class TokenAxes:
 
     @property
     def num_shards(self) -> int:
-        """Ranks that represent tokens: data parallel times context parallel. What Megatron's DDP averages over."""
-        number = 1
-        for axis in self.axes:
-            number *= axis.size if axis.sharded else 1
-        return number
+        """Ranks that represent tokens."""
+        return math.prod(axis.size for axis in self.axes if axis.sharded)
 
-    def size(self, name: str) -> int:
-        return next((axis.size for axis in self.axes if axis.name == name), 1)
+    @property
+    def num_averaged(self) -> int:
+        """Ranks over which Megatron's DDP averages a parameter's gradient: data parallel times context parallel."""
+        return math.prod(axis.size for axis in self.axes if axis.averaged)
+
+    @property
+    def copies(self) -> int:
+        """How often the gradient of a token's log-prob reaches the parameters, because the backward pass of a gather
+        adds up what all ranks of the axis computed."""
+        return math.prod(axis.size for axis in self.axes if axis.backward == "sum")
+
+    def axis(self, name: str) -> Axis:
+        """The axis of that name; ValueError if there is none."""
+        for axis in self.axes:
+            if axis.name == name:
+                return axis
+        raise ValueError(f"axes: none is called {name!r}; there are {[axis.name for axis in self.axes]}")
 
     @classmethod
-    def from_parallel_state(cls, group: dist.ProcessGroup | None = None) -> TokenAxes:
-        """The axes of megatron-core's initialised `parallel_state`."""
+    def from_parallel_state(
+        cls, group: dist.ProcessGroup | None = None, gathered: Mapping[str, str] | None = None
+    ) -> TokenAxes:
+        """The axes of megatron-core's initialised `parallel_state`.
+
+        gathered   {"cp": "slice" or "sum"} where the host's log-probs are gathered over cp, see `GATHERED`
+        """
         from megatron.core import parallel_state as mpu
 
+        backward = dict(gathered or {})
+        if set(backward) - {"cp"}:
+            raise ValueError(f"gathered: log-probs can be gathered over cp alone, got {sorted(backward)}")
         stages = mpu.get_pipeline_model_parallel_world_size()
+        stage = mpu.get_pipeline_model_parallel_rank()
+        tp = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
+        cp = mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank()
+        dp = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
         return cls(
             (
+                Axis("tp", *tp, sharded=False, group=mpu.get_tensor_model_parallel_group()),
+                Axis("pp", stages, stage, False, speaker=stages - 1, group=mpu.get_pipeline_model_parallel_group()),
                 Axis(
-                    "tp",
-                    mpu.get_tensor_model_parallel_world_size(),
-                    mpu.get_tensor_model_parallel_rank(),
-                    sharded=False,
+                    "cp",
+                    *cp,
+                    sharded="cp" not in backward,
+                    group=mpu.get_context_parallel_group(),
+                    averaged=True,
+                    backward=backward.get("cp"),
                 ),
-                Axis("pp", stages, mpu.get_pipeline_model_parallel_rank(), sharded=False, speaker=stages - 1),
-                Axis("cp", mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank(), sharded=True),
-                Axis("dp", mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank(), sharded=True),
+                Axis("dp", *dp, sharded=True, group=mpu.get_data_parallel_group(), averaged=True),
             ),
             group,
         )
@@ -106,6 +159,18 @@ def _collective_device(group: dist.ProcessGroup | None) -> torch.device:
     if dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def named_failure(what: str) -> Iterator[None]:
+    """A collective of ours that fails says which one it was, and where to look for the cause."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{what} did not complete on rank {dist.get_rank()}: another rank died, left, or did not come to it within "
+            f"the time-out of the process group. The rank that failed first says why. ({str(error).splitlines()[0]})"
+        ) from error
 
 
 @dataclass
@@ -129,7 +194,8 @@ class Reducer:
         total = (
             buffer.detach().to(device, copy=True) if self.axes.represents else torch.zeros_like(buffer, device=device)
         )
-        dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self.axes.group)
+        with named_failure("a reduction of the gates"):
+            dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self.axes.group)
         return total.to(buffer.device)
 
 
@@ -190,6 +256,30 @@ def _representatives(entries: Sequence[Mapping[str, Any]]) -> dict[tuple[int, ..
     return dict(sorted(found.items()))
 
 
+def gather_censuses(
+    cells: Sequence[Cells], axes: TokenAxes, facts: Mapping[str, Any] | None = None, problem: str | None = None
+) -> dict[tuple[int, ...], list[Tensor]]:
+    """Censuses of `cells` on every shard, in the order of the shards; arguments and errors as `exchange`.
+
+    SPMD: every rank of `axes.group` calls this. One all_gather_object.
+    """
+    censuses = [entry.census().cpu() for entry in cells]
+    own = {
+        "shard": axes.shard,
+        "censuses": censuses if axes.represents else None,
+        "digest": _digest(censuses),
+        "facts": {"number of cells exchanged": len(censuses), **(facts or {})},
+        "problem": problem,
+    }
+    entries: list[Any] = [own]
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size(axes.group) > 1:
+        entries = [None] * dist.get_world_size(axes.group)
+        with named_failure("the exchange of cells"):
+            dist.all_gather_object(entries, own, group=axes.group)
+    _agree(entries)
+    return {shard: entry["censuses"] for shard, entry in _representatives(entries).items()}
+
+
 def exchange(
     cells: Sequence[Cells],
     axes: TokenAxes,
@@ -214,20 +304,6 @@ def exchange(
 
     SPMD: every rank of `axes.group` calls this, with or without tokens. One all_gather_object.
     """
-    censuses = [entry.census().cpu() for entry in cells]
-    own = {
-        "shard": axes.shard,
-        "censuses": censuses if axes.represents else None,
-        "digest": _digest(censuses),
-        "facts": {"number of cells exchanged": len(censuses), **(facts or {})},
-        "problem": problem,
-    }
-    entries: list[Any] = [own]
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size(axes.group) > 1:
-        entries = [None] * dist.get_world_size(axes.group)
-        dist.all_gather_object(entries, own, group=axes.group)
-    _agree(entries)
-    shards = _representatives(entries)
+    shards = gather_censuses(cells, axes, facts, problem)
     index = list(shards).index(axes.shard)
-    gathered = [entry["censuses"] for entry in shards.values()]
-    return [entry.share([censuses[i] for censuses in gathered], index) for i, entry in enumerate(cells)]
+    return [entry.share([censuses[i] for censuses in shards.values()], index) for i, entry in enumerate(cells)]

@@ -53,6 +53,7 @@ _REFUSED = {
     "attention_dropout": "dropout draws another mask in each pass; set it to 0",
     "moe_input_jitter_eps": "router input jitter draws other noise in each pass; set it to null",
     "moe_router_force_load_balancing": "random routing differs in each pass; set it to false",
+    "fp8": "each pass updates the scaling factors that the next one uses; set it to null",
     "moe_expert_capacity_factor": "it drops tokens depending on what shares their micro-batch; set it to null",
     "calculate_per_token_loss": "it divides gradients by a token count beside the objective's own denominators; set it "
     "to false",
@@ -100,15 +101,18 @@ def schedule_cp_factor(context_parallel_size: int) -> int:
 def loss_scale(num_microbatches: int, axes: TokenAxes) -> float:
     """The factor that turns a rank's share of a sum over the global batch into what Megatron must be given.
 
-    Wanted is the gradient of L = sum over ranks r and micro-batches m of l_rm. Megatron gives the loss of (r, m) to the
-    backward pass as  l_rm * P / M  (M micro-batches; P the CP factor of the versions that have it, else 1), and its
+    Wanted is the gradient of L = sum over shards r and micro-batches m of l_rm. Megatron gives the loss of (r, m) to
+    the backward pass as  l_rm * P / M  (M micro-batches; P the CP factor of the versions that have it, else 1), and its
     data-parallel wrapper averages over the D data- and context-parallel ranks, expert parameters too: their buffers sum
     over fewer ranks, but each of these has already seen the tokens of its whole expert-parallel group, and they are
-    divided by the same D. The result is  grad sum_rm l_rm * P / (M D),  so each l_rm is multiplied by  M D / P.
-    Replicated axes (TP, PP) neither sum nor average the loss. The auxiliary losses of MoE join the graph behind this
-    loss, with a scale that Megatron sets for itself, and keep it.
+    divided by the same D. Where log-probs were gathered over cp, every rank has the loss of all of them, and its
+    backward pass reaches its own tokens once (G = 1), or as often as cp has ranks where the gather adds gradients up
+    (G = cp). The result is  grad sum_rm l_rm * P G / (M D),  so each l_rm is multiplied by  M D / (P G).
+    Other replicated axes (TP, PP) neither sum nor average the loss. The auxiliary losses of MoE join the graph behind
+    this loss, with a scale that Megatron sets for itself, and keep it.
     """
-    return num_microbatches * axes.num_shards / schedule_cp_factor(axes.size("cp"))
+    factor = schedule_cp_factor(axes.axis("cp").size) if any(axis.name == "cp" for axis in axes.axes) else 1
+    return num_microbatches * axes.num_averaged / (factor * axes.copies)
 
 
 def run(policy: Policy, forward_step: Callable, microbatches: Sequence[Any], **options: Any) -> list[Any]:

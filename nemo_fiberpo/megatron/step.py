@@ -122,12 +122,18 @@ def exact_step(
         except ValueError as error:
             raise ValueError(problem or str(error)) from error
         flat, loss, report, reference = result.coefficients, -result.value, result.report, current or reference
-    coefficients = _split(flat, tokens.old_log_probs)
-    extra, gap = 0.0, 0.0
+    coefficients = split_like(flat, tokens.old_log_probs)
+    extra, gaps = 0.0, [0.0]
+
+    def coefficients_of(index: int, log_probs: Tensor) -> Tensor:
+        difference = (log_probs - reference[index].to(log_probs.device)).abs()
+        gaps.append(float(torch.where(tokens.mask[index].to(log_probs.device), difference, 0.0).amax()))
+        return coefficients[index]
+
     if not forward_only:
         scale = loss_scale(len(microbatches), reducer.axes)
-        extra, gap = _backward(policy, microbatches, coefficients, reference, tokens.mask, scale, extra_loss)
-    return StepResult(loss, report, extra, gap, coefficients)
+        extra = backward_pass(policy, microbatches, coefficients_of, scale, extra_loss)
+    return StepResult(loss, report, extra, max(gaps), coefficients)
 
 
 def current_log_probs(policy: Policy, microbatches: Sequence[Any]) -> list[Tensor]:
@@ -146,35 +152,32 @@ def current_log_probs(policy: Policy, microbatches: Sequence[Any]) -> list[Tenso
         return list(run(policy, forward_step, microbatches, forward_only=True, collect_non_loss_data=True))
 
 
-def _backward(
+def backward_pass(
     policy: Policy,
     microbatches: Sequence[Any],
-    coefficients: Sequence[Tensor],
-    reference: Sequence[Tensor],
-    mask: Sequence[Tensor],
+    coefficients_of: Callable[[int, Tensor], Tensor],
     scale: float,
     extra_loss: Callable[[Tensor, Any], Tensor] | None,
-) -> tuple[float, float]:
-    """Pass D. Returns the sum of the extra losses and the recompute error of this rank."""
+) -> float:
+    """Pass D: forward and backward of (-sum_j c_j log pi_j + extra losses) * scale; returns this rank's extra losses.
+
+    `coefficients_of(index, log-probs)` gives the c_j of a micro-batch, from its log-probs without gradient; it is
+    called on the last stage alone.
+    """
 
     def forward_step(data: Iterator[tuple[int, Any]], module: torch.nn.Module):
         index, batch = next(data)
 
         def loss_func(output: Tensor):
             log_probs = policy.log_probs(output, batch)
-            loss = linear_loss(log_probs, coefficients[index])
+            loss = linear_loss(log_probs, coefficients_of(index, log_probs.detach()))
             extra = extra_loss(log_probs, batch) if extra_loss is not None else loss.new_zeros(())
-            with torch.no_grad():
-                difference = (log_probs - reference[index].to(log_probs.device)).abs()
-                gap = torch.where(mask[index].to(log_probs.device), difference, 0.0).amax().double()
-            return (loss + extra) * scale, {"extra": extra.detach().double(), "gap": gap}
+            return (loss + extra) * scale, {"extra": extra.detach().double()}
 
         return policy.forward(batch, module), loss_func
 
     kept = run(policy, forward_step, microbatches, forward_only=False, collect_non_loss_data=False)
-    if not kept:
-        return 0.0, 0.0
-    return float(sum(entry["extra"] for entry in kept)), float(torch.stack([entry["gap"] for entry in kept]).amax())
+    return float(sum(entry["extra"] for entry in kept))
 
 
 def linear_loss(log_probs: Tensor, coefficients: Tensor) -> Tensor:
@@ -202,6 +205,7 @@ def _log_ratio(current: Sequence[Tensor], tokens: StepTokens, problem: str | Non
     )
 
 
-def _split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+def split_like(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The flat values of all micro-batches, one tensor per micro-batch of the shape it has in `like`."""
     parts = flat.split([value.numel() for value in like])
     return [part.view(value.shape) for part, value in zip(parts, like, strict=True)]

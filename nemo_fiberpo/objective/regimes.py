@@ -6,6 +6,7 @@ get a slot per rank, so that a sum over ranks carries them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -107,6 +108,31 @@ def report_parts(gates: Gates, sums: TokenSums, cells: Cells) -> list[Tensor]:
     largest = gates.mean_2C.new_zeros(cells.world_size)
     largest[cells.rank] = sums.largest
     return [*parts, largest]
+
+
+def merge_parts(groups: Sequence[Sequence[Tensor]], cells: Cells) -> list[Tensor]:
+    """The parts that this rank contributes to a report on all `cells`, from those of groups of whole cells.
+
+    `groups` are parts of evaluations that share no cell (`Surrogate.parts`), of the same strata and names, each with
+    slots of its own for maxima; none at all gives parts of nothing. `cells` has the cells of all groups and ranks.
+    Sums over the ranks of what is returned go to `make_report`.
+    """
+    device = cells.layout.cell_P.device
+    merged = [torch.zeros(4, dtype=torch.float64, device=device)]
+    for level in cells.levels:
+        merged.append(merged[0].new_zeros(5, 2))
+        merged.append(merged[0].new_zeros(3, 2, len(level.names or ())))
+        merged.append(merged[0].new_zeros(2, 2, cells.world_size))
+    merged.append(merged[0].new_zeros(cells.world_size))
+    maxima = {*range(3, 3 * len(cells.levels) + 1, 3), len(merged) - 1}
+    for parts in groups:
+        for index, part in enumerate(parts):
+            if index in maxima:
+                own = merged[index][..., cells.rank]
+                own.copy_(torch.maximum(own, part.amax(-1)))
+            else:
+                merged[index] += part
+    return merged
 
 
 def _named(level: Level, size: Tensor, used: Tensor) -> Tensor:

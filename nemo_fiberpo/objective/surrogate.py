@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,11 +20,15 @@ WEIGHTS = ("trajectory_mean", "token_mean", "fixed_length_mean")
 
 @dataclass(frozen=True, eq=False)
 class Surrogate:
-    """value: J of all ranks; coefficients: [T], dJ/dlogp of this rank's tokens; report: the gates of all ranks."""
+    """value: J of all ranks; coefficients: [T], dJ/dlogp of this rank's tokens; report: the gates of all ranks.
+
+    parts   what the report is made from, see `regimes.merge_parts`
+    """
 
     value: float
     coefficients: Tensor
     report: Report
+    parts: list[Tensor] = field(repr=False)
 
 
 def token_weights(
@@ -101,4 +105,4 @@ def surrogate(
     coefficients, summed = evaluate(log_ratio, weighted_advantage, cells, hierarchy, reduce, head)
     flat = summed.split([size.numel() for size in sizes])
     parts = [part.view(size) for part, size in zip(flat, sizes, strict=True)]
-    return Surrogate(float(parts[0]), coefficients, make_report(parts[1:], cells))
+    return Surrogate(float(parts[0]), coefficients, make_report(parts[1:], cells), parts[1:])

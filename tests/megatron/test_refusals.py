@@ -52,7 +52,12 @@ def test_step_tokens_must_fit_each_other_and_the_cells() -> None:
 def test_the_scale_cancels_micro_batches_and_data_parallel_average() -> None:
     """3 micro-batches, 2 x TP, 2 x PP, 5 x DP: l * 15 / 3 / 5 = l, whatever TP and PP are."""
     axes = TokenAxes(
-        (Axis("tp", 2, 1, False), Axis("pp", 2, 0, False, 1), Axis("cp", 1, 0, True), Axis("dp", 5, 2, True))
+        (
+            Axis("tp", 2, 1, False),
+            Axis("pp", 2, 0, False, 1),
+            Axis("cp", 1, 0, True, averaged=True),
+            Axis("dp", 5, 2, True, averaged=True),
+        )
     )
     assert loss_scale(3, axes) == 15
     assert not axes.represents and axes.shard == (0, 2)

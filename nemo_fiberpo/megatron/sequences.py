@@ -1,0 +1,183 @@
+"""How the samples of a micro-batch become the rows that a rank's model reads: padded or packed, split over CP or not.
+
+Per-token columns of samples have the shape [b, s - 1]: entry t belongs to the token at position t + 1 of a sequence of
+at most s tokens, whose log-prob the model's output at position t gives. Rows have the shape [r, t] that the model sees
+on this rank, with one more place per sequence (the last token predicts nothing) and with padding. `Rows` maps one to
+the other, so labels, masks, old log-probs and coefficients follow the trajectory wherever its tokens lie, and a target
+is always the next token of the whole sequence, shifted before anything was split.
+
+Context parallelism splits a sequence into 2 cp chunks, of which rank i has chunks i and 2 cp - 1 - i: Megatron's
+zig-zag, which balances causal attention. Packed rows do so sequence by sequence, as Transformer Engine's THD format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """One micro-batch as this rank's model reads it.
+
+    tokens      int64 [r, t], 0 at padding
+    targets     int64 [r, t], the next token of the sequence, 0 where there is none
+    positions   int64 [r, t], positions within the sequence
+    source      int64 [r, t], index into the flattened [b, s - 1] columns of the samples, -1 where no entry belongs
+    seq_length  t times the size of the CP group: what Megatron's schedules want to be told
+    packed      `PackedSeqParams` of a packed row, None for padded rows
+
+    SPMD: sharded over cp, the same on ranks that differ in tp or pp alone.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    positions: Tensor
+    source: Tensor
+    seq_length: int
+    packed: Any = None
+
+    def take(self, column: Tensor, fill: Any = 0) -> Tensor:
+        """A column of the samples, [b, s - 1], in rows, [r, t]; `fill` where no entry belongs."""
+        end = column.new_full((1,), fill)
+        return torch.cat([column.reshape(-1), end])[self.source.to(column.device)]
+
+    def put(self, values: Tensor, out: Tensor) -> None:
+        """Write values in rows, [r, t], to their places in a column of the samples, [b, s - 1] and contiguous."""
+        here = self.source >= 0
+        out.view(-1)[self.source[here].to(out.device)] = values[here.to(values.device)].to(out)
+
+
+def zigzag(length: int, cp_size: int, cp_rank: int, device: torch.device | None = None) -> Tensor:
+    """Positions of a sequence of `length` that a context-parallel rank holds, int64 [length / cp], ascending.
+
+    Raises ValueError where `length` does not divide into 2 cp_size chunks.
+    """
+    position = torch.arange(length, device=device)
+    if cp_size == 1:
+        return position
+    if length % (2 * cp_size):
+        raise ValueError(
+            f"sequence length: {length} does not divide by {2 * cp_size}, twice the context-parallel size; pad it"
+        )
+    chunks = position.view(2 * cp_size, -1)
+    return torch.cat([chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]])
+
+
+def length_multiple(tp_size: int, cp_size: int, sequence_parallel: bool) -> int:
+    """What lengths of sequences must be multiples of: the chunks of context parallelism are of equal length, and what
+    a CP rank holds divides over the TP ranks where sequence parallelism splits it."""
+    return (2 * cp_size if cp_size > 1 else 1) * (tp_size if sequence_parallel else 1)
+
+
+def round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def padded_rows(
+    tokens: Tensor, *, cp_size: int = 1, cp_rank: int = 0, multiple: int = 1, seq_length: int | None = None
+) -> Rows:
+    """Rows of one sample each, padded on the right: tokens int64 [b, s] of whole sequences -> r = b.
+
+    Args
+        multiple    of `length_multiple`; the rows' width is s rounded up to it
+        seq_length  a larger width, a multiple of `multiple`, such as one that several ranks agreed on
+    """
+    b, s = tokens.shape
+    width = seq_length or round_up(s, multiple)
+    if width % multiple or width < s:
+        raise ValueError(f"seq_length: {width} must be a multiple of {multiple} and at least {s}")
+    position = zigzag(width, cp_size, cp_rank, tokens.device)
+    padded = torch.nn.functional.pad(tokens, (0, width - s))[:, position]
+    row = torch.arange(b, device=tokens.device)[:, None] * (s - 1)
+    source = torch.where(position < s - 1, row + position, -1)
+    rows = Rows(padded, padded, position.expand(b, -1), source, width)
+    return _with_targets(rows, tokens)
+
+
+def packed_rows(
+    tokens: Tensor,
+    lengths: Tensor | Sequence[int],
+    *,
+    cp_size: int = 1,
+    cp_rank: int = 0,
+    multiple: int = 1,
+    seq_length: int | None = None,
+) -> Rows:
+    """One row of several samples one behind the other, r = 1, in the THD format of `PackedSeqParams`.
+
+    Args
+        tokens      int64 [b, s], padded on the right
+        lengths     int [b], in 1..s; each sequence is padded to `multiple` by itself
+        seq_length  a larger width of the row, a multiple of `multiple`; what is left over is a sequence of padding
+
+    Padding counts as part of a sequence (`cu_seqlens_q` says where sequences begin in the row): attention is causal, so
+    no live token sees it.
+    """
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    b, s = tokens.shape
+    real = [int(length) for length in lengths]
+    if len(real) != b or not all(1 <= length <= s for length in real):
+        raise ValueError(f"lengths: must be {b} numbers within 1..{s}, got {real}")
+    spans = packed_spans(real, multiple)
+    width = seq_length or sum(spans)
+    if width % multiple or width < sum(spans):
+        raise ValueError(f"seq_length: {width} must be a multiple of {multiple} and at least {sum(spans)}")
+    if width > sum(spans):
+        spans.append(width - sum(spans))
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for index, span in enumerate(spans):
+        length = real[index] if index < b else 0
+        position = zigzag(span, cp_size, cp_rank, tokens.device)
+        inside = position.clamp(max=max(length - 1, 0))
+        own = tokens[index, inside] if index < b else torch.zeros_like(position)
+        source = torch.where(position < length - 1, index * (s - 1) + position, -1)
+        parts.append((torch.where(position < length, own, 0), position, source))
+    row, position, source = (torch.cat(columns)[None] for columns in zip(*parts, strict=True))
+    starts = torch.tensor([0, *spans], device=tokens.device).cumsum(0).to(torch.int32)
+    longest = max(spans)
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+    return _with_targets(Rows(row, row, position, source, width, packed), tokens)
+
+
+def packed_spans(lengths: Sequence[int], multiple: int) -> list[int]:
+    """Places that each sequence takes in a packed row."""
+    return [round_up(length, multiple) for length in lengths]
+
+
+def _with_targets(rows: Rows, tokens: Tensor) -> Rows:
+    targets = rows.take(tokens[:, 1:])
+    return Rows(rows.tokens, targets, rows.positions, rows.source, rows.seq_length, rows.packed)
+
+
+def gather_rows(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Values of this rank's rows, [r, t], with those of the other context-parallel ranks: [r, cp t], in rank order.
+
+    The replicated case of `groups`: every rank of the axis has all tokens and computes the same loss. The backward
+    pass keeps the part of this rank's own tokens (`GATHERED["slice"]`), without a collective.
+    """
+    if group is None or dist.get_world_size(group) == 1:
+        return values
+    gathered: Tensor = _GatherRows.apply(values, group)
+    return gathered
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        parts = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, values.contiguous(), group=group)
+        ctx.rank, ctx.width = dist.get_rank(group), values.shape[-1]
+        return torch.cat(parts, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad[..., ctx.rank * ctx.width : (ctx.rank + 1) * ctx.width], None
