@@ -50,7 +50,7 @@ def run(cfg: DictConfig) -> None:
         actor.init_policy_state_dict = retrieve_model_state_dict_in_cpu(actor, cfg.model.get("megatron_amp_O2", False))
     restored = retrieve_custom_trainer_state_dict(trainer) if trainer.ckpt_path is not None else None
     init_distributed(trainer, actor, cfg.model.get("transformer_engine", False))
-    launch.check_batches(cfg, parallel_state.get_data_parallel_world_size())
+    launch.check_batches(cfg, parallel_state.get_data_parallel_world_size(), cfg.model.context_parallel_size)
 
     # Prompts and what grades the responses.
     own_graders = tuple(reward.graders or ())

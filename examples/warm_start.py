@@ -47,7 +47,7 @@ def run(cfg: DictConfig) -> None:
     launch.start(cfg)
 
     from nemo_aligner.utils import parallel_state
-    from nemo_aligner.utils.train_script_utils import init_distributed, resolve_and_create_trainer
+    from nemo_aligner.utils.train_script_utils import init_distributed
 
     from nemo_fiberpo.aligner.actor import FiberPOActor
     from nemo_fiberpo.aligner.evaluation import evaluate, mean_rewards
@@ -60,7 +60,7 @@ def run(cfg: DictConfig) -> None:
         replicas = cfg.model.tensor_model_parallel_size * cfg.model.pipeline_model_parallel_size
         ranks = int(os.environ.get("WORLD_SIZE", "1")) // replicas
         cfg.model.micro_batch_size = settings.batch_size // ranks
-    trainer = resolve_and_create_trainer(cfg, "ppo")
+    trainer = launch.create_trainer(cfg)
     launch.wait_until_says(complete, f"seed {cfg.seed}")
     actor = FiberPOActor(cfg.model, trainer)
     init_distributed(trainer, actor)
@@ -121,7 +121,7 @@ def first_of_each_domain(prompts, number: int):
 
 def supervised_step(actor, hierarchy, optimizer, scheduler, examples, global_batch: int) -> None:
     """One optimizer step on -mean log-likelihood of the answers, each answer weighing the same."""
-    from nemo_fiberpo.aligner.actor import Minibatch
+    from nemo_fiberpo.aligner.minibatch import flat, in_rows, shape_of, take
     from nemo_fiberpo.objective.cells import build_cells
 
     width = max(len(prompt) + len(answer) for prompt, answer in examples)
@@ -130,19 +130,13 @@ def supervised_step(actor, hierarchy, optimizer, scheduler, examples, global_bat
     for row, live, (prompt, answer) in zip(tokens, mask, examples, strict=True):
         row[: len(prompt) + len(answer)] = torch.tensor(prompt + answer)
         live[len(prompt) - 1 : len(prompt) + len(answer) - 1] = True
-    weights = mask.double() / mask.sum(1, keepdim=True) / global_batch
-    trajectory = torch.arange(len(examples)).repeat_interleave(width - 1)
-    minibatch = Minibatch(
-        tokens=tokens,
-        old_log_probs=torch.zeros(mask.shape),
-        init_log_probs=None,
-        weights=weights,
-        weighted_advantage=weights,
-        mask=mask,
-        cells=build_cells(
-            ["trajectory"], {"trajectory": trajectory}, mask.reshape(-1), shape=(len(examples), width - 1)
-        ),
-    )
+    lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in examples])
+    rows = actor.rows(tokens, lengths, actor.cfg.micro_batch_size, packed=False)
+    weights = take(mask.double() / mask.sum(1, keepdim=True) / global_batch, rows)
+    labels = {"trajectory": flat(torch.arange(len(examples)), mask, rows)}
+    columns = {"mask": mask, "logprobs": torch.zeros(mask.shape), "advantage": torch.ones(len(examples))}
+    cells = build_cells(["trajectory"], labels, take(mask, rows), shape=shape_of(rows))
+    minibatch = in_rows(columns, rows, weights, cells, None)
     actor.prepare_for_training()
     optimizer.zero_grad()
     actor.prepare_for_training_step()

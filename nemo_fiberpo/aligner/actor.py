@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from nemo_aligner.models.nlp.gpt.megatron_gpt_ppo_actor import MegatronGPTActorModel
 from nemo_aligner.utils.distributed import broadcast_2d_tensor_within_pp
 from nemo_aligner.utils.text_generation_utils import (
@@ -18,38 +16,22 @@ from nemo_aligner.utils.text_generation_utils import (
     verify_is_valid_and_clamp_range_,
 )
 from nemo_aligner.utils.train_utils import set_sync_funcs
+from nemo_aligner.utils.utils import adapter_control, cpu_weight_swap
 from omegaconf import DictConfig
 from torch import Tensor
 
 from nemo_fiberpo.aligner.generation import GUARD_ROWS, Lockstep, add_guard_rows, expert_group, generate_tokens
+from nemo_fiberpo.aligner.inference_layout import whole_sequences
+from nemo_fiberpo.aligner.minibatch import Minibatch
+from nemo_fiberpo.megatron import cpu
+from nemo_fiberpo.megatron.gpt import gpt_policy
 from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
-from nemo_fiberpo.megatron.logprobs import next_token_log_probs
-from nemo_fiberpo.megatron.step import Policy, StepResult, StepTokens, exact_step
-from nemo_fiberpo.objective import Cells, Hierarchy
+from nemo_fiberpo.megatron.one_pass import one_pass_step
+from nemo_fiberpo.megatron.sequences import Rows, length_multiple, packed_rows, packed_spans, padded_rows
+from nemo_fiberpo.megatron.step import Policy, StepResult, StepTokens, current_log_probs, exact_step
+from nemo_fiberpo.objective import Hierarchy
 
 PROMPT_COLUMNS = ("prompt_index",)
-
-
-@dataclass(frozen=True)
-class Minibatch:
-    """This rank's samples of one optimizer step.
-
-    tokens              int64 [b, s], prompt and response, padded on the right
-    old_log_probs       float [b, s - 1]; entry t belongs to the token at position t + 1, here and below
-    init_log_probs      the same under the initial policy, or None where no KL penalty asks for it
-    weights             float64 [b, s - 1], w_i with global denominators, 0 at masked tokens
-    weighted_advantage  float64 [b, s - 1], w_i A_i
-    mask                bool [b, s - 1], live tokens
-    cells               of the b (s - 1) flattened tokens, shared with the other ranks
-    """
-
-    tokens: Tensor
-    old_log_probs: Tensor
-    init_log_probs: Tensor | None
-    weights: Tensor
-    weighted_advantage: Tensor
-    mask: Tensor
-    cells: Cells
 
 
 def check_model(cfg: DictConfig) -> None:
@@ -61,19 +43,33 @@ def check_model(cfg: DictConfig) -> None:
         )
     if not cfg.get("mcore_gpt", False):
         raise ValueError("model.mcore_gpt: must be true; NeMo's own GPT without Megatron-core is not supported")
-    for name, instead in (
-        ("context_parallel_size", "a larger tensor_model_parallel_size"),
-        ("virtual_pipeline_model_parallel_size", "pipeline_model_parallel_size alone"),
-        ("sequence_parallel", "tensor_model_parallel_size alone"),
-    ):
-        if (cfg.get(name) or 1) > 1 or cfg.get(name) is True:
-            raise ValueError(f"model.{name}: {cfg.get(name)} is not supported by this actor; use {instead}")
-    if cfg.get("num_moe_experts") and (cfg.get("tensor_model_parallel_size") or 1) > 1:
+    virtual = cfg.get("virtual_pipeline_model_parallel_size")
+    if (virtual or 1) > 1:
         raise ValueError(
-            f"model.tensor_model_parallel_size: {cfg.tensor_model_parallel_size} with a mixture of experts; "
-            "Megatron-core trains that only under sequence parallelism, which this actor does not support; use "
-            "expert_model_parallel_size or pipeline_model_parallel_size"
+            f"model.virtual_pipeline_model_parallel_size: {virtual}; NeMo cannot generate with virtual stages; set it "
+            "to null and use pipeline_model_parallel_size alone"
         )
+    tensor_parallel = (cfg.get("tensor_model_parallel_size") or 1) > 1
+    if cfg.get("sequence_parallel") and not tensor_parallel:
+        raise ValueError(
+            "model.sequence_parallel: true splits what tensor-parallel ranks hold in common, but "
+            "tensor_model_parallel_size is 1; set it to false"
+        )
+    if cfg.get("num_moe_experts") and tensor_parallel and not cfg.get("sequence_parallel"):
+        raise ValueError(
+            f"model.sequence_parallel: must be true with a mixture of experts and tensor_model_parallel_size = "
+            f"{cfg.tensor_model_parallel_size}; Megatron-core trains experts with tensor parallelism in no other way"
+        )
+    if (cfg.get("context_parallel_size") or 1) > 1:
+        if not cfg.get("transformer_engine", True) and not cpu.installed():
+            raise ValueError(
+                f"model.context_parallel_size: {cfg.context_parallel_size} needs transformer_engine: true on a GPU"
+            )
+        if cfg.ppo.get("trt_llm", {}).get("enable"):
+            raise ValueError(
+                f"model.context_parallel_size: {cfg.context_parallel_size} does not go with generation by "
+                "TensorRT-LLM; set model.ppo.trt_llm.enable to false"
+            )
     for name, off in (("offload_adam_states", False), ("entropy_bonus", 0.0)):
         if cfg.ppo.get(name):
             raise ValueError(f"model.ppo.{name}: {cfg.ppo.get(name)} is not supported by this actor; set it to {off}")
@@ -92,8 +88,11 @@ class FiberPOActor(MegatronGPTActorModel):
     expert-parallel ranks in lockstep.
 
     Reads the sections of the model config that its parent reads (`model.ppo` holds generation and micro-batch sizes).
+    Old log-probs, the initial policy's and training run in the training layout, on the same rows. While responses are
+    generated every rank runs whole sequences, see `inference_layout`.
+
     SPMD: as its parent; samples are sharded over data parallel ranks (expert-parallel ones included), replicated over
-    tensor and pipeline parallel ones.
+    tensor and pipeline parallel ones; sequences are split over context-parallel ranks.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Any):
@@ -101,12 +100,16 @@ class FiberPOActor(MegatronGPTActorModel):
         super().__init__(cfg, trainer)
         self._reducer: Reducer | None = None
         self._sampling_params: dict[str, Any]
+        self._generating: contextlib.ExitStack | None = None
+        # Optimizer steps begun, and how many had been when the old log-probs were computed.
+        self._steps_begun, self._old_since = 0, -1
 
     @property
     def reducer(self) -> Reducer:
         """The one reducer of the job; counts its calls and bytes."""
         if self._reducer is None:
-            self._reducer = Reducer(TokenAxes.from_parallel_state())
+            with self._training_layout():
+                self._reducer = Reducer(TokenAxes.from_parallel_state())
         return self._reducer
 
     @property
@@ -124,79 +127,130 @@ class FiberPOActor(MegatronGPTActorModel):
         finally:
             self._sampling_params = before
 
-    def token_log_probs(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """[b, s - 1] log-probs of tokens[:, 1:] from vocabulary-parallel logits [b, s, V/tp], at the sampling
-        temperature 1."""
-        return next_token_log_probs(logits, tokens, mpu.get_tensor_model_parallel_group())
+    def _reset_sequence_parallelism_args(self) -> None:
+        """Enter the layout for generation; the parent's forgets embeddings and context parallelism."""
+        if self._generating is None:
+            self._generating = contextlib.ExitStack()
+            self._generating.enter_context(whole_sequences(self.get_model_module_list()))
+            self._generating.enter_context(_config_without_sequence_parallel(self))
 
-    def get_logprob_output_only_func(self, inference_only: bool = True) -> Callable:
-        """The parent's forward-only function, with the log-probs of the exact step: old log-probs and pass A are one
-        function, so that on the first step after a rollout the log-ratio is 0."""
-        forward = self.get_forward_output_only_func()
+    def _restore_sequence_parallelism_args(self) -> None:
+        """Leave it."""
+        if self._generating is not None:
+            self._generating.close()
+            self._generating = None
 
-        def step(data: Any, module: torch.nn.Module):
-            batch = next(data)
-            output, _ = forward(iter([batch]), module)
-            return output, lambda output, non_loss_data=True: self.token_log_probs(output, batch[0].to(output.device))
+    @contextlib.contextmanager
+    def _training_layout(self) -> Iterator[None]:
+        generating = self._generating is not None
+        self._restore_sequence_parallelism_args()
+        try:
+            yield
+        finally:
+            if generating:
+                self._reset_sequence_parallelism_args()
 
-        return step
+    def rows(self, tokens: Tensor, lengths: Tensor, size: int, packed: bool) -> list[Rows]:
+        """The micro-batches of this rank's samples, all of one width.
+
+        tokens int64 [b, s], lengths [b] of the sequences, `size` samples per micro-batch. Padded rows keep the order of
+        the samples; packed ones are filled so that they come out about equally long, on every rank to the width of the
+        longest of any rank. SPMD: every rank calls this; one all-reduce where `packed`.
+        """
+        axes = self.reducer.axes
+        tp, cp = axes.axis("tp"), axes.axis("cp")
+        with self._training_layout():
+            multiple = length_multiple(tp.size, cp.size, bool(self.cfg.get("sequence_parallel", False)))
+        place: dict[str, int] = {"cp_size": cp.size, "cp_rank": cp.rank, "multiple": multiple}
+        if not packed:
+            order = torch.arange(len(tokens), device=tokens.device)
+            return [padded_rows(tokens, samples, **place) for samples in order.split(size)]
+        dealt = balanced(lengths.tolist(), len(tokens) // size)
+        widest = max(sum(packed_spans([int(lengths[i]) for i in samples], multiple)) for samples in dealt)
+        width = torch.tensor([widest], device=torch.cuda.current_device())
+        torch.distributed.all_reduce(width, op=torch.distributed.ReduceOp.MAX, group=axes.group)
+        return [
+            packed_rows(tokens, lengths, torch.tensor(samples), seq_length=int(width), **place) for samples in dealt
+        ]
+
+    @torch.no_grad()
+    def log_probs_of(self, tokens: Tensor, lengths: Tensor, packed: bool = False) -> Tensor:
+        """Log-probs of tokens[:, 1:] under the current weights, float32 [b, s - 1], on every rank of the model.
+
+        By the very function that training differentiates, pass A of the exact step, in the training layout.
+        """
+        with self._training_layout():
+            set_sync_funcs(self, forward_only=True)
+            rows = self.rows(tokens, lengths, self.forward_micro_batch_size, packed)
+            rows = [entry.to(torch.cuda.current_device()) for entry in rows]
+            values = current_log_probs(self._policy(rows), [{"rows": entry} for entry in rows])
+            out = torch.zeros(len(tokens), tokens.shape[1] - 1, device=torch.cuda.current_device())
+            for entry, value in zip(rows, values, strict=False):
+                entry.put(value, out)
+            # Only the last stage has log-probs, and each context-parallel rank those of its own tokens.
+            torch.distributed.all_reduce(out, group=mpu.get_context_parallel_group())
+            torch.distributed.all_reduce(out, group=mpu.get_pipeline_model_parallel_group())
+        return out.to(tokens.device)
+
+    def old_log_probs(self, tokens: Tensor, lengths: Tensor, packed: bool = False) -> Tensor:
+        """`log_probs_of`, remembered as those of the present weights: until the next optimizer step log-ratios are 0,
+        and `step` skips the pass that would measure them."""
+        self._old_since = self._steps_begun
+        return self.log_probs_of(tokens, lengths, packed)
+
+    def init_log_probs(self, tokens: Tensor, lengths: Tensor, packed: bool = False) -> Tensor:
+        """`log_probs_of` under the initial policy."""
+        adapters = self.use_peft and self.init_policy_state_dict is None
+        initial = (
+            adapter_control(self)
+            if adapters
+            else cpu_weight_swap(self, self.init_policy_state_dict, megatron_amp_O2=self.megatron_amp_O2)
+        )
+        with initial:
+            return self.log_probs_of(tokens, lengths, packed)
+
+    def get_inference_log_probs(self, response_tokens: Tensor, forward_micro_batch_size: int | None = None) -> Tensor:
+        """The parent's name for `log_probs_of`; sequences as long as they are padded."""
+        return self.log_probs_of(response_tokens, torch.full((len(response_tokens),), response_tokens.shape[1]))
 
     def get_loss_and_metrics(self, batch: dict, forward_only: bool):
         """Not how FiberPO trains: a loss per micro-batch would gate each by its own part of a cell's aggregate."""
         raise NotImplementedError("FiberPOActor trains by step(): the gates need the whole batch of the optimizer step")
 
     def step(
-        self, minibatch: Minibatch, hierarchy: Hierarchy, *, on_policy: bool, kl_coefficient: float = 0.0
+        self,
+        minibatch: Minibatch,
+        hierarchy: Hierarchy,
+        *,
+        kl_coefficient: float = 0.0,
+        on_policy: bool | None = None,
     ) -> StepResult:
         """Accumulate the gradient of one optimizer step: -J of the global minibatch, plus the KL penalty.
 
+        on_policy   as in `exact_step`; None: if and only if no optimizer step was begun since `old_log_probs`
+
         Call between `prepare_for_training_step` and `finish_training_step`. SPMD: every rank calls it.
         """
-        size = self.cfg.micro_batch_size
         set_sync_funcs(self, forward_only=False)
-        policy = Policy(
-            model=self.model,
-            forward_backward_func=get_forward_backward_func(),
-            forward=self._forward,
-            log_probs=lambda output, batch: self.token_log_probs(output, batch["tokens"]),
-            seq_length=minibatch.tokens.shape[1],
-            micro_batch_size=size,
-        )
-        tokens = StepTokens(
-            old_log_probs=minibatch.old_log_probs.split(size),
-            weighted_advantage=minibatch.weighted_advantage.split(size),
-            mask=minibatch.mask.split(size),
-            cells=minibatch.cells,
-        )
+        if on_policy is None:
+            on_policy = self._old_since == self._steps_begun
+        self._steps_begun += 1
+        rows = [entry.to(torch.cuda.current_device()) for entry in minibatch.rows]
+        microbatches: list[dict[str, Any]] = [{"rows": entry} for entry in rows]
         penalty = functools.partial(kl_penalty, coefficient=kl_coefficient) if kl_coefficient > 0 else None
-        return exact_step(
-            policy,
-            self._microbatches(minibatch, penalty is not None),
-            tokens,
-            hierarchy,
-            self.reducer,
-            on_policy=on_policy,
-            extra_loss=penalty,
-        )
-
-    def _microbatches(self, minibatch: Minibatch, with_penalty: bool) -> Sequence[dict[str, Tensor]]:
-        columns = {"tokens": minibatch.tokens}
-        if with_penalty:
+        if penalty is not None:
             assert minibatch.init_log_probs is not None
-            columns |= {
-                "init_log_probs": minibatch.init_log_probs,
-                "weights": minibatch.weights,
-                "mask": minibatch.mask,
-            }
-        parts = {name: value.split(self.cfg.micro_batch_size) for name, value in columns.items()}
-        return [dict(zip(parts, row, strict=True)) for row in zip(*parts.values(), strict=True)]
+            columns = zip(minibatch.init_log_probs, minibatch.weights, minibatch.mask, strict=True)
+            for batch, (init, weights, mask) in zip(microbatches, columns, strict=True):
+                batch |= {"init_log_probs": init, "weights": weights, "mask": mask}
+        tokens = StepTokens(minibatch.old_log_probs, minibatch.weighted_advantage, minibatch.mask, minibatch.cells)
+        given = self._policy(rows), microbatches, tokens
+        if minibatch.parts is not None:
+            return one_pass_step(*given, minibatch.parts, hierarchy, self.reducer, extra_loss=penalty)
+        return exact_step(*given, hierarchy, self.reducer, on_policy=on_policy, extra_loss=penalty)
 
-    def _forward(self, batch: dict[str, Tensor], module: torch.nn.Module) -> Tensor:
-        tokens = batch["tokens"].cuda(non_blocking=True)
-        batch["tokens"] = tokens
-        # Megatron-core makes the causal mask itself; right padding is behind every live token.
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return module(tokens, positions, None)
+    def _policy(self, rows: Sequence[Rows]) -> Policy:
+        return gpt_policy(self.model, rows, mpu.get_tensor_model_parallel_group())
 
     @torch.no_grad()
     def infer(self, inference_batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -230,6 +284,30 @@ class FiberPOActor(MegatronGPTActorModel):
             "is_end": is_end,
         }
         return {name: value[guards:] for name, value in columns.items()}
+
+
+@contextlib.contextmanager
+def _config_without_sequence_parallel(actor: FiberPOActor) -> Iterator[None]:
+    """NeMo's generation reads the model config and a config of its own beside the modules'."""
+    holders = (actor.cfg, actor.model_parallel_config, actor.transformer_config)
+    before = [holder.sequence_parallel for holder in holders]
+    for holder in holders:
+        holder.sequence_parallel = False
+    try:
+        yield
+    finally:
+        for holder, value in zip(holders, before, strict=True):
+            holder.sequence_parallel = value
+
+
+def balanced(lengths: Sequence[int], bins: int) -> list[list[int]]:
+    """Indices of `lengths` in `bins` lists of equally many, about equal sums: the longest first, back and forth."""
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    dealt: list[list[int]] = [[] for _ in range(bins)]
+    for place, index in enumerate(order):
+        turn, within = divmod(place, bins)
+        dealt[within if turn % 2 == 0 else bins - 1 - within].append(index)
+    return dealt
 
 
 def kl_penalty(log_probs: Tensor, batch: dict[str, Tensor], *, coefficient: float) -> Tensor:

@@ -34,15 +34,21 @@ class _Unavailable:
         raise RuntimeError(f"{type(self).__name__} needs a GPU machine and is not available in the CPU mode")
 
 
-def _local_spec(spec_name: str = "", transformer_config: Any = None, *_args: Any, **_kwargs: Any) -> Any:
-    """Megatron-core's own (local) layer specification, which needs neither Apex nor Transformer Engine."""
+def _local_spec(packed_rows: bool, spec_name: str = "", config: Any = None, *_args: Any, **_kwargs: Any) -> Any:
+    """Megatron-core's own (local) layer specification, which needs neither Apex nor Transformer Engine; with this
+    package's attention and norms where a sequence is split or rows are packed."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+    from nemo_fiberpo.megatron.cpu_layers import local_block_spec
 
     if spec_name:
         raise ValueError(
             f"model.name={spec_name!r}: the CPU mode builds Megatron-core's local layer spec; leave name empty"
         )
-    return get_gpt_layer_local_spec(transformer_config.num_moe_experts, transformer_config.moe_grouped_gemm)
+    if packed_rows or config.context_parallel_size > 1 or config.sequence_parallel:
+        return local_block_spec(config, get_num_layers_to_build(config))
+    return get_gpt_layer_local_spec(config.num_moe_experts, config.moe_grouped_gemm)
 
 
 def _seeding_the_tracker(set_random_seed: Callable[[int], None]) -> Callable[[int], None]:
@@ -117,7 +123,7 @@ def _identity(_self: Any, checkpoint: Any) -> Any:
     return checkpoint
 
 
-def _patches() -> Patches:
+def _patches(packed_rows: bool) -> Patches:
     from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_model_parallel_attributes
     from nemo.core.optim.mcore_optim import McoreDistributedOptimizer
 
@@ -133,7 +139,7 @@ def _patches() -> Patches:
                 _GPT,
                 "get_specs",
                 "builds every layer spec, those of Transformer Engine included, to pick one",
-                _local_spec,
+                functools.partial(_local_spec, packed_rows),
             ),
             Patch(
                 "nemo.collections.nlp.modules.common.megatron.megatron_init",
@@ -227,8 +233,10 @@ def _stub_modules() -> dict[str, ModuleType]:
 _installed: tuple[Patches, list[str], bool] | None = None
 
 
-def install() -> None:
+def install(packed_rows: bool = False) -> None:
     """Make NeMo-Aligner run on the CPU in this process. Does nothing where it is installed already.
+
+    packed_rows   build models whose attention reads packed rows
 
     Raises ImportError naming the symbol when another version of NeMo no longer has one of those replaced.
     """
@@ -241,7 +249,7 @@ def install() -> None:
     megatron_cpu.install()
     stubs = {name: module for name, module in _stub_modules().items() if name not in sys.modules}
     sys.modules.update(stubs)
-    patches = _patches()
+    patches = _patches(packed_rows)
     patches.apply()
     _installed = (patches, list(stubs), had_megatron)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nemo_aligner.utils import parallel_state
 from nemo_aligner.utils.server_utils import FutureResult
 
 from nemo_fiberpo.aligner.generation import deterministic
+from nemo_fiberpo.aligner.inference_layout import generation_axis
 from nemo_fiberpo.aligner.prompts import PromptDataset, collate_prompts
 from nemo_fiberpo.aligner.rewards import OK, decode_responses
 from nemo_fiberpo.aligner.rollout import padded_share
@@ -31,10 +31,10 @@ def evaluate(
     Returns rows {prompt_index, domain, mode, reward, response, length, ended}, by mode and prompt, the same on every
     rank; prompt_index counts within `prompts`, reward is None where the response could not be graded.
 
-    SPMD: every rank calls this; prompts are sharded over data-parallel ranks.
+    SPMD: every rank calls this; prompts are sharded over data- and context-parallel ranks.
     """
     actor.prepare_for_inference()
-    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    rank, ranks, group = generation_axis()
     rows: list[dict[str, Any]] = []
     for mode in modes:
         with deterministic(seed, 0, rank), actor.decoding(greedy=mode == "greedy"):
@@ -42,7 +42,7 @@ def evaluate(
                 rows += _evaluate_batch(actor, reward_model, prompts, indices, mode)[:real]
     actor.finish_inference()
     gathered: list[Any] = [None] * ranks
-    torch.distributed.all_gather_object(gathered, rows, group=parallel_state.get_data_parallel_group())
+    torch.distributed.all_gather_object(gathered, rows, group=group)
     order = {mode: place for place, mode in enumerate(modes)}
     return sorted((row for part in gathered for row in part), key=lambda row: (order[row["mode"]], row["prompt_index"]))
 

@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_fiberpo.aligner.settings import SECTIONS
 from nemo_fiberpo.config import load_hierarchy, reject_unknown_keys
+from nemo_fiberpo.megatron.timeouts import limit_collectives
 from nemo_fiberpo.objective import Hierarchy
+from nemo_fiberpo.objective.hierarchy import positive_number
 
 _NEMO = ("model", "trainer", "exp_manager", "hydra")  # sections whose unknown keys Hydra refuses
 # What may change when a run goes on: how long it runs and how often it is looked at and saved.
@@ -71,7 +74,8 @@ def apply_stratum_overrides(cfg: DictConfig) -> None:
 def check_sections(cfg: DictConfig) -> Hierarchy:
     """Apply `stratum_overrides`, refuse unknown sections and return the hierarchy. ValueError names the field."""
     apply_stratum_overrides(cfg)
-    reject_unknown_keys(cfg, SECTIONS)
+    reject_unknown_keys(cfg, (*SECTIONS, "collective_timeout"))
+    positive_number(cfg.collective_timeout, "collective_timeout")
     try:
         return load_hierarchy(cfg.hierarchy)
     except ValueError as error:
@@ -111,10 +115,12 @@ def check_same_run(cfg: DictConfig) -> None:
             )
 
 
-def check_batches(cfg: DictConfig, data_parallel_size: int) -> None:
-    """ValueError naming the field by which the batch sizes do not fit together."""
+def check_batches(cfg: DictConfig, data_parallel_size: int, context_parallel_size: int = 1) -> None:
+    """ValueError naming the field by which the batch sizes do not fit together. Context-parallel ranks generate
+    responses of their own, and train on those of the data-parallel rank that they share."""
     model, algorithm = cfg.model, cfg.algorithm
     group, ranks = algorithm.samples_per_prompt, data_parallel_size
+    generating = data_parallel_size * context_parallel_size
     per_step = algorithm.prompts_per_rollout * group // algorithm.optimizer_steps
     local = algorithm.prompts_per_rollout * group // ranks
     wanted = (
@@ -127,8 +133,8 @@ def check_batches(cfg: DictConfig, data_parallel_size: int) -> None:
         (
             "algorithm.prompts_per_rollout x samples_per_prompt",
             algorithm.prompts_per_rollout * group,
-            model.ppo.rollout_micro_batch_size * ranks,
-            f"model.ppo.rollout_micro_batch_size x {ranks} data-parallel ranks",
+            model.ppo.rollout_micro_batch_size * generating,
+            f"model.ppo.rollout_micro_batch_size x {generating} data- and context-parallel ranks",
         ),
         (
             "samples per optimizer step (algorithm.prompts_per_rollout x samples_per_prompt / optimizer_steps)",
@@ -153,7 +159,7 @@ def start(cfg: DictConfig) -> None:
     if cfg.cpu:
         from nemo_fiberpo.aligner import cpu
 
-        cpu.install()
+        cpu.install(packed_rows=bool(cfg.algorithm.packing))
     import torch.multiprocessing as mp
     from nemo.utils import logging
 
@@ -166,12 +172,26 @@ def start(cfg: DictConfig) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def build_lightning_trainer(cfg: DictConfig) -> Any:
-    """Lightning's trainer with NeMo's strategy, and NeMo's experiment manager (logs, checkpoints, resume) attached."""
-    from nemo.utils.exp_manager import exp_manager
+def create_trainer(cfg: DictConfig) -> Any:
+    """Lightning's trainer with NeMo's strategy, which makes every process group with `collective_timeout`."""
     from nemo_aligner.utils.train_script_utils import resolve_and_create_trainer
 
     trainer = resolve_and_create_trainer(cfg, "ppo")
+    # The strategy has a `timeout` argument, for the default group and for Megatron's; NeMo's builder does not pass it.
+    if not hasattr(trainer.strategy, "_timeout"):
+        raise ImportError(
+            f"{type(trainer.strategy).__name__}._timeout does not exist in this version of Lightning; "
+            "collective_timeout is set by it"
+        )
+    trainer.strategy._timeout = timedelta(seconds=cfg.collective_timeout)
+    return trainer
+
+
+def build_lightning_trainer(cfg: DictConfig) -> Any:
+    """`create_trainer`, with NeMo's experiment manager (logs, checkpoints, resume) attached."""
+    from nemo.utils.exp_manager import exp_manager
+
+    trainer = create_trainer(cfg)
     exp_manager(trainer, cfg.exp_manager)
     return trainer
 
@@ -210,6 +230,7 @@ def initialise(cfg: DictConfig, trainer: Any, actor: Any, dataset: Any, optimize
     batch = divide(cfg.model.global_batch_size, parallel_state.get_data_parallel_world_size())
     init_using_ptl(trainer, actor, torch.utils.data.DataLoader(dataset, batch_size=batch), dataset)
     del actor._train_dl
+    limit_collectives(cfg.collective_timeout)  # groups that were made without the strategy's time-out
     # PPOTrainer collects garbage several times a step; without this each pass walks all that NeMo's imports made.
     gc.collect()
     gc.freeze()
@@ -226,16 +247,16 @@ def prompt_loader(cfg: DictConfig, dataset: Any, collate: Callable) -> Callable:
 
 
 def _build_loader(dataset: Any, collate: Callable, micro: int, total: int, seed: int, consumed_samples: int) -> Any:
-    from nemo_aligner.utils import parallel_state
-
+    from nemo_fiberpo.aligner.inference_layout import generation_axis
     from nemo_fiberpo.aligner.rollout import PromptSampler
 
+    rank, ranks, _ = generation_axis()
     sampler = PromptSampler(
         total_samples=len(dataset),
         consumed_samples=consumed_samples,
         micro_batch_size=micro,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        data_parallel_rank=rank,
+        data_parallel_size=ranks,
         drop_last=True,
         global_batch_size=total,
         seed=seed,

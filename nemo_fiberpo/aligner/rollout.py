@@ -9,7 +9,10 @@ import torch
 from nemo.collections.nlp.data.language_modeling.megatron.data_samplers import MegatronPretrainingRandomSampler
 from nemo_aligner.algorithms.ppo import PPORolloutBatch
 from nemo_aligner.utils.batch_iterators import DefaultBatchIterator
+from nemo_aligner.utils.distributed import rebalance_nd_tensor
 from torch import Tensor
+
+from nemo_fiberpo.aligner.inference_layout import generation_axis, is_extended
 
 
 class PromptSampler(MegatronPretrainingRandomSampler):
@@ -50,11 +53,14 @@ def repeated_prompts(repeats: int) -> type[RepeatedPrompts]:
     return type("RepeatedPrompts", (RepeatedPrompts,), {"repeats": repeats})
 
 
-def deal_groups(group: Tensor, minibatches: int, ranks: int, seed: int) -> list[list[Tensor]]:
+def deal_groups(
+    group: Tensor, minibatches: int, ranks: int, seed: int, whole_groups: bool = False
+) -> list[list[Tensor]]:
     """Indices of the samples of each rank's minibatches: [rank][minibatch] -> int64.
 
     group  int64 [N], the prompt group of each sample. The groups are shuffled by `seed`, each minibatch gets as many
-           whole groups, and its samples go to the ranks in turn, so that every rank has equally many.
+           whole groups, and its samples go to the ranks in turn, so that every rank has equally many; with
+           `whole_groups` in runs, so that the samples of a group stay together.
 
     Raises ValueError where that cannot be done. A pure function: every rank computes the same.
     """
@@ -76,7 +82,7 @@ def deal_groups(group: Tensor, minibatches: int, ranks: int, seed: int) -> list[
                 f"{len(samples)} samples per optimizer step cannot be dealt equally to {ranks} data-parallel ranks"
             )
         for rank in range(ranks):
-            dealt[rank].append(samples[rank::ranks])
+            dealt[rank].append(samples.chunk(ranks)[rank] if whole_groups else samples[rank::ranks])
     return dealt
 
 
@@ -84,12 +90,23 @@ class GroupedRollout(PPORolloutBatch):
     """NeMo-Aligner's rollout batch, split by whole prompt groups into the minibatches of the optimizer steps."""
 
     minibatches = 1
+    whole_groups = False
+
+    def gather_and_balance_globally(self) -> GroupedRollout:
+        """All samples of the rollout on every rank, those of context-parallel ranks too."""
+        if not is_extended():
+            return super().gather_and_balance_globally()
+        _, _, group = generation_axis()
+        gathered = type(self)()
+        for name, column in self.data.items():
+            gathered[name] = rebalance_nd_tensor(column, group=group)
+        return gathered
 
     def chunk(self, rank: int, split_size: int, seed: int) -> GroupedRollout:
         """This rank's samples, ordered by minibatch; equally many each. `trajectory` numbers the samples of the
         rollout."""
         group = self.data["prompt_index"].cpu()
-        indices = torch.cat(deal_groups(group, self.minibatches, split_size, seed)[rank])
+        indices = torch.cat(deal_groups(group, self.minibatches, split_size, seed, self.whole_groups)[rank])
         chunk = type(self)()
         for name, column in self.data.items():
             chunk[name] = column[indices.to(column.device)].clone()
@@ -97,9 +114,9 @@ class GroupedRollout(PPORolloutBatch):
         return chunk
 
 
-def grouped_rollout(minibatches: int) -> type[GroupedRollout]:
-    """The rollout batch class for a number of minibatches."""
-    return type("GroupedRollout", (GroupedRollout,), {"minibatches": minibatches})
+def grouped_rollout(minibatches: int, whole_groups: bool = False) -> type[GroupedRollout]:
+    """The rollout batch class for a number of minibatches; `whole_groups` as in `deal_groups`."""
+    return type("GroupedRollout", (GroupedRollout,), {"minibatches": minibatches, "whole_groups": whole_groups})
 
 
 def response_mask(prompt_lengths: Tensor, response_lengths: Tensor, width: int) -> Tensor:

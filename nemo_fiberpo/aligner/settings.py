@@ -67,6 +67,10 @@ class AlgorithmSettings:
     truncated            responses cut at the length limit: `keep` trains on them with the reward they got; `mask` takes
                          them out of the loss and out of every cell, their rewards stay in the group's baseline
     kl                   see KlSettings
+    packing              pack the samples of a micro-batch into one row without padding between them (THD format); on a
+                         GPU that is Transformer Engine's
+    passes               2: exact for every hierarchy and layout. 1: saves the second forward pass where each cell lies
+                         inside one micro-batch of one data-parallel rank, which is checked
     val_check_interval   RL steps between evaluations on the held-out prompts; 0: never
     save_interval        RL steps between checkpoints, a multiple of val_check_interval; the end of training and of its
                          time are saved too. 0: nothing is ever saved, the trained policy neither
@@ -83,6 +87,8 @@ class AlgorithmSettings:
     fixed_length: int | None = None
     truncated: str = "keep"
     kl: KlSettings = field(default_factory=KlSettings)
+    packing: bool = False
+    passes: int = 2
     val_check_interval: int = 0
     save_interval: int = 0
 
@@ -92,6 +98,10 @@ class AlgorithmSettings:
         for name in ("val_check_interval", "save_interval"):
             _whole(self, name, 0)
         _whole(self, "rl_steps", -1)
+        if not isinstance(self.packing, bool):
+            raise ValueError(f"packing: must be true or false, got {self.packing!r}")
+        if isinstance(self.passes, bool) or self.passes not in (1, 2):
+            raise ValueError(f"passes: must be 1 or 2, got {self.passes!r}")
         _choice(self, "advantage", ADVANTAGES)
         _choice(self, "weights", WEIGHTS)
         _choice(self, "truncated", TRUNCATED)

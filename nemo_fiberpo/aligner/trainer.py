@@ -7,22 +7,25 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from nemo_aligner.algorithms.ppo import PPOTrainer, compute_num_rollout_microbatches
+from nemo_aligner.algorithms.ppo import PPOTrainer
 from nemo_aligner.utils import parallel_state
 from nemo_aligner.utils.parallel_state import trt_llm_reshard_region
 from nemo_aligner.utils.server_utils import FutureResult
 from nemo_aligner.utils.utils import cpu_dict
 from torch import Tensor
 
-from nemo_fiberpo.aligner.actor import Minibatch
 from nemo_fiberpo.aligner.advantages import ESTIMATORS
 from nemo_fiberpo.aligner.evaluation import evaluate, mean_rewards
 from nemo_fiberpo.aligner.generation import deterministic
+from nemo_fiberpo.aligner.inference_layout import generation_axis
+from nemo_fiberpo.aligner.minibatch import Minibatch, flat, in_rows, shape_of, take
 from nemo_fiberpo.aligner.prompts import PromptDataset
 from nemo_fiberpo.aligner.rewards import OK, reward_metrics
 from nemo_fiberpo.aligner.rollout import grouped_rollout, repeated_prompts, response_mask
 from nemo_fiberpo.aligner.settings import AlgorithmSettings
 from nemo_fiberpo.megatron.groups import exchange, non_finite
+from nemo_fiberpo.megatron.one_pass import one_pass_cells
+from nemo_fiberpo.megatron.sequences import Rows
 from nemo_fiberpo.objective import Cells, Hierarchy, token_weights
 from nemo_fiberpo.objective.cells import build_cells
 
@@ -61,8 +64,8 @@ class FiberPOTrainer(PPOTrainer):
             )
         check_strata(hierarchy, prompts)
         super().__init__(**parent, batch_iterator_cls=repeated_prompts(settings.samples_per_prompt))
-        self._rollout_cls = grouped_rollout(settings.optimizer_steps)
-        self._cells: list[Cells] = []
+        self._rollout_cls = grouped_rollout(settings.optimizer_steps, whole_groups=settings.passes == 1)
+        self._minibatches: list[Minibatch] = []
 
     def _run_inference(self, dataloader_builder: Any, consumed_samples: int, is_validation: bool):
         """One rollout: generate, grade, gather, deal whole prompt groups to minibatches and ranks, compute old
@@ -71,7 +74,7 @@ class FiberPOTrainer(PPOTrainer):
         Returns this rank's samples and the metrics of the whole rollout.
         """
         context = trt_llm_reshard_region if self.trtllm_reshard else nullcontext
-        with context(), deterministic(self.model.cfg.seed, self.step, parallel_state.get_data_parallel_rank()):
+        with context(), deterministic(self.model.cfg.seed, self.step, generation_axis()[0]):
             rollout = self._generate(dataloader_builder, consumed_samples)
         estimate = ESTIMATORS[self.settings.advantage]
         rollout["advantage"] = estimate(rollout["rewards"], rollout["prompt_index"], rollout["valid"].bool())
@@ -80,19 +83,21 @@ class FiberPOTrainer(PPOTrainer):
             split_size=parallel_state.get_data_parallel_world_size(),
             seed=self.model.cfg.seed + self.step,
         )
+        sequences = local["response_tokens"], local["response_lengths"], self.settings.packing
         with self.timer("logprobs"):
-            local["logprobs"] = self.model.get_inference_log_probs(local["response_tokens"])
+            local["logprobs"] = self.model.old_log_probs(*sequences)
         if self.compute_init_policy_kl and not is_validation:
             with self.timer("init_logprobs"):
-                local["init_logprobs"] = self.model.get_init_policy_logprobs(local["response_tokens"])
+                local["init_logprobs"] = self.model.init_log_probs(*sequences)
         return local, cpu_dict(self.compute_rollout_metrics(rollout))
 
     def _generate(self, dataloader_builder: Any, consumed_samples: int) -> Any:
         """All samples of the rollout on every rank, with their rewards and whether these count."""
         dataloader = dataloader_builder(consumed_samples=consumed_samples)
+        sampler = dataloader.batch_sampler
         batches = self.batch_iterator_cls(
-            iter(dataloader.batch_sampler),
-            compute_num_rollout_microbatches(dataloader),
+            iter(sampler),
+            sampler.global_batch_size // (sampler.micro_batch_size * generation_axis()[1]),
             dataloader.dataset,
             self.collate_fn,
         )
@@ -112,98 +117,91 @@ class FiberPOTrainer(PPOTrainer):
         ).gather_and_balance_globally()
 
     def generate_ppo_data(self, rollout_batch: Mapping[str, Tensor]):
-        """What the optimizer steps need, and the one exchange of the rollout that agrees on cells and denominators."""
+        """What the optimizer steps need, and the exchanges of the rollout that agree on cells and denominators.
+
+        The columns stay with the trainer, in rows; what is returned tells NeMo-Aligner the number of minibatches.
+        """
         tokens, log_probs = rollout_batch["response_tokens"], rollout_batch["logprobs"]
         mask = response_mask(rollout_batch["prompt_lengths"], rollout_batch["response_lengths"], tokens.shape[1] - 1)
         keep = rollout_batch["valid"].bool()
         if self.settings.truncated == "mask":
             keep = keep & rollout_batch["is_end"].bool()
         mask = mask & keep[:, None]
-        columns = {
-            "mask": mask,
-            "prompt_index": rollout_batch["prompt_index"],
-            "trajectory": rollout_batch["trajectory"],
-        }
         advantage = rollout_batch["advantage"][:, None].expand(mask.shape)
         problem = non_finite("old log-probs", log_probs, mask) or non_finite("advantage", advantage, mask)
-        self._cells, weights = self._agree(columns, problem)
-        data = {
-            "response_tokens": tokens,
-            "prev_logprobs": log_probs,
-            "mask": mask,
-            "weights": weights,
-            "weighted_advantage": weights * advantage,
-        }
-        if "init_logprobs" in rollout_batch:
-            data["init_logprobs"] = rollout_batch["init_logprobs"]
-        return data, {}
+        columns = dict(rollout_batch) | {"mask": mask}
+        self._minibatches = self._agree(split_columns(columns, self.settings.optimizer_steps), problem)
+        return {"response_tokens": tokens}, {}
 
-    def _agree(self, columns: Mapping[str, Tensor], problem: str | None) -> tuple[list[Cells], Tensor]:
-        """Cells of every minibatch, shared between the ranks, and the token weights [b, s - 1] with global
-        denominators."""
-        steps = self.settings.optimizer_steps
+    def _agree(self, samples: Sequence[Mapping[str, Tensor]], problem: str | None) -> list[Minibatch]:
+        """The minibatches with cells that are shared between the ranks, and weights with global denominators."""
+        size, settings = self.model.cfg.micro_batch_size, self.settings
+        rows = [
+            self.model.rows(part["response_tokens"], part["response_lengths"], size, settings.packing)
+            for part in samples
+        ]
         own: list[Cells] = []
+        pieces: list[list[Cells]] = [[] for _ in samples]
         try:
-            for part in split_columns(columns, steps):
-                own += [self._hierarchy_cells(part), self._trajectory_cells(part)]
+            for part, of_part, into in zip(samples, rows, pieces, strict=True):
+                own += [self._hierarchy_cells(part, of_part), self._trajectory_cells(part, of_part)]
+                if settings.passes == 1:
+                    into += [self._hierarchy_cells(part, [entry]) for entry in of_part]
         except ValueError as error:
-            own, problem = [], str(error)
-        facts = {"sequence length": columns["mask"].shape[1], "samples": columns["mask"].shape[0]}
+            own, pieces, problem = [], [[] for _ in samples], str(error)
+        facts = {
+            "sequence length": samples[0]["response_tokens"].shape[1],
+            "samples": sum(len(part["response_tokens"]) for part in samples),
+            "micro-batches per step": len(rows[0]),
+        }
         shared = exchange(own, self.model.reducer.axes, facts, problem)
-        settings, shape = self.settings, (-1, columns["mask"].shape[1])
-        weights = [token_weights(cells, settings.weights, length=settings.fixed_length) for cells in shared[1::2]]
-        return shared[::2], torch.cat(weights).view(shape)
+        made = []
+        for index, (part, of_part) in enumerate(zip(samples, rows, strict=True)):
+            cells, trajectories = shared[2 * index : 2 * index + 2]
+            weights = token_weights(trajectories, settings.weights, length=settings.fixed_length)
+            parts = one_pass_cells(pieces[index], self.model.reducer.axes) if settings.passes == 1 else None
+            made.append(in_rows(part, of_part, weights, cells, parts))
+        return made
 
-    def _hierarchy_cells(self, part: Mapping[str, Tensor]) -> Cells:
+    def _hierarchy_cells(self, part: Mapping[str, Tensor], rows: Sequence[Rows]) -> Cells:
         labels = {
-            stratum.name: flat(stratum_labels(stratum.name, part, self.prompts), part["mask"])
+            stratum.name: flat(stratum_labels(stratum.name, part, self.prompts), part["mask"], rows)
             for stratum in self.hierarchy.active
         }
         names = stratum_names(self.hierarchy, self.prompts)
-        return self.hierarchy.cells(labels, part["mask"].reshape(-1), names=names, shape=_shape(part["mask"]))
+        return self.hierarchy.cells(labels, take(part["mask"], rows), names=names, shape=shape_of(rows))
 
-    def _trajectory_cells(self, part: Mapping[str, Tensor]) -> Cells:
-        labels = {"trajectory": flat(part["trajectory"], part["mask"])}
-        return build_cells(["trajectory"], labels, part["mask"].reshape(-1), shape=_shape(part["mask"]))
+    def _trajectory_cells(self, part: Mapping[str, Tensor], rows: Sequence[Rows]) -> Cells:
+        labels = {"trajectory": flat(part["trajectory"], part["mask"], rows)}
+        return build_cells(["trajectory"], labels, take(part["mask"], rows), shape=shape_of(rows))
 
     def run_training(self, dataloader_iter: Iterator[Mapping[str, Tensor]]):
         """The optimizer steps of one rollout, `epochs` times over its minibatches."""
         self.model.prepare_for_training()
-        minibatches = list(dataloader_iter)
-        assert len(minibatches) == len(self._cells) == self.settings.optimizer_steps
+        assert len(list(dataloader_iter)) == len(self._minibatches) == self.settings.optimizer_steps
         metrics: dict[str, float] = {}
-        for epoch in range(self.settings.epochs):
-            for index, columns in enumerate(minibatches):
-                metrics = self._optimizer_step(columns, self._cells[index], on_policy=epoch == index == 0)
+        for _ in range(self.settings.epochs):
+            for minibatch in self._minibatches:
+                metrics = self._optimizer_step(minibatch)
                 self.logger.log_metrics(
                     metrics | {"rl_step": self.step}, step=self.ppo_optimization_step, prefix="train_optim/"
                 )
                 self.ppo_optimization_step += 1
+        self._minibatches = []
         self.model.finish_training()
         self.optimizer.zero_grad()
         return metrics.get("loss"), metrics
 
-    def _optimizer_step(self, columns: Mapping[str, Tensor], cells: Cells, on_policy: bool) -> dict[str, float]:
-        minibatch = Minibatch(
-            tokens=columns["response_tokens"],
-            old_log_probs=columns["prev_logprobs"],
-            init_log_probs=columns.get("init_logprobs"),
-            weights=columns["weights"],
-            weighted_advantage=columns["weighted_advantage"],
-            mask=columns["mask"],
-            cells=cells,
-        )
+    def _optimizer_step(self, minibatch: Minibatch) -> dict[str, float]:
         calls = self.model.reducer.calls
         self.optimizer.zero_grad()
         self.model.prepare_for_training_step()
-        result = self.model.step(
-            minibatch, self.hierarchy, on_policy=on_policy, kl_coefficient=self.settings.kl.coefficient
-        )
+        result = self.model.step(minibatch, self.hierarchy, kl_coefficient=self.settings.kl.coefficient)
         self.model.finish_training_step()
         lr = self.optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self.optimizer.step(closure=None)
         self.scheduler.step()
-        metrics = {"grad_norm": float(grad_norm), "lr": lr, "on_policy": float(on_policy)}
+        metrics = {"grad_norm": float(grad_norm), "lr": lr, "on_policy": float(result.report is None)}
         metrics |= {"gate_all_reduces": float(self.model.reducer.calls - calls)}
         metrics |= self._over_ranks(result.extra_loss, result.recompute_error)
         if result.loss is not None:
@@ -289,11 +287,6 @@ class FiberPOTrainer(PPOTrainer):
         return metrics | {"table": {"reward": first["reward"], "prompt": prompt, "response": first["response"]}}
 
 
-def _shape(mask: Tensor) -> tuple[int, int]:
-    rows, width = mask.shape
-    return rows, width
-
-
 def check_strata(hierarchy: Hierarchy, prompts: PromptDataset) -> None:
     """ValueError if the hierarchy cannot be made from this data set: an unknown stratum, a budget override that names
     no cell, strata that do not nest. One token per prompt stands for all that will be sampled from it."""
@@ -316,11 +309,6 @@ def stratum_labels(name: str, part: Mapping[str, Tensor], prompts: PromptDataset
     if name == "prompt_group":
         return part["prompt_index"]
     return prompts.label_table(name)[part["prompt_index"].cpu()].to(part["prompt_index"].device)
-
-
-def flat(label: Tensor, mask: Tensor) -> Tensor:
-    """[b] labels of samples -> [b (s - 1)] labels of their tokens."""
-    return label.to(mask.device)[:, None].expand(mask.shape).reshape(-1)
 
 
 def split_columns(columns: Mapping[str, Tensor], parts: int) -> Sequence[dict[str, Tensor]]:

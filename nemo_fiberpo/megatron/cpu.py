@@ -77,6 +77,8 @@ class CpuDeviceMode(TorchFunctionMode):
         if kwargs:
             if "device" in kwargs:
                 kwargs["device"] = _to_cpu(kwargs["device"])
+            if "pin_memory" in kwargs:
+                kwargs["pin_memory"] = False  # pinning is for copies to a GPU, and needs one
             return func(*args, **kwargs)
         return func(*args)
 
@@ -170,6 +172,36 @@ def _averaging_reduce_scatter(reduce_scatter: Callable) -> Callable:
     return wrapped
 
 
+def _is_uneven_gloo(parts: list[torch.Tensor], group: dist.ProcessGroup | None) -> bool:
+    return len({part.shape for part in parts}) > 1 and dist.get_backend(group) == "gloo"
+
+
+def _uneven_all_gather(all_gather: Callable) -> Callable:
+    def wrapped(tensor_list, tensor, group=None, async_op=False):
+        if not _is_uneven_gloo(tensor_list, group):
+            return all_gather(tensor_list, tensor, group=group, async_op=async_op)
+        longest = max(len(part) for part in tensor_list)
+        padded = tensor.new_zeros(longest, *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        gathered = [torch.empty_like(padded) for _ in tensor_list]
+        all_gather(gathered, padded, group=group)
+        for part, whole in zip(tensor_list, gathered, strict=True):
+            part.copy_(whole[: len(part)])
+
+    return wrapped
+
+
+def _uneven_reduce_scatter(reduce_scatter: Callable) -> Callable:
+    def wrapped(output, input_list, op=dist.ReduceOp.SUM, group=None, async_op=False):
+        if not _is_uneven_gloo(input_list, group):
+            return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
+        whole = torch.cat(input_list)
+        dist.all_reduce(whole, op=op, group=group)
+        output.copy_(whole.split([len(part) for part in input_list])[dist.get_rank(group)])
+
+    return wrapped
+
+
 def _numpy_on_cpu_too(move: Callable) -> Callable:
     def wrapped(tensor, as_numpy=False, record_stream=False):
         if as_numpy and torch.is_tensor(tensor):
@@ -211,6 +243,8 @@ _PATCHES = (
     Patch("torch.autograd", "_engine_run_backward", "backward passes suspend function modes", wrap=_with_device_mode),
     Patch("torch.distributed", "all_reduce", "gloo has no AVG", wrap=_averaging_all_reduce),
     Patch("torch.distributed", "reduce_scatter_tensor", "gloo has no AVG", wrap=_averaging_reduce_scatter),
+    Patch("torch.distributed", "all_gather", "gloo gathers equal shapes alone", wrap=_uneven_all_gather),
+    Patch("torch.distributed", "reduce_scatter", "gloo scatters equal shapes alone", wrap=_uneven_reduce_scatter),
     Patch(_BUFFER, "dist_reduce_scatter_func", "DDP's own alias of the same", wrap=_averaging_reduce_scatter),
     Patch("megatron.core.transformer.moe.moe_utils", "te_general_gemm",
           "0.16 tests it without defining it where Transformer Engine is absent", None, missing_ok=True),

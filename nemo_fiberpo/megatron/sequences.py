@@ -13,7 +13,7 @@ zig-zag, which balances causal attention. Packed rows do so sequence by sequence
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class Rows:
     tokens      int64 [r, t], 0 at padding
     targets     int64 [r, t], the next token of the sequence, 0 where there is none
     positions   int64 [r, t], positions within the sequence
-    source      int64 [r, t], index into the flattened [b, s - 1] columns of the samples, -1 where no entry belongs
+    source      int64 [r, t], index into the flattened [b, s - 1] columns, -1 where no entry belongs
     seq_length  t times the size of the CP group: what Megatron's schedules want to be told
     packed      `PackedSeqParams` of a packed row, None for padded rows
 
@@ -41,6 +41,17 @@ class Rows:
     source: Tensor
     seq_length: int
     packed: Any = None
+
+    def to(self, device: torch.device | int) -> Rows:
+        """The same on another device."""
+        tokens, targets, positions, source = (
+            part.to(device) for part in (self.tokens, self.targets, self.positions, self.source)
+        )
+        packed = self.packed
+        if packed is not None:
+            starts = packed.cu_seqlens_q.to(device)
+            packed = replace(packed, cu_seqlens_q=starts, cu_seqlens_kv=starts)
+        return Rows(tokens, targets, positions, source, self.seq_length, packed)
 
     def take(self, column: Tensor, fill: Any = 0) -> Tensor:
         """A column of the samples, [b, s - 1], in rows, [r, t]; `fill` where no entry belongs."""
@@ -80,11 +91,18 @@ def round_up(length: int, multiple: int) -> int:
 
 
 def padded_rows(
-    tokens: Tensor, *, cp_size: int = 1, cp_rank: int = 0, multiple: int = 1, seq_length: int | None = None
+    tokens: Tensor,
+    samples: Tensor | None = None,
+    *,
+    cp_size: int = 1,
+    cp_rank: int = 0,
+    multiple: int = 1,
+    seq_length: int | None = None,
 ) -> Rows:
     """Rows of one sample each, padded on the right: tokens int64 [b, s] of whole sequences -> r = b.
 
     Args
+        samples     int64 [r], those of the b that this micro-batch has; columns keep all b
         multiple    of `length_multiple`; the rows' width is s rounded up to it
         seq_length  a larger width, a multiple of `multiple`, such as one that several ranks agreed on
     """
@@ -92,17 +110,20 @@ def padded_rows(
     width = seq_length or round_up(s, multiple)
     if width % multiple or width < s:
         raise ValueError(f"seq_length: {width} must be a multiple of {multiple} and at least {s}")
-    position = zigzag(width, cp_size, cp_rank, tokens.device)
-    padded = torch.nn.functional.pad(tokens, (0, width - s))[:, position]
-    row = torch.arange(b, device=tokens.device)[:, None] * (s - 1)
-    source = torch.where(position < s - 1, row + position, -1)
-    rows = Rows(padded, padded, position.expand(b, -1), source, width)
-    return _with_targets(rows, tokens)
+    if samples is None:
+        samples = torch.arange(b, device=tokens.device)
+    place = zigzag(width, cp_size, cp_rank, tokens.device)
+    padded = torch.nn.functional.pad(tokens[samples], (0, width - s))[:, place]
+    source = torch.where(place < s - 1, samples[:, None] * (s - 1) + place, -1)
+    # A learned position embedding need not reach as far as the padding.
+    position = place.clamp(max=s - 1).expand(len(samples), -1)
+    return _with_targets(Rows(padded, padded, position, source, width), tokens)
 
 
 def packed_rows(
     tokens: Tensor,
     lengths: Tensor | Sequence[int],
+    samples: Tensor | None = None,
     *,
     cp_size: int = 1,
     cp_rank: int = 0,
@@ -114,6 +135,7 @@ def packed_rows(
     Args
         tokens      int64 [b, s], padded on the right
         lengths     int [b], in 1..s; each sequence is padded to `multiple` by itself
+        samples     int64, those of the b that this micro-batch has; columns keep all b
         seq_length  a larger width of the row, a multiple of `multiple`; what is left over is a sequence of padding
 
     Padding counts as part of a sequence (`cu_seqlens_q` says where sequences begin in the row): attention is causal, so
@@ -125,20 +147,21 @@ def packed_rows(
     real = [int(length) for length in lengths]
     if len(real) != b or not all(1 <= length <= s for length in real):
         raise ValueError(f"lengths: must be {b} numbers within 1..{s}, got {real}")
-    spans = packed_spans(real, multiple)
+    chosen = list(range(b)) if samples is None else samples.tolist()
+    spans = packed_spans([real[sample] for sample in chosen], multiple)
     width = seq_length or sum(spans)
     if width % multiple or width < sum(spans):
         raise ValueError(f"seq_length: {width} must be a multiple of {multiple} and at least {sum(spans)}")
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for sample, span in zip(chosen, spans, strict=True):
+        place, last = zigzag(span, cp_size, cp_rank, tokens.device), real[sample] - 1
+        inside = place.clamp(max=last)
+        source = torch.where(place < last, sample * (s - 1) + place, -1)
+        parts.append((torch.where(place <= last, tokens[sample, inside], 0), inside, source))
     if width > sum(spans):
         spans.append(width - sum(spans))
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for index, span in enumerate(spans):
-        length = real[index] if index < b else 0
-        position = zigzag(span, cp_size, cp_rank, tokens.device)
-        inside = position.clamp(max=max(length - 1, 0))
-        own = tokens[index, inside] if index < b else torch.zeros_like(position)
-        source = torch.where(position < length - 1, index * (s - 1) + position, -1)
-        parts.append((torch.where(position < length, own, 0), position, source))
+        nothing = tokens.new_zeros(spans[-1] // cp_size)
+        parts.append((nothing, nothing, nothing - 1))
     row, position, source = (torch.cat(columns)[None] for columns in zip(*parts, strict=True))
     starts = torch.tensor([0, *spans], device=tokens.device).cumsum(0).to(torch.int32)
     longest = max(spans)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_fiberpo.megatron.agreement import Agreeing
 from nemo_fiberpo.megatron.groups import Reducer
 from nemo_fiberpo.megatron.schedule import Policy, loss_scale, refuse_inexact, run, without_trace
 from nemo_fiberpo.objective.cells import Cells
@@ -100,27 +101,28 @@ def exact_step(
     The caller zeroes gradients before and steps the optimizer after, as around Megatron's own schedule.
 
     Raises ValueError before any gradient is computed: for a refused config field, and, on every rank, for a non-finite
-    log-ratio or weighted advantage on a live token of any rank.
+    log-ratio or weighted advantage on a live token of any rank, for a rank with fewer micro-batches than it has tokens
+    for, and for ranks with different numbers of them. On-policy nothing is reduced, and such a rank raises alone; what
+    the others then do is in `timeouts`. `groups.exchange` with the fact "micro-batches per step" finds it before.
 
     SPMD: every rank calls this. Tokens are sharded over dp (and cp), replicated over tp and pp; exactly two all-reduces
     over `reducer.axes.group`, none if `on_policy`, beside those of Megatron.
     """
     refuse_inexact(policy.config)
-    if len(microbatches) != len(tokens.old_log_probs) or not microbatches:
-        raise ValueError(
-            f"microbatches: {len(microbatches)} of them, but tokens of {len(tokens.old_log_probs)}; at least one"
-        )
-    flat_advantage = torch.cat([value.reshape(-1) for value in tokens.weighted_advantage])
+    problem = _count_problem(len(microbatches), len(tokens.old_log_probs))
+    # Without a reduction there is no way to tell the others; expert-parallel ranks wait for this one inside pass A.
+    if problem is not None and (on_policy or (getattr(policy.config, "expert_model_parallel_size", 1) or 1) > 1):
+        raise ValueError(problem)
+    parts = [value.reshape(-1) for value in tokens.weighted_advantage]
+    flat_advantage = torch.cat(parts) if parts else torch.zeros(0)
     loss, report, reference = None, None, tokens.old_log_probs
     if on_policy:
         flat = on_policy_coefficients(flat_advantage, tokens.cells)
     else:
-        current = current_log_probs(policy, microbatches)
-        problem = _shape_problem(current, tokens.old_log_probs)
-        try:
-            result = surrogate(_log_ratio(current, tokens, problem), flat_advantage, tokens.cells, hierarchy, reducer)
-        except ValueError as error:
-            raise ValueError(problem or str(error)) from error
+        current = current_log_probs(policy, microbatches) if problem is None else []
+        agreeing = Agreeing(reducer, len(microbatches), problem or _shape_problem(current, tokens.old_log_probs))
+        log_ratio = _log_ratio(current, tokens) if agreeing.problem is None else torch.zeros_like(flat_advantage)
+        result = surrogate(log_ratio, flat_advantage, tokens.cells, hierarchy, agreeing)
         flat, loss, report, reference = result.coefficients, -result.value, result.report, current or reference
     coefficients = split_like(flat, tokens.old_log_probs)
     extra, gaps = 0.0, [0.0]
@@ -194,10 +196,14 @@ def _shape_problem(current: Sequence[Tensor], old: Sequence[Tensor]) -> str | No
     return None
 
 
-def _log_ratio(current: Sequence[Tensor], tokens: StepTokens, problem: str | None) -> Tensor:
-    """Flat log-ratios; zeros on a stage without log-probs, which represents no tokens; NaN where something is wrong."""
-    if problem is not None:
-        return torch.cat([torch.full_like(old, torch.nan).reshape(-1) for old in tokens.old_log_probs])
+def _count_problem(microbatches: int, of_tokens: int) -> str | None:
+    if microbatches == of_tokens and microbatches:
+        return None
+    return f"microbatches: {microbatches} of them, but tokens of {of_tokens}; at least one"
+
+
+def _log_ratio(current: Sequence[Tensor], tokens: StepTokens) -> Tensor:
+    """Flat log-ratios; zeros on a stage without log-probs, which represents no tokens."""
     if not current:
         return torch.cat([torch.zeros_like(old).reshape(-1) for old in tokens.old_log_probs])
     return torch.cat(

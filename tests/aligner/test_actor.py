@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from nemo_fiberpo.aligner import cpu
 
 cpu.install()
-from nemo_fiberpo.aligner.actor import check_model, kl_penalty  # noqa: E402
+from nemo_fiberpo.aligner.actor import balanced, check_model, kl_penalty  # noqa: E402
 
 GOOD = {"mcore_gpt": True, "optim": {"name": "mcore_distributed_optim"}, "ppo": {"sampling_params": {}}}
 
@@ -17,13 +17,16 @@ GOOD = {"mcore_gpt": True, "optim": {"name": "mcore_distributed_optim"}, "ppo": 
     [
         ({"optim": {"name": "distributed_fused_adam"}}, ["model.optim.name", "mcore_distributed_optim"]),
         ({"mcore_gpt": False}, ["model.mcore_gpt"]),
-        ({"context_parallel_size": 2}, ["model.context_parallel_size", "tensor_model_parallel_size"]),
-        ({"virtual_pipeline_model_parallel_size": 2}, ["model.virtual_pipeline_model_parallel_size"]),
-        ({"sequence_parallel": True}, ["model.sequence_parallel", "tensor_model_parallel_size alone"]),
         (
-            {"num_moe_experts": 4, "tensor_model_parallel_size": 2},
-            ["model.tensor_model_parallel_size", "expert_model_parallel_size"],
+            {"context_parallel_size": 2, "ppo": {"sampling_params": {}, "trt_llm": {"enable": True}}},
+            ["model.context_parallel_size", "model.ppo.trt_llm.enable"],
         ),
+        (
+            {"virtual_pipeline_model_parallel_size": 2},
+            ["model.virtual_pipeline_model_parallel_size", "pipeline_model_parallel_size alone"],
+        ),
+        ({"sequence_parallel": True}, ["model.sequence_parallel", "tensor_model_parallel_size is 1"]),
+        ({"num_moe_experts": 4, "tensor_model_parallel_size": 2}, ["model.sequence_parallel", "must be true"]),
         ({"ppo": {"offload_adam_states": True, "sampling_params": {}}}, ["model.ppo.offload_adam_states", "False"]),
         ({"ppo": {"entropy_bonus": 0.1, "sampling_params": {}}}, ["model.ppo.entropy_bonus", "0"]),
         ({"ppo": {"sampling_params": {"temperature": 0.7}}}, ["model.ppo.sampling_params.temperature", "must be 1.0"]),
@@ -37,8 +40,31 @@ def test_a_model_that_cannot_run_is_refused_by_field(change, words):
         assert word in str(error.value)
 
 
-def test_a_model_that_can_run_passes():
-    check_model(OmegaConf.create(GOOD | {"context_parallel_size": 1, "virtual_pipeline_model_parallel_size": None}))
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"context_parallel_size": 1, "virtual_pipeline_model_parallel_size": None, "sequence_parallel": False},
+        {"context_parallel_size": 2, "num_moe_experts": 4},
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True, "num_moe_experts": 4},
+        {"tensor_model_parallel_size": 2},
+    ],
+)
+def test_a_model_that_can_run_passes(layout):
+    check_model(OmegaConf.create(GOOD | layout))
+
+
+def test_context_parallelism_on_a_gpu_needs_transformer_engine(monkeypatch):
+    monkeypatch.setattr("nemo_fiberpo.megatron.cpu.installed", lambda: False)
+    check_model(OmegaConf.create(GOOD | {"context_parallel_size": 2, "transformer_engine": True}))
+    with pytest.raises(ValueError, match="model.context_parallel_size: 2 needs transformer_engine: true"):
+        check_model(OmegaConf.create(GOOD | {"context_parallel_size": 2, "transformer_engine": False}))
+
+
+def test_packed_micro_batches_have_equally_many_samples_and_about_equal_lengths():
+    # sorted: 9 8 7 | 3 2 1, the second turn backwards: 9+1, 8+2, 7+3
+    dealt = balanced([1, 9, 7, 2, 8, 3], 3)
+    assert dealt == [[1, 0], [4, 3], [2, 5]]
+    assert sorted(index for part in dealt for index in part) == list(range(6))
 
 
 def batch(init, weights, mask):

@@ -68,6 +68,17 @@ def test_deal_groups_is_the_same_split_into_minibatches_on_any_number_of_ranks()
         assert [{i for rank in dealt for i in rank[n].tolist()} for n in range(2)] == whole
 
 
+def test_whole_groups_stay_on_one_rank_and_together():
+    group = torch.arange(8).repeat_interleave(4)[torch.randperm(32, generator=torch.Generator().manual_seed(2))]
+    dealt = deal_groups(group, minibatches=2, ranks=2, seed=3, whole_groups=True)
+    scattered = deal_groups(group, minibatches=2, ranks=2, seed=3)
+    for number in range(2):
+        ranks = [dealt[rank][number] for rank in range(2)]
+        assert {*torch.cat(ranks).tolist()} == {i for rank in scattered for i in rank[number].tolist()}
+        for samples in ranks:
+            assert group[samples].view(2, 4).diff(dim=1).eq(0).all(), "runs of whole groups"
+
+
 def test_deal_groups_refuses_what_cannot_be_split():
     with pytest.raises(ValueError, match=r"optimizer_steps: 3 must divide the 4 prompt groups"):
         deal_groups(torch.arange(4), 3, 1, seed=0)

@@ -40,6 +40,8 @@ def test_sizes_follow():
         ({"weights": "fixed_length_mean"}, ["algorithm.fixed_length"]),
         ({"fixed_length": 100}, ["algorithm.fixed_length", "only there"]),
         ({"truncated": "drop"}, ["algorithm.truncated", "keep", "mask"]),
+        ({"packing": 1}, ["algorithm.packing", "true or false"]),
+        ({"passes": 3}, ["algorithm.passes", "1 or 2"]),
         ({"kl": {"coefficient": -1}}, ["algorithm.kl.coefficient", "at least 0"]),
         ({"kl": {"coeficient": 1}}, ["algorithm.kl.coeficient", "did you mean 'coefficient'"]),
         ({"kl": 3}, ["algorithm.kl", "mapping"]),
@@ -138,3 +140,9 @@ def test_batch_sizes_that_do_not_fit(cfg, field):
 
 def test_batch_sizes_that_fit():
     check_batches(batches(), data_parallel_size=2)
+
+
+def test_context_parallel_ranks_generate_responses_of_their_own():
+    with pytest.raises(ValueError, match="x 16 data- and context-parallel ranks = 512"):
+        check_batches(batches(), data_parallel_size=2, context_parallel_size=8)
+    check_batches(batches(), data_parallel_size=2, context_parallel_size=2)

@@ -1,0 +1,93 @@
+"""While responses are generated: every rank runs whole sequences, and context-parallel ranks are further data-parallel
+ranks.
+
+Decoding takes one token at a time, so there is no sequence to split: sequence parallelism and context parallelism are
+switched off for the model that is already there, and back on for log-probs and training. Megatron-core 0.11 asks
+`parallel_state` for the context-parallel group at every use; Transformer Engine's modules keep theirs, and have a
+setter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from nemo_aligner.utils import parallel_state
+
+from nemo_fiberpo.megatron.patching import Patch, Patches
+
+_SPLITS = {"sequence_parallel": False, "reduce_scatter_embeddings": False, "context_parallel_size": 1}
+_alone: dist.ProcessGroup | None = None
+
+
+def is_extended() -> bool:
+    """Whether there are context-parallel ranks to generate on, be the layout that of generation or of training."""
+    return mpu.get_data_parallel_world_size(with_context_parallel=True) > mpu.get_data_parallel_world_size()
+
+
+def generation_axis() -> tuple[int, int, dist.ProcessGroup]:
+    """(rank, size, group) of the axis over which prompts are dealt: data parallel times context parallel."""
+    if not is_extended():
+        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        return rank, size, mpu.get_data_parallel_group()
+    rank, size = (
+        mpu.get_data_parallel_rank(with_context_parallel=True),
+        mpu.get_data_parallel_world_size(with_context_parallel=True),
+    )
+    return rank, size, mpu.get_data_parallel_group(with_context_parallel=True)
+
+
+@contextlib.contextmanager
+def whole_sequences(chunks: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Switch sequence and context parallelism of the model's chunks off for the block, and back on as they were."""
+    modules = [module for chunk in chunks for module in chunk.modules()]
+    holders = {id(holder): holder for module in modules for holder in (module, getattr(module, "config", None))}
+    before = [
+        (holder, name, getattr(holder, name))
+        for holder in holders.values()
+        for name, off in _SPLITS.items()
+        if getattr(holder, name, off) != off
+    ]
+    with contextlib.ExitStack() as stack:
+        if mpu.get_context_parallel_world_size() > 1:
+            stack.enter_context(_no_context_parallel(modules))
+        try:
+            for holder, name, _ in before:
+                setattr(holder, name, _SPLITS[name])
+            yield
+        finally:
+            for holder, name, value in before:
+                setattr(holder, name, value)
+
+
+@contextlib.contextmanager
+def _no_context_parallel(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    global _alone
+    if _alone is None:
+        _alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    keeping = [module for module in modules if hasattr(module, "set_context_parallel_group")]
+    names = ("cp_group", "cp_global_ranks", "cp_stream", "cp_comm_type")
+    kept = [[getattr(module, name, None) for name in names] for module in keeping]
+    patches = Patches(
+        (
+            Patch("megatron.core.parallel_state", "_CONTEXT_PARALLEL_GROUP", "this rank alone", _alone),
+            Patch("megatron.core.parallel_state", "_CONTEXT_PARALLEL_GLOBAL_RANKS", "this rank", [dist.get_rank()]),
+        )
+    )
+    patches.apply()
+    RotaryEmbedding.forward.cache_clear()  # it remembers embeddings that are cut for this rank
+    for module in keeping:
+        module.set_context_parallel_group(None, None, None)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        for module, (group, ranks, stream, comm_type) in zip(keeping, kept, strict=True):
+            more: dict[str, Any] = {} if comm_type is None else {"cp_comm_type": comm_type}
+            module.set_context_parallel_group(group, ranks, stream, **more)  # type: ignore[operator]
+        patches.undo()
+        RotaryEmbedding.forward.cache_clear()

@@ -1,0 +1,73 @@
+"""One optimizer step's samples on this rank, and the way from columns of samples to the rows that the model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_fiberpo.megatron.sequences import Rows
+from nemo_fiberpo.objective import Cells
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """This rank's part of one optimizer step; every sequence holds one entry per micro-batch, tensors [r, t] in rows.
+
+    rows                what the model reads, see `megatron.sequences`
+    old_log_probs       of the tokens that the rows' entries belong to, here and below
+    init_log_probs      the same under the initial policy, or None where no KL penalty asks for it
+    weights             float64, w_i with global denominators, 0 at masked tokens
+    weighted_advantage  float64, w_i A_i
+    mask                bool, live tokens
+    cells               of all these tokens, flattened in this order; shared with the other ranks
+    parts               for one pass: the cells of each micro-batch (`one_pass_cells`); None for two passes
+    """
+
+    rows: Sequence[Rows]
+    old_log_probs: Sequence[Tensor]
+    init_log_probs: Sequence[Tensor] | None
+    weights: Sequence[Tensor]
+    weighted_advantage: Sequence[Tensor]
+    mask: Sequence[Tensor]
+    cells: Cells
+    parts: Sequence[Cells] | None = None
+
+
+def in_rows(
+    part: Mapping[str, Tensor], rows: Sequence[Rows], weights: Tensor, cells: Cells, parts: Sequence[Cells] | None
+) -> Minibatch:
+    """The columns of a minibatch, [b, s - 1], in the rows of its micro-batches; `weights` are in rows already, flat."""
+    shapes = [entry.tokens.shape for entry in rows]
+    weight = [
+        piece.view(shape) for piece, shape in zip(weights.split([s.numel() for s in shapes]), shapes, strict=True)
+    ]
+    advantage = part["advantage"][:, None].expand(part["mask"].shape)
+    init = part.get("init_logprobs")
+    return Minibatch(
+        rows=rows,
+        old_log_probs=[entry.take(part["logprobs"]) for entry in rows],
+        init_log_probs=None if init is None else [entry.take(init) for entry in rows],
+        weights=weight,
+        weighted_advantage=[w * entry.take(advantage) for w, entry in zip(weight, rows, strict=True)],
+        mask=[entry.take(part["mask"], False) for entry in rows],
+        cells=cells,
+        parts=parts,
+    )
+
+
+def shape_of(rows: Sequence[Rows]) -> tuple[int, int]:
+    """All rows one below the other."""
+    return sum(entry.tokens.shape[0] for entry in rows), rows[0].tokens.shape[1]
+
+
+def take(column: Tensor, rows: Sequence[Rows]) -> Tensor:
+    """[b, s - 1] -> the flat tokens of all rows; 0 where no entry belongs."""
+    return torch.cat([entry.take(column).reshape(-1) for entry in rows])
+
+
+def flat(label: Tensor, mask: Tensor, rows: Sequence[Rows]) -> Tensor:
+    """[b] labels of samples -> labels of the flat tokens of all rows."""
+    return take(label.to(mask.device)[:, None].expand(mask.shape), rows)
