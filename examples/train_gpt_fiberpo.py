@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_fiberpo.aligner import launch
 from nemo_fiberpo.aligner.settings import algorithm_settings, data_settings, reward_settings
+from nemo_fiberpo.objective import check_gating
 
 launch.register_resolvers()
 CHECK_ONLY = "--check" in sys.argv
@@ -30,6 +31,7 @@ def run(cfg: DictConfig) -> None:
     # The config is checked before anything is imported that takes time.
     hierarchy = launch.check_sections(cfg)
     settings, data, reward = algorithm_settings(cfg), data_settings(cfg), reward_settings(cfg)
+    check_gating(settings.gating, hierarchy)
     launch.check_same_run(cfg)
     if CHECK_ONLY:
         return

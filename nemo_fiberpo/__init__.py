@@ -2,14 +2,19 @@
 
 from .config import load_hierarchy
 from .objective import (
+    Apc,
     Budget,
     Cells,
+    Gspo,
     Hierarchy,
+    PpoClip,
     Report,
     SlopeCap,
     Stratum,
     Surrogate,
+    TrulyPpo,
     gated_log_ratio,
+    gated_ratio,
     on_policy_coefficients,
     surrogate,
     token_coefficients,
@@ -19,15 +24,20 @@ from .objective import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Apc",
     "Budget",
     "Cells",
+    "Gspo",
     "Hierarchy",
+    "PpoClip",
     "Report",
     "SlopeCap",
     "Stratum",
     "Surrogate",
+    "TrulyPpo",
     "__version__",
     "gated_log_ratio",
+    "gated_ratio",
     "load_hierarchy",
     "on_policy_coefficients",
     "surrogate",

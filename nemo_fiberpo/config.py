@@ -4,7 +4,12 @@ token_clip: 0.04
 strata:
   - {name: domain, budget: {pos: 0.02, neg: 0.015}, budgets: {code: {pos: 0.03, neg: 0.02}}}
   - {name: prompt_group, budget: {pos: 0.04, neg: 0.03}, slope: {cap: 32}}
+  - {name: task, budget: {pos: 0.03, neg: 0.02}, only: {domain: [code, math]}}
+  - {name: task_language, join: [task, language], budget: {pos: 0.03, neg: 0.02}}
   - {name: trajectory, budget: {pos: 0.12, neg: 0.05}, slope: 32, enabled: true}
+branches:
+  - {name: modality, beside: domain, budget: {pos: 0.02, neg: 0.015}}
+sweeps: 2
 """
 
 from __future__ import annotations
@@ -27,7 +32,8 @@ def load_hierarchy(cfg: Mapping[str, Any] | DictConfig | str | os.PathLike[str])
     """The hierarchy that `cfg` describes: a mapping, a DictConfig (interpolations are resolved) or a YAML file's path.
 
     `budget` of a stratum and `token_clip` are required; budgets, token_clip and slope are finite and positive; `slope`
-    is a number or {cap: number}; names are unique. Raises ValueError naming the full path of the field, for an unknown
+    is a number or {cap: number}; names are unique. What a chain and its branches must keep to, so that no drift counts
+    twice, is in `objective/structure.py`. Raises ValueError naming the full path of the field, for an unknown
     key with the nearest valid one, and for a file with its path and, for a syntax error, the line.
     """
     if isinstance(cfg, str | os.PathLike):
@@ -93,16 +99,24 @@ def _required(cfg: dict[str, Any], key: str, where: str) -> Any:
 
 def _hierarchy(cfg: Any) -> Hierarchy:
     cfg = _mapping(cfg, "hierarchy")
-    reject_unknown_keys(cfg, ["token_clip", "strata"])
+    reject_unknown_keys(cfg, ["token_clip", "strata", "branches", "sweeps"])
     token_clip, strata = _required(cfg, "token_clip", ""), _required(cfg, "strata", "")
     if not isinstance(strata, list):
         raise ValueError(f"strata: must be a list of strata, coarsest first, got {strata!r}")
-    return Hierarchy(tuple(_stratum(entry, f"strata[{i}]") for i, entry in enumerate(strata)), token_clip)
+    branches = cfg.get("branches") or []
+    if not isinstance(branches, list):
+        raise ValueError(f"branches: must be a list of strata, got {branches!r}")
+    return Hierarchy(
+        tuple(_stratum(entry, f"strata[{i}]") for i, entry in enumerate(strata)),
+        token_clip,
+        tuple(_stratum(entry, f"branches[{i}]") for i, entry in enumerate(branches)),
+        cfg.get("sweeps", 1),
+    )
 
 
 def _stratum(cfg: Any, where: str) -> Stratum:
     cfg = _mapping(cfg, where)
-    reject_unknown_keys(cfg, ["name", "budget", "budgets", "slope", "enabled"], where)
+    reject_unknown_keys(cfg, ["name", "budget", "budgets", "slope", "enabled", "join", "only", "beside"], where)
     name = _required(cfg, "name", where)
     budget = _budget(_required(cfg, "budget", where), f"{where}.budget")
     overrides = _mapping(cfg.get("budgets") or {}, f"{where}.budgets")
@@ -114,7 +128,8 @@ def _stratum(cfg: Any, where: str) -> Stratum:
     elif slope is not None:
         slope = positive_number(slope, f"{where}.slope")
     with _at(f"{where}."):
-        return Stratum(name, budget, budgets, slope, cfg.get("enabled", True))
+        enabled, join, only = cfg.get("enabled", True), cfg.get("join") or (), cfg.get("only") or {}
+        return Stratum(name, budget, budgets, slope, enabled, join, only, cfg.get("beside"))
 
 
 def _budget(cfg: Any, where: str) -> Budget:

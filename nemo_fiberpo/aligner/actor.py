@@ -29,7 +29,7 @@ from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.megatron.one_pass import one_pass_step
 from nemo_fiberpo.megatron.sequences import Rows, length_multiple, packed_rows, packed_spans, padded_rows
 from nemo_fiberpo.megatron.step import Policy, StepResult, StepTokens, current_log_probs, exact_step
-from nemo_fiberpo.objective import Hierarchy
+from nemo_fiberpo.objective import Hierarchy, RatioGating
 
 PROMPT_COLUMNS = ("prompt_index",)
 
@@ -222,11 +222,13 @@ class FiberPOActor(MegatronGPTActorModel):
         minibatch: Minibatch,
         hierarchy: Hierarchy,
         *,
+        gating: RatioGating | None = None,
         kl_coefficient: float = 0.0,
         on_policy: bool | None = None,
     ) -> StepResult:
         """Accumulate the gradient of one optimizer step: -J of the global minibatch, plus the KL penalty.
 
+        gating      as in `exact_step`
         on_policy   as in `exact_step`; None: if and only if no optimizer step was begun since `old_log_probs`
 
         Call between `prepare_for_training_step` and `finish_training_step`. SPMD: every rank calls it.
@@ -246,8 +248,8 @@ class FiberPOActor(MegatronGPTActorModel):
         tokens = StepTokens(minibatch.old_log_probs, minibatch.weighted_advantage, minibatch.mask, minibatch.cells)
         given = self._policy(rows), microbatches, tokens
         if minibatch.parts is not None:
-            return one_pass_step(*given, minibatch.parts, hierarchy, self.reducer, extra_loss=penalty)
-        return exact_step(*given, hierarchy, self.reducer, on_policy=on_policy, extra_loss=penalty)
+            return one_pass_step(*given, minibatch.parts, hierarchy, self.reducer, gating=gating, extra_loss=penalty)
+        return exact_step(*given, hierarchy, self.reducer, gating=gating, on_policy=on_policy, extra_loss=penalty)
 
     def _policy(self, rows: Sequence[Rows]) -> Policy:
         return gpt_policy(self.model, rows, mpu.get_tensor_model_parallel_group())

@@ -48,7 +48,7 @@ def overrides(arguments: Iterable[str]) -> list[str]:
     """
     out = []
     for argument in arguments:
-        stratum = re.match(r"\+{0,2}hierarchy\.strata\.([^.=]+)\.([^=]+)=(.*)$", argument, re.DOTALL)
+        stratum = re.match(r"\+{0,2}hierarchy\.(?:strata|branches)\.([^.=]+)\.([^=]+)=(.*)$", argument, re.DOTALL)
         if stratum:
             out.append("++stratum_overrides.{}.{}={}".format(*stratum.groups()))
         elif re.match(rf"(?!({'|'.join(_NEMO)})\.)\w+\.[^=]+=", argument):
@@ -64,18 +64,19 @@ def apply_stratum_overrides(cfg: DictConfig) -> None:
     with open_dict(cfg):
         cfg.pop("stratum_overrides", None)
         for name, fields in (changes or {}).items():
-            strata = cfg.hierarchy.get("strata") or []
-            index = next((i for i, stratum in enumerate(strata) if stratum.get("name") == name), None)
-            if index is None:
-                reject_unknown_keys({name: fields}, [stratum.get("name") for stratum in strata], "hierarchy.strata")
-            cfg.hierarchy.strata[index] = OmegaConf.merge(cfg.hierarchy.strata[index], fields)
+            lists = [cfg.hierarchy.get(kind) or [] for kind in ("strata", "branches")]
+            places = {entry.get("name"): (listed, index) for listed in lists for index, entry in enumerate(listed)}
+            reject_unknown_keys({name: fields}, places, "hierarchy.strata")
+            listed, index = places[name]
+            listed[index] = OmegaConf.merge(listed[index], fields)
 
 
 def check_sections(cfg: DictConfig) -> Hierarchy:
     """Apply `stratum_overrides`, refuse unknown sections and return the hierarchy. ValueError names the field."""
     apply_stratum_overrides(cfg)
-    reject_unknown_keys(cfg, (*SECTIONS, "collective_timeout"))
-    positive_number(cfg.collective_timeout, "collective_timeout")
+    reject_unknown_keys(cfg, SECTIONS)
+    if "collective_timeout" in cfg:
+        positive_number(cfg.collective_timeout, "collective_timeout")
     try:
         return load_hierarchy(cfg.hierarchy)
     except ValueError as error:

@@ -200,28 +200,29 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
         """The prompts at `places`; their `prompt_index` stays what it is here."""
         return PromptSubset(self, places)
 
-    def label_names(self, stratum: str) -> list[str]:
+    def label_names(self, stratum: str, optional: bool = False) -> list[str]:
         """The names of a stratum's label values, value v at place v: the domains, or the records' own labels, sorted.
 
-        ValueError naming the first record that has no label for the stratum.
+        ValueError naming the first record that has no label for the stratum; with `optional` if none has one.
         """
         if stratum == "domain":
             return self.domains
-        for record in self.records:
-            if stratum not in record.strata:
-                known = ["domain", "prompt_group", "trajectory", *record.strata]
-                raise ValueError(
-                    f"{record.where}: strata: has no label for the stratum {stratum!r} of the hierarchy; domain, "
-                    f"prompt_group and trajectory need none{_hint(stratum, known)}"
-                )
-        return sorted({record.strata[stratum] for record in self.records})
+        labels = {record.strata[stratum] for record in self.records if stratum in record.strata}
+        without = next((record for record in self.records if stratum not in record.strata), None)
+        if without is not None and not (optional and labels):
+            known = ["domain", "prompt_group", "trajectory", *without.strata]
+            raise ValueError(
+                f"{without.where}: strata: has no label for the stratum {stratum!r} of the hierarchy; domain, "
+                f"prompt_group and trajectory need none{_hint(stratum, known)}"
+            )
+        return sorted(labels)
 
     @functools.cache  # noqa: B019 (a data set lives as long as the process)
-    def label_table(self, stratum: str) -> Tensor:
-        """int64 [prompts]: the label of each prompt at a stratum, by its place in this data set."""
-        value = {name: number for number, name in enumerate(self.label_names(stratum))}
-        names = (record.domain if stratum == "domain" else record.strata[stratum] for record in self.records)
-        return torch.tensor([value[name] for name in names], dtype=torch.int64)
+    def label_table(self, stratum: str, optional: bool = False) -> Tensor:
+        """int64 [prompts]: the label of each prompt at a stratum, by its place in this data set; -1 for none."""
+        value: dict[str | None, int] = {name: number for number, name in enumerate(self.label_names(stratum, optional))}
+        names = (record.domain if stratum == "domain" else record.strata.get(stratum) for record in self.records)
+        return torch.tensor([value.get(name, -1) for name in names], dtype=torch.int64)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):

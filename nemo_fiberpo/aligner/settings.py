@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_fiberpo.config import reject_unknown_keys
+from nemo_fiberpo.objective import OBJECTIVES, RatioGating
 from nemo_fiberpo.objective.hierarchy import positive_number
 from nemo_fiberpo.objective.surrogate import WEIGHTS
 from nemo_fiberpo.objective.wording import nearest
@@ -37,6 +38,7 @@ SECTIONS = (
     "pretrained_checkpoint",
     "warm_start",
     "cpu",
+    "collective_timeout",
     "run_dir",
     "data_dir",
 )
@@ -54,6 +56,9 @@ class KlSettings:
 class AlgorithmSettings:
     """How rollouts become optimizer steps.
 
+    objective            fiberpo: gated by the hierarchy; ppo, grpo, gspo, truly_ppo, apc: by `gating`, while the
+                         hierarchy only reports. conf/algorithm/ has a file for each, with its `weights`
+    gating               the fields of that objective's map in `objective/ratio_gating.py`; none for fiberpo
     samples_per_prompt   G, responses per prompt: the prompt group
     prompts_per_rollout  prompts per RL step, over all ranks
     optimizer_steps      minibatches, hence optimizer steps, per pass over a rollout; each holds whole prompt groups
@@ -78,6 +83,8 @@ class AlgorithmSettings:
 
     samples_per_prompt: int
     prompts_per_rollout: int
+    objective: str = "fiberpo"
+    gating: RatioGating | None = None
     optimizer_steps: int = 1
     epochs: int = 1
     rl_steps: int = -1
@@ -93,6 +100,13 @@ class AlgorithmSettings:
     save_interval: int = 0
 
     def __post_init__(self) -> None:
+        _choice(self, "objective", tuple(OBJECTIVES))
+        kind = OBJECTIVES[self.objective]
+        if (self.gating is None) != (kind is None) or (kind is not None and not isinstance(self.gating, kind)):
+            raise ValueError(
+                f"gating: objective {self.objective} is gated by {kind.__name__ if kind else 'the hierarchy'}, "
+                f"got {self.gating!r}"
+            )
         for name in ("samples_per_prompt", "prompts_per_rollout", "optimizer_steps", "epochs", "data_epochs"):
             _whole(self, name, 1)
         for name in ("val_check_interval", "save_interval"):
@@ -217,7 +231,23 @@ def algorithm_settings(cfg: DictConfig) -> AlgorithmSettings:
     """The `algorithm` section. Raises ValueError naming the field."""
     values = _plain(cfg, "algorithm")
     kl = _build(KlSettings, _mapping(values.pop("kl", None) or {}, "algorithm.kl"), "algorithm.kl")
-    return _build(AlgorithmSettings, values, "algorithm", kl=kl)
+    gating = _gating(values.get("objective", "fiberpo"), values.pop("gating", None))
+    return _build(AlgorithmSettings, values, "algorithm", kl=kl, gating=gating)
+
+
+def _gating(objective: Any, fields: Any) -> RatioGating | None:
+    """The gating map of an objective; None for fiberpo, and for a name that AlgorithmSettings refuses."""
+    fields = _mapping({} if fields is None else fields, "algorithm.gating")
+    kind = OBJECTIVES.get(objective) if isinstance(objective, str) else None
+    if kind is None:
+        if fields and objective == "fiberpo":
+            raise ValueError(
+                f"algorithm.gating.{next(iter(fields))}: objective fiberpo is gated by the hierarchy and has no fields "
+                f"here; with algorithm.objective: {', '.join(name for name in OBJECTIVES if name != 'fiberpo')}"
+            )
+        return None
+    gating: RatioGating = _build(kind, fields, "algorithm.gating")
+    return gating
 
 
 def data_settings(cfg: DictConfig) -> DataSettings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -26,7 +27,7 @@ from nemo_fiberpo.aligner.settings import AlgorithmSettings
 from nemo_fiberpo.megatron.groups import exchange, non_finite
 from nemo_fiberpo.megatron.one_pass import one_pass_cells
 from nemo_fiberpo.megatron.sequences import Rows
-from nemo_fiberpo.objective import Cells, Hierarchy, token_weights
+from nemo_fiberpo.objective import Cells, Hierarchy, check_gating, token_weights
 from nemo_fiberpo.objective.cells import build_cells
 
 UNNAMED_STRATA = ("prompt_group", "trajectory")  # their labels are numbers of the rollout
@@ -63,6 +64,7 @@ class FiberPOTrainer(PPOTrainer):
                 f"{len(prompts)} prompts"
             )
         check_strata(hierarchy, prompts)
+        check_gating(settings.gating, hierarchy)
         super().__init__(**parent, batch_iterator_cls=repeated_prompts(settings.samples_per_prompt))
         self._rollout_cls = grouped_rollout(settings.optimizer_steps, whole_groups=settings.passes == 1)
         self._minibatches: list[Minibatch] = []
@@ -101,20 +103,31 @@ class FiberPOTrainer(PPOTrainer):
             dataloader.dataset,
             self.collate_fn,
         )
-        samples, futures = [], []
-        with self.timer("generate"):
-            for batch in batches:
-                samples.append(self.model.infer(batch))
-                futures.append(self.rm_critic.infer_rm_critic(samples[-1]))
-        with self.timer("reward_wait"):
-            for sample, future in zip(samples, futures, strict=True):
-                rewards, _ = future.result() if isinstance(future, FutureResult) else future
-                failed = sample["grader_failed"] != OK
-                sample["rewards"] = torch.where(failed, 0.0, rewards)
-                sample["valid"] = (~failed).long() if self.rm_critic.drops_failures else torch.ones_like(failed).long()
+        samples: list[Any] = []
+        futures: list[Any] = []
+        problem = None
+        try:
+            with self.timer("generate"):
+                for batch in batches:
+                    samples.append(self.model.infer(batch))
+                    futures.append(self.rm_critic.infer_rm_critic(samples[-1]))
+            with self.timer("reward_wait"):
+                for sample, future in zip(samples, futures, strict=True):
+                    self._add_rewards(sample, future)
+        except Exception as error:  # told to the others: they are about to gather the rollout
+            traceback.print_exc()
+            problem = f"{type(error).__name__}: {error}"
+        facts = {"prompts in data.train": len(self.prompts), "batches of prompts": len(samples)}
+        exchange([], self.model.reducer.axes, facts, problem)
         return self._rollout_cls.from_rollout_batches(
             samples, eos_id=self.model.tokenizer.eos_id, rollout_batch_seq_length=self.cfg.rollout_batch_seq_length
         ).gather_and_balance_globally()
+
+    def _add_rewards(self, sample: dict[str, Tensor], future: Any) -> None:
+        rewards, _ = future.result() if isinstance(future, FutureResult) else future
+        failed = sample["grader_failed"] != OK
+        sample["rewards"] = torch.where(failed, 0.0, rewards)
+        sample["valid"] = (~failed).long() if self.rm_critic.drops_failures else torch.ones_like(failed).long()
 
     def generate_ppo_data(self, rollout_batch: Mapping[str, Tensor]):
         """What the optimizer steps need, and the exchanges of the rollout that agree on cells and denominators.
@@ -136,23 +149,22 @@ class FiberPOTrainer(PPOTrainer):
     def _agree(self, samples: Sequence[Mapping[str, Tensor]], problem: str | None) -> list[Minibatch]:
         """The minibatches with cells that are shared between the ranks, and weights with global denominators."""
         size, settings = self.model.cfg.micro_batch_size, self.settings
-        rows = [
-            self.model.rows(part["response_tokens"], part["response_lengths"], size, settings.packing)
-            for part in samples
-        ]
+        rows: list[list[Rows]] = []
         own: list[Cells] = []
         pieces: list[list[Cells]] = [[] for _ in samples]
         try:
-            for part, of_part, into in zip(samples, rows, pieces, strict=True):
+            for part, into in zip(samples, pieces, strict=True):
+                of_part = self.model.rows(part["response_tokens"], part["response_lengths"], size, settings.packing)
+                rows.append(of_part)
                 own += [self._hierarchy_cells(part, of_part), self._trajectory_cells(part, of_part)]
                 if settings.passes == 1:
                     into += [self._hierarchy_cells(part, [entry]) for entry in of_part]
-        except ValueError as error:
-            own, pieces, problem = [], [[] for _ in samples], str(error)
+        except Exception as error:
+            own, problem = [], str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         facts = {
             "sequence length": samples[0]["response_tokens"].shape[1],
             "samples": sum(len(part["response_tokens"]) for part in samples),
-            "micro-batches per step": len(rows[0]),
+            "micro-batches per step": [len(of_part) for of_part in rows],
         }
         shared = exchange(own, self.model.reducer.axes, facts, problem)
         made = []
@@ -165,8 +177,8 @@ class FiberPOTrainer(PPOTrainer):
 
     def _hierarchy_cells(self, part: Mapping[str, Tensor], rows: Sequence[Rows]) -> Cells:
         labels = {
-            stratum.name: flat(stratum_labels(stratum.name, part, self.prompts), part["mask"], rows)
-            for stratum in self.hierarchy.active
+            name: flat(label, part["mask"], rows)
+            for name, label in stratum_labels(self.hierarchy, part, self.prompts).items()
         }
         names = stratum_names(self.hierarchy, self.prompts)
         return self.hierarchy.cells(labels, take(part["mask"], rows), names=names, shape=shape_of(rows))
@@ -196,7 +208,12 @@ class FiberPOTrainer(PPOTrainer):
         calls = self.model.reducer.calls
         self.optimizer.zero_grad()
         self.model.prepare_for_training_step()
-        result = self.model.step(minibatch, self.hierarchy, kl_coefficient=self.settings.kl.coefficient)
+        result = self.model.step(
+            minibatch,
+            self.hierarchy,
+            gating=self.settings.gating,
+            kl_coefficient=self.settings.kl.coefficient,
+        )
         self.model.finish_training_step()
         lr = self.optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self.optimizer.step(closure=None)
@@ -289,26 +306,33 @@ class FiberPOTrainer(PPOTrainer):
 
 def check_strata(hierarchy: Hierarchy, prompts: PromptDataset) -> None:
     """ValueError if the hierarchy cannot be made from this data set: an unknown stratum, a budget override that names
-    no cell, strata that do not nest. One token per prompt stands for all that will be sampled from it."""
+    no cell, strata that do not nest, a join or a branch that would count a drift twice. One token per prompt stands for
+    all that will be sampled from it."""
     everything = torch.arange(len(prompts))
     part = {"prompt_index": everything + prompts.first_index, "trajectory": everything}
-    labels = {stratum.name: stratum_labels(stratum.name, part, prompts) for stratum in hierarchy.active}
-    hierarchy.cells(labels, names=stratum_names(hierarchy, prompts))
+    labels, names = stratum_labels(hierarchy, part, prompts), stratum_names(hierarchy, prompts)
+    hierarchy.cells(labels, names=names)
+    hierarchy.check_data(labels, names=names)
 
 
 def stratum_names(hierarchy: Hierarchy, prompts: PromptDataset) -> dict[str, list[str]]:
-    """The names of the label values of every active stratum that has names."""
-    active = (stratum.name for stratum in hierarchy.active)
-    return {name: prompts.label_names(name) for name in active if name not in UNNAMED_STRATA}
+    """The names of the label values of everything that the hierarchy needs labels of and that has names."""
+    optional = hierarchy.optional_columns
+    return {
+        name: prompts.label_names(name, name in optional) for name in hierarchy.columns if name not in UNNAMED_STRATA
+    }
 
 
-def stratum_labels(name: str, part: Mapping[str, Tensor], prompts: PromptDataset) -> Tensor:
-    """int64 [b], the label of each sample at one stratum."""
-    if name == "trajectory":
-        return part["trajectory"]
-    if name == "prompt_group":
-        return part["prompt_index"]
-    return prompts.label_table(name)[part["prompt_index"].cpu()].to(part["prompt_index"].device)
+def stratum_labels(hierarchy: Hierarchy, part: Mapping[str, Tensor], prompts: PromptDataset) -> dict[str, Tensor]:
+    """int64 [b] per name of `hierarchy.columns`: the labels of each sample, -1 for none where that may be."""
+    index, labels = part["prompt_index"], {}
+    for name in hierarchy.columns:
+        if name in UNNAMED_STRATA:
+            labels[name] = part["trajectory"] if name == "trajectory" else index
+        else:
+            table = prompts.label_table(name, name in hierarchy.optional_columns)
+            labels[name] = table[index.cpu()].to(index.device)
+    return labels
 
 
 def split_columns(columns: Mapping[str, Tensor], parts: int) -> Sequence[dict[str, Tensor]]:

@@ -18,6 +18,7 @@ from nemo_fiberpo.megatron.schedule import Policy, loss_scale, refuse_inexact
 from nemo_fiberpo.megatron.step import StepResult, StepTokens, backward_pass
 from nemo_fiberpo.objective.cells import Cells
 from nemo_fiberpo.objective.hierarchy import Hierarchy
+from nemo_fiberpo.objective.ratio_gating import RatioGating
 from nemo_fiberpo.objective.regimes import make_report, merge_parts
 from nemo_fiberpo.objective.surrogate import Surrogate, surrogate
 
@@ -77,6 +78,7 @@ def one_pass_step(
     hierarchy: Hierarchy,
     reducer: Reducer,
     *,
+    gating: RatioGating | None = None,
     extra_loss: Callable[[Tensor, Any], Tensor] | None = None,
 ) -> StepResult:
     """Accumulate the gradient of -J(global batch) (+ extra losses) with one forward and one backward pass.
@@ -86,7 +88,7 @@ def one_pass_step(
     raises ValueError on every rank, after the backward pass: gradients must then be thrown away.
 
     SPMD: every rank calls this. One all-reduce over `reducer.axes.group`, for loss, report and errors; where the
-    sequence is split over cp two more per micro-batch, over that axis alone.
+    sequence is split over cp `hierarchy.num_reductions` more per micro-batch (two without branches), over that axis.
     """
     refuse_inexact(policy.config)
     if not len(microbatches) == len(tokens.old_log_probs) == len(parts) or not microbatches:
@@ -109,7 +111,7 @@ def one_pass_step(
                 )
             log_ratio = (log_probs.to(old.device) - old).reshape(-1)
             weighted = tokens.weighted_advantage[index].reshape(-1)
-            result = surrogate(log_ratio, weighted, parts[index], hierarchy, within)
+            result = surrogate(log_ratio, weighted, parts[index], hierarchy, within, gating)
         except ValueError as error:
             # The other ranks are in the middle of Megatron's schedule: they are told at its end.
             problems.append(f"micro-batch {index}: {error}")

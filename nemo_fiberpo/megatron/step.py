@@ -23,6 +23,7 @@ from nemo_fiberpo.megatron.groups import Reducer
 from nemo_fiberpo.megatron.schedule import Policy, loss_scale, refuse_inexact, run, without_trace
 from nemo_fiberpo.objective.cells import Cells
 from nemo_fiberpo.objective.hierarchy import Hierarchy
+from nemo_fiberpo.objective.ratio_gating import RatioGating
 from nemo_fiberpo.objective.regimes import Report
 from nemo_fiberpo.objective.surrogate import on_policy_coefficients, surrogate
 
@@ -84,6 +85,7 @@ def exact_step(
     hierarchy: Hierarchy,
     reducer: Reducer,
     *,
+    gating: RatioGating | None = None,
     on_policy: bool = False,
     extra_loss: Callable[[Tensor, Any], Tensor] | None = None,
     forward_only: bool = False,
@@ -92,6 +94,7 @@ def exact_step(
 
     Args
         microbatches  this rank's micro-batches of the optimizer step; as many on every rank
+        gating        a map of `objective.ratio_gating` instead of FiberPO's, see `surrogate`
         on_policy     the current policy is the one that gave the old log-probs: same weights, precision and layout. The
                       log-ratios are 0, c_j = w_j A_j, and pass A and both reductions are skipped
         extra_loss    (log-probs [b, s], micro-batch) -> scalar to be added to the loss, such as a KL penalty: this
@@ -105,8 +108,9 @@ def exact_step(
     for, and for ranks with different numbers of them. On-policy nothing is reduced, and such a rank raises alone; what
     the others then do is in `timeouts`. `groups.exchange` with the fact "micro-batches per step" finds it before.
 
-    SPMD: every rank calls this. Tokens are sharded over dp (and cp), replicated over tp and pp; exactly two all-reduces
-    over `reducer.axes.group`, none if `on_policy`, beside those of Megatron.
+    SPMD: every rank calls this. Tokens are sharded over dp (and cp), replicated over tp and pp; exactly
+    `hierarchy.num_reductions` all-reduces (two without branches) over `reducer.axes.group`, none if `on_policy`, beside
+    those of Megatron.
     """
     refuse_inexact(policy.config)
     problem = _count_problem(len(microbatches), len(tokens.old_log_probs))
@@ -122,7 +126,7 @@ def exact_step(
         current = current_log_probs(policy, microbatches) if problem is None else []
         agreeing = Agreeing(reducer, len(microbatches), problem or _shape_problem(current, tokens.old_log_probs))
         log_ratio = _log_ratio(current, tokens) if agreeing.problem is None else torch.zeros_like(flat_advantage)
-        result = surrogate(log_ratio, flat_advantage, tokens.cells, hierarchy, agreeing)
+        result = surrogate(log_ratio, flat_advantage, tokens.cells, hierarchy, agreeing, gating)
         flat, loss, report, reference = result.coefficients, -result.value, result.report, current or reference
     coefficients = split_like(flat, tokens.old_log_probs)
     extra, gaps = 0.0, [0.0]

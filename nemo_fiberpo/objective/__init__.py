@@ -4,25 +4,45 @@ from .cells import Cells, build_cells
 from .fibration import gated_log_ratio, token_coefficients
 from .hierarchy import Budget, Hierarchy, SlopeCap, Stratum
 from .levels import Level
+from .ratio_gating import (
+    OBJECTIVES,
+    Apc,
+    Gspo,
+    PpoClip,
+    RatioGating,
+    TrulyPpo,
+    check_gating,
+)
+from .ratio_objective import gated_ratio
 from .regimes import ChannelReport, Report, StratumReport
 from .sharing import Reduce
+from .states import prefix_state_labels
 from .surrogate import Surrogate, on_policy_coefficients, surrogate, token_weights
 
 __all__ = [
+    "OBJECTIVES",
+    "Apc",
     "Budget",
     "Cells",
     "ChannelReport",
+    "Gspo",
     "Hierarchy",
     "Level",
+    "PpoClip",
+    "RatioGating",
     "Reduce",
     "Report",
     "SlopeCap",
     "Stratum",
     "StratumReport",
     "Surrogate",
+    "TrulyPpo",
     "build_cells",
+    "check_gating",
     "gated_log_ratio",
+    "gated_ratio",
     "on_policy_coefficients",
+    "prefix_state_labels",
     "surrogate",
     "token_coefficients",
     "token_weights",

@@ -7,7 +7,7 @@ of its parent.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .layout import RowLayout, ScatteredLayout, TokenLayout
 from .levels import Level, build_levels
-from .pieces import make_pieces
+from .pieces import Pieces, make_pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +59,7 @@ class Cells:
 
     def up(self, finest_2C: Tensor) -> list[Tensor]:
         """Sums of the finest level, [2, C], as sums of every level, coarsest first; children are added up."""
-        sums = [finest_2C]
-        for level, parent in zip(reversed(self.levels), reversed(self.levels[:-1]), strict=False):
-            empty = finest_2C.new_zeros(2, parent.label_C.numel())
-            sums.append(empty.index_add_(1, level.up_C, sums[-1]))
-        return sums[::-1]
+        return climb(self.levels, finest_2C)
 
     def down(self, values: list[Tensor]) -> Tensor:
         """Sum of all levels' [2, C], each read at the ancestors of the finest cells: [2, C of the finest level]."""
@@ -92,45 +88,68 @@ class Cells:
         return share(self, censuses, rank)
 
 
+def climb(levels: Sequence[Level], finest_2C: Tensor) -> list[Tensor]:
+    """Sums of the last of `levels`, [2, C], as sums of all of them, coarsest first."""
+    sums = [finest_2C]
+    for level, parent in zip(reversed(levels), reversed(levels[:-1]), strict=False):
+        empty = finest_2C.new_zeros(2, parent.label_C.numel())
+        sums.append(empty.index_add_(1, level.up_C, sums[-1]))
+    return sums[::-1]
+
+
 def build_cells(
     strata: Sequence[str],
     labels: Mapping[str, Tensor],
     mask: Tensor | None = None,
     names: Mapping[str, Sequence[str]] | None = None,
     shape: tuple[int, int] | None = None,
+    partial: Collection[str] = (),
 ) -> Cells:
     """Cells of `strata` (coarsest first); arguments, errors and SPMD layout as in `Hierarchy.cells`.
 
     Serves where no hierarchy is at hand: `build_cells(["trajectory"], {"trajectory": ids}, mask)` counts trajectories
-    for `token_weights`.
+    for `token_weights`. `partial` names the strata whose negative labels stand for a repeated parent, see `Level`.
     """
+    num_tokens, mask, chosen = check_arguments(strata, labels, mask, names, shape)
+    if not strata:
+        return _without_strata(num_tokens, mask, shape, labels)
+    pieces = make_pieces([labels[name] for name in strata], mask, shape)
+    levels, cell_P = build_levels(strata, pieces, chosen, partial)
+    return Cells(levels, lay_out(num_tokens, levels[-1].label_C.numel(), cell_P, mask, pieces), shape)
+
+
+def check_arguments(
+    strata: Sequence[str],
+    labels: Mapping[str, Tensor],
+    mask: Tensor | None,
+    names: Mapping[str, Sequence[str]] | None,
+    shape: tuple[int, int] | None,
+) -> tuple[int, Tensor | None, dict[str, tuple[str, ...]]]:
+    """Number of tokens, the mask (None where all are live) and the names of `strata`, after the checks of them all."""
     for name in strata:
         if name not in labels:
             given = ", ".join(map(repr, labels)) or "none"
             raise ValueError(f"labels: the active stratum {name!r} has no labels (given: {given})")
     fields = {f"labels[{name!r}]": labels[name] for name in strata}
-    num_tokens = _check_tokens(fields, mask, shape)
+    num_tokens = check_labels(fields, mask, shape)
     chosen = {name: tuple(names[name]) for name in strata if names and name in names}
     for name, values in chosen.items():
         if len(set(values)) != len(values):
             raise ValueError(f"names[{name!r}]: names must be unique, got {list(values)}")
     if mask is not None and bool(mask.all()):
         mask = None
-    if not strata:
-        return _without_strata(num_tokens, mask, shape, labels)
-    pieces = make_pieces([labels[name] for name in strata], mask, shape)
-    levels, cell_P = build_levels(strata, pieces, chosen)
-    num_cells = levels[-1].label_C.numel()
+    return num_tokens, mask, chosen
+
+
+def lay_out(num_tokens: int, num_cells: int, cell_P: Tensor, mask: Tensor | None, pieces: Pieces) -> TokenLayout:
+    """Where the tokens of `num_cells` cells lie; `cell_P` is the cell of each piece."""
     if pieces.row_length:
-        layout: TokenLayout = RowLayout(num_tokens, num_cells, pieces.expand(cell_P), mask, pieces.row_length)
-    else:
-        own = torch.arange(num_cells, device=cell_P.device)
-        cell_T = pieces.expand(cell_P.to(torch.int32))
-        layout = ScatteredLayout(num_tokens, num_cells, own, mask, cell_T)
-    return Cells(levels, layout, shape)
+        return RowLayout(num_tokens, num_cells, pieces.expand(cell_P), mask, pieces.row_length)
+    own = torch.arange(num_cells, device=cell_P.device)
+    return ScatteredLayout(num_tokens, num_cells, own, mask, pieces.expand(cell_P.to(torch.int32)))
 
 
-def _check_tokens(fields: Mapping[str, Tensor], mask: Tensor | None, shape: tuple[int, int] | None) -> int:
+def check_labels(fields: Mapping[str, Tensor], mask: Tensor | None, shape: tuple[int, int] | None) -> int:
     """Number of tokens, after the checks of type, dtype, dimension, length and shape."""
     wanted = dict.fromkeys(fields, torch.int64)
     tensors = dict(fields)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .branches import BranchedCells, extract
 from .cells import Cells
 from .sharing import Reduce, exchange
 
@@ -23,11 +24,14 @@ class Drift:
     """Per level, coarsest first, float64 [2, C]: channel means M (9), (33) and residual means X_n = M_n - M_{n-1}.
 
     Global for every cell that this rank holds. `local_sum_2` [2] is this rank's sum of either channel over its tokens.
+    `reference_2C` is what tokens measure their own residual from where there are branches (see branches.py), in their
+    joint cells; without branches it is the mean of the finest cell.
     """
 
     mean: list[Tensor]
     residual: list[Tensor]
     local_sum_2: Tensor
+    reference_2C: Tensor | None = None
 
 
 def compute_dtype(value: Tensor) -> torch.dtype:
@@ -51,7 +55,7 @@ def check_tokens(name: str, value_T: Tensor, cells: Cells) -> None:
 def measure(
     log_ratio_T: Tensor, cells: Cells, reduce: Reduce | None = None, weighted_advantage_T: Tensor | None = None
 ) -> Drift:
-    """Means and residual means of all cells; the first of the two reductions.
+    """Means and residual means of all cells; the first of the two reductions, the first half of them with branches.
 
     Sums S^l are taken over tokens for the finest level only and added up to the coarser ones; M = S / N with the global
     count N. The buffer is [non-finite log-ratios, non-finite weighted advantages, S+ and S- of the shared cells].
@@ -68,6 +72,9 @@ def measure(
     head, sums = exchange(local.new_tensor(bad), sums, cells, reduce)
     _refuse_non_finite(bad, head.tolist(), log_ratio_T, weighted_advantage_T, cells)
     mean = [sum_2C / level.count_C for sum_2C, level in zip(sums, cells.levels, strict=True)]
+    if isinstance(cells, BranchedCells):
+        residual, reference_2C = extract(sums, cells, reduce)
+        return Drift(mean, residual, local.sum(1), reference_2C)
     residual = mean[:1]
     for index in range(1, len(mean)):
         residual.append(mean[index] - mean[index - 1][:, cells.levels[index].parent_C])

@@ -15,7 +15,9 @@ This is Z_n^l(c) = sum_i y_i (G_n^l - G_{n+1}^l) with the terms that cancel left
 exactly 0, and c_j = y_j to the bit. Z is linear in sums over tokens, so sums of different ranks add up.
 
 SPMD: token tensors are sharded over ranks, per-cell tensors hold the cells of this rank, with global values. `reduce`
-is called exactly twice by each of `token_coefficients` and `gated_log_ratio` (forward and backward).
+is called exactly twice by each of `token_coefficients` and `gated_log_ratio` (forward and backward); with branches
+`Hierarchy.num_reductions` times, half of them forward and half of them backward. What is said here of the finest cell
+holds with branches for the joint cell, with the sum of all extractions in place of M_c (see branches.py).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .branches import BranchedCells, joint_adjoint, stage_adjoint
 from .cells import Cells
 from .drift import Drift, check_tokens, compute_dtype, measure
 from .gates import aggregate_gate, log_clip
@@ -80,7 +83,7 @@ def gate_cells(drift: Drift, cells: Cells, hierarchy: Hierarchy) -> Gates:
     if not cells.levels:
         zeros = torch.zeros(2, 1, dtype=torch.float64, device=cells.layout.cell_P.device)
         return Gates(drift, [], [], [], zeros, zeros, hierarchy.token_clip)
-    mean_2C = drift.mean[-1]
+    mean_2C = drift.mean[-1] if drift.reference_2C is None else drift.reference_2C
     offset_2C = cells.down(values).sum(0) + log_clip(-mean_2C.flip(0), hierarchy.token_clip)
     crossed = bool((mean_2C.abs() > hierarchy.token_clip).any())
     return Gates(drift, budgets, values, slopes, mean_2C, offset_2C, hierarchy.token_clip, crossed)
@@ -129,6 +132,8 @@ def adjoint_sums(sums: TokenSums, cells: Cells, gates: Gates) -> list[Tensor]:
         return []
     y_2C = sums.total_2C
     crossed = (gates.mean_2C.abs() > gates.token_clip).to(y_2C.dtype)
+    if isinstance(cells, BranchedCells):
+        return stage_adjoint(gates.slope, y_2C, sums.saturated_2C + crossed * y_2C.flip(0), cells)
     finest = (gates.slope[-1] - 1.0) * y_2C.sum(0) + sums.saturated_2C + crossed * y_2C.flip(0)
     total = [level_2C.sum(0) for level_2C in cells.up(y_2C)]
     out = [finest]
@@ -140,11 +145,16 @@ def adjoint_sums(sums: TokenSums, cells: Cells, gates: Gates) -> list[Tensor]:
     return out[::-1]
 
 
-def add_adjoint(out_T: Tensor, log_ratio_T: Tensor, adjoint: list[Tensor], cells: Cells) -> Tensor:
+def add_adjoint(
+    out_T: Tensor, log_ratio_T: Tensor, adjoint: list[Tensor], cells: Cells, reduce: Reduce | None
+) -> Tensor:
     """Add sum_n Z_n^{l_j} / N_n of the own cells to every live token, in place; `adjoint` is global."""
     if not cells.levels:
         return out_T
-    per_token_2C = cells.down([z_2C / level.count_C for z_2C, level in zip(adjoint, cells.levels, strict=True)])
+    if isinstance(cells, BranchedCells):
+        per_token_2C = joint_adjoint(adjoint, cells, reduce)
+    else:
+        per_token_2C = cells.down([z_2C / level.count_C for z_2C, level in zip(adjoint, cells.levels, strict=True)])
     if not bool(per_token_2C.any()):
         return out_T
     table_2P = cells.layout.spread(per_token_2C).to(out_T.dtype)
@@ -171,7 +181,7 @@ def evaluate(
     out_T, sums = weigh_tokens(log_ratio_T, weight_T, cells, gates, exponentiate=True, counting=head is not None)
     extra = sums.total_2C.new_zeros(0) if head is None else head(gates, sums)
     extra, adjoint = exchange(extra, adjoint_sums(sums, cells, gates), cells, reduce)
-    return add_adjoint(out_T, log_ratio_T, adjoint, cells).to(log_ratio_T.dtype), extra
+    return add_adjoint(out_T, log_ratio_T, adjoint, cells, reduce).to(log_ratio_T.dtype), extra
 
 
 def token_coefficients(
@@ -183,7 +193,8 @@ def token_coefficients(
         log_ratio           [T], current minus old log-probability, nats; float16, bfloat16, float32 or float64
         weighted_advantage  [T], w_i A_i with global weights (see `token_weights`)
         cells, hierarchy    cells of the hierarchy's active strata; budgets and slopes come from the hierarchy
-        reduce              sums a float64 vector over the ranks; called exactly twice. None for one process
+        reduce              sums a float64 vector over the ranks; called `hierarchy.num_reductions` times: exactly
+                            twice without branches. None for one process
 
     Returns [T] in the dtype of `log_ratio`, without a gradient; exactly 0 at masked tokens, whatever they hold.
     Elementwise math is in that dtype (float32 for half types), sums over tokens and all per-cell math in float64.
@@ -223,15 +234,16 @@ class _GatedLogRatio(torch.autograd.Function):
         out_T, sums = weigh_tokens(log_ratio_T, grad_T.contiguous(), cells, gates, exponentiate=False)
         none = sums.total_2C.new_zeros(0)
         _, adjoint = exchange(none, adjoint_sums(sums, cells, gates), cells, ctx.reduce)
-        return add_adjoint(out_T, log_ratio_T, adjoint, cells).to(grad_T.dtype), None, None, None
+        return add_adjoint(out_T, log_ratio_T, adjoint, cells, ctx.reduce).to(grad_T.dtype), None, None, None
 
 
 def gated_log_ratio(log_ratio: Tensor, cells: Cells, hierarchy: Hierarchy, reduce: Reduce | None = None) -> Tensor:
     """L_i = log rhat_i (MASTER; (7) with (8)-(16), (31) and (32)), differentiable once in `log_ratio`.
 
-    Arguments, dtype, errors and SPMD layout as `token_coefficients`; `reduce` is called once in the forward pass and
-    once in the backward pass, which every rank must therefore run. With shared cells the derivative is that of the sum
-    of all ranks' losses. The result is 0 at masked tokens, and what gradient arrives there is ignored.
+    Arguments, dtype, errors and SPMD layout as `token_coefficients`; half of the calls of `reduce` (one, without
+    branches) are made in the forward pass, half in the backward pass, which every rank must therefore run.
+    With shared cells the derivative is that of the sum of all ranks' losses. The result is 0 at masked tokens, and what
+    gradient arrives there is ignored.
     """
     hierarchy.check_levels(cells)
     check_tokens("log_ratio", log_ratio, cells)

@@ -12,134 +12,78 @@ Budgets, the token clip and drifts are in units of the log-ratio (nats), average
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from .branches import BranchedCells, build_branched_cells, plan_visits
 from .cells import Cells, build_cells
-from .levels import Level
+from .labels import resolve_labels
+from .stratum import Budget, SlopeCap, Stratum, positive_number
+from .structure import check_data, check_structure
 from .wording import nearest
 
-
-def positive_number(value: object, where: str) -> float:
-    """`value` as a float, or a ValueError that names `where`: it must be a finite number above 0 (a bool is none)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{where}: must be a number, got {value!r}")
-    if not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{where}: must be finite and greater than 0, got {value!r}")
-    return float(value)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Budgets C+ (`pos`) and C- (`neg`) of the two channels of a cell: the drift up to which its gate passes."""
-
-    pos: float
-    neg: float
-
-    def __post_init__(self) -> None:
-        for name in ("pos", "neg"):
-            object.__setattr__(self, name, positive_number(getattr(self, name), name))
-
-
-@dataclass(frozen=True)
-class SlopeCap:
-    """Rollback slope k = min(token count of the cell, `cap`)."""
-
-    cap: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "cap", positive_number(self.cap, "cap"))
-
-
-@dataclass(frozen=True)
-class Stratum:
-    """One level of the chain.
-
-    budget   the budgets of its cells; `budgets` overrides them for cells by name
-    slope    rollback slope k of (10): None for the cell's token count, a number, or a SlopeCap
-    enabled  a stratum that is switched off takes no part: as if it were not in the chain
-    """
-
-    name: str
-    budget: Budget
-    budgets: Mapping[str, Budget] = field(default_factory=dict)
-    slope: float | SlopeCap | None = None
-    enabled: bool = True
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise ValueError(f"name: must be a non-empty string, got {self.name!r}")
-        if not isinstance(self.budget, Budget):
-            raise ValueError(f"budget: must be a Budget, got {self.budget!r}")
-        for key, budget in self.budgets.items():
-            if not isinstance(budget, Budget):
-                raise ValueError(f"budgets.{key}: must be a Budget, got {budget!r}")
-        if self.slope is not None and not isinstance(self.slope, SlopeCap):
-            object.__setattr__(self, "slope", positive_number(self.slope, "slope"))
-        if not isinstance(self.enabled, bool):
-            raise ValueError(f"enabled: must be true or false, got {self.enabled!r}")
-
-    def check_names(self, names: Sequence[str] | None) -> None:
-        """Refuse overrides without names of cells, or an override that none of the names matches."""
-        if self.budgets and names is None:
-            raise ValueError(
-                f"names: stratum {self.name!r} overrides the budgets of {sorted(self.budgets)}, "
-                f"so names[{self.name!r}] must list the names of its label values"
-            )
-        for key in self.budgets:
-            if names is not None and key not in names:
-                raise ValueError(
-                    f"stratum {self.name!r}, budgets.{key}: no cell of the data has this name{nearest(key, names)}"
-                )
-
-    def resolve(self, level: Level) -> tuple[Tensor, Tensor]:
-        """Budgets C [2, C] and rollback slopes k [C] of the cells of `level`, float64, on its device."""
-        self.check_names(level.names)
-        pairs = [[self.budget.pos, self.budget.neg]]
-        if self.budgets:
-            assert level.names is not None
-            chosen = [self.budgets.get(name, self.budget) for name in level.names]
-            pairs = [[budget.pos, budget.neg] for budget in chosen]
-        table = torch.tensor(pairs, dtype=torch.float64, device=level.label_C.device).T
-        index_C = level.label_C if self.budgets else torch.zeros_like(level.label_C)
-        if self.slope is None:
-            slope_C = level.count_C
-        elif isinstance(self.slope, SlopeCap):
-            slope_C = level.count_C.clamp_max(self.slope.cap)
-        else:
-            slope_C = torch.full_like(level.count_C, self.slope)
-        return table[:, index_C], slope_C
+__all__ = ["Budget", "Hierarchy", "SlopeCap", "Stratum", "positive_number"]
 
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """A chain of strata, coarsest first, down to the token, and the token clip eps."""
+    """A chain of strata, coarsest first, down to the token, and the token clip eps.
+
+    branches   further classifications of the same tokens that do not nest with the chain, see branches.py
+    sweeps     how often the part of the chain that a branch stands beside, and the branch, are extracted in turn
+    """
 
     strata: tuple[Stratum, ...]
     token_clip: float
+    branches: tuple[Stratum, ...] = ()
+    sweeps: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strata", tuple(self.strata))
         object.__setattr__(self, "token_clip", positive_number(self.token_clip, "token_clip"))
-        if not self.strata:
-            raise ValueError("strata: at least one stratum is required")
-        seen: dict[str, int] = {}
-        for index, stratum in enumerate(self.strata):
-            if stratum.name in seen:
-                raise ValueError(
-                    f"strata[{index}].name: {stratum.name!r} is already the name of strata[{seen[stratum.name]}]; "
-                    "names must be unique"
-                )
-            seen[stratum.name] = index
+        object.__setattr__(self, "branches", tuple(self.branches))
+        check_structure(self.strata, self.branches, self.sweeps)
 
     @property
     def active(self) -> tuple[Stratum, ...]:
-        """The strata that are switched on, coarsest first."""
+        """The strata that are switched on: the chain, coarsest first, then the branches."""
+        return self._chain + self._branches
+
+    @property
+    def _chain(self) -> tuple[Stratum, ...]:
         return tuple(stratum for stratum in self.strata if stratum.enabled)
+
+    @property
+    def _branches(self) -> tuple[Stratum, ...]:
+        return tuple(branch for branch in self.branches if branch.enabled)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names under which the data must label tokens: those of the active strata, and the parts of joins."""
+        return tuple(dict.fromkeys(column for stratum in self.active for column in stratum.columns))
+
+    @property
+    def optional_columns(self) -> frozenset[str]:
+        """Those of `columns` that need no label (-1) for some tokens: they serve none but strata with `only`."""
+        everywhere = {column for stratum in self.active if not stratum.only for column in stratum.columns}
+        return frozenset(self.columns) - everywhere
+
+    @property
+    def num_reductions(self) -> int:
+        """How often one evaluation calls `reduce`, the same on every rank: 2 without branches.
+
+        2 for every visit to a stage, see branches.py: with b branches beside the finest stratum 2 (1 + b) sweeps. Finer
+        strata after a stratum with branches are a stage of their own, which makes 2 more.
+        """
+        return 2 * len(self._visits)
+
+    @property
+    def _visits(self) -> tuple[range, ...]:
+        chain = [stratum.name for stratum in self._chain]
+        return plan_visits(len(chain), [chain.index(b.beside or chain[-1]) for b in self._branches], self.sweeps)
 
     def cells(
         self,
@@ -151,8 +95,9 @@ class Hierarchy:
         """Cells of the active strata for the tokens of this rank.
 
         Args
-            labels  stratum name -> int64 [T], a value per token, unique over the global batch; every active stratum
-                    must be there, labels of other names are not read
+            labels  stratum name -> int64 [T], a value per token, unique over the global batch; every name of `columns`
+                    must be there, labels of other names are not read. Where `only` leaves a stratum out, its labels
+                    are not read; for branches, joins and strata with `only` a negative label is no cell
             mask    bool [T], True for live tokens; all tokens are live without it. What a masked token holds is ignored
             names   stratum name -> names of its label values: value v is called names[stratum][v]. A stratum with
                     `budgets` overrides needs them
@@ -163,28 +108,64 @@ class Hierarchy:
 
         SPMD: tokens are sharded; counts cover this rank until `Cells.share`.
         """
-        known = {stratum.name for stratum in self.strata} | set(labels)
-        for name in names or {}:
+        labels, named, partial = self._resolve(labels, mask, names or {}, shape)
+        for stratum in self.active:
+            stratum.check_names(named.get(stratum.name))
+        chain = [stratum.name for stratum in self._chain]
+        if self._branches:
+            branches = [branch.name for branch in self._branches]
+            return build_branched_cells(chain, branches, self._visits, labels, mask, named, shape, partial)
+        return build_cells(chain, labels, mask, named, shape, partial)
+
+    def check_data(
+        self, labels: Mapping[str, Tensor], mask: Tensor | None = None, names: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
+        """Refuse, with an explanation, joins and branches that would count a drift twice with these labels.
+
+        `labels`, `mask` and `names` as in `cells`, of a whole data set: one token per prompt will do. Labels that only
+        a rollout has may be left out, with what is made from them. Raises ValueError.
+        """
+        here = {stratum.name for stratum in self.active if set(stratum.columns) <= set(labels)}
+        chain = tuple(stratum for stratum in self._chain if stratum.name in here)
+        branches = tuple(branch for branch in self._branches if branch.name in here)
+        resolved, _ = resolve_labels(chain, branches, labels, mask, names or {}, None)
+        check_data(self._chain, self._branches, resolved, mask)
+
+    def _resolve(
+        self, labels: Mapping[str, Tensor], mask: Tensor | None, names: Mapping[str, Sequence[str]], shape: Any
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Sequence[str]], tuple[str, ...]]:
+        """Labels and names of the active strata, with joins and `only` worked in, and the strata that have `only`."""
+        known = {stratum.name for stratum in (*self.strata, *self.branches)} | set(labels)
+        for name in names:
             if name not in known:
                 raise ValueError(f"names: no stratum is called {name!r}{nearest(name, known)}")
-        for stratum in self.active:
-            stratum.check_names((names or {}).get(stratum.name))
-        return build_cells([stratum.name for stratum in self.active], labels, mask, names or {}, shape)
+        partial = tuple(stratum.name for stratum in self._chain if stratum.only)
+        if partial or self._branches or any(stratum.join for stratum in self._chain):
+            labels, names = resolve_labels(self._chain, self._branches, labels, mask, names, shape)
+        return labels, names, partial
 
     def check_levels(self, cells: Cells) -> None:
         """Refuse cells that were built for other strata than the active ones."""
         wanted, held = [stratum.name for stratum in self.active], [level.name for level in cells.levels]
         if wanted != held:
             raise ValueError(f"cells: built for the strata {held}, but the hierarchy's active strata are {wanted}")
+        visits = cells.visits if isinstance(cells, BranchedCells) else (range(len(held)),)
+        if visits != self._visits:
+            raise ValueError("cells: built for a hierarchy with other branches, or other `beside` or `sweeps` of them")
 
     def describe(self) -> str:
-        """One line per stratum, coarsest first, and the token clip."""
+        """One line per stratum, coarsest first, and the token clip; branches follow the chain."""
         lines = []
-        for stratum in self.strata:
+        for stratum in (*self.strata, *self.branches):
             slope = "token count" if stratum.slope is None else stratum.slope
             if isinstance(slope, SlopeCap):
                 slope = f"min(token count, {slope.cap:g})"
             budget = f"C+ {stratum.budget.pos:g}  C- {stratum.budget.neg:g}  k {slope}"
             over = "".join(f"  {name}: C+ {b.pos:g} C- {b.neg:g}" for name, b in stratum.budgets.items())
+            if stratum.join:
+                over += f"  join of {', '.join(stratum.join)}"
+            over += "".join(f"  only in {key} {', '.join(kept)}" for key, kept in stratum.only.items())
+            if stratum in self.branches:
+                over += f"  branch beside {stratum.beside or 'the finest stratum'}, {self.sweeps} x"
             lines.append(f"{stratum.name:<16}{budget}{over}" + ("" if stratum.enabled else "  (switched off)"))
         return "\n".join([*lines, f"{'token':<16}clip {self.token_clip:g}"])

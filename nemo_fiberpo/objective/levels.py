@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,8 @@ class Level:
     shared_C       indices of the cells that other ranks hold too;  slot_C: their places in the shared buffer
     num_cells      cells of the stratum over all ranks;  num_tokens: their live tokens over all ranks
     names          names of the label values: value v is names[v]
+    partial        the stratum is missing in parts of the tree: a cell of negative label repeats its parent there. It
+                   has no drift of its own, no rank owns it, and `num_cells` leaves it out
     """
 
     name: str
@@ -36,6 +38,7 @@ class Level:
     num_cells: int
     num_tokens: int
     names: tuple[str, ...] | None = None
+    partial: bool = False
 
     @property
     def up_C(self) -> Tensor:
@@ -45,11 +48,13 @@ class Level:
 
     def called(self, label: int) -> str:
         """A label value for a message: with its name where it has one."""
+        if self.partial and label < 0:
+            return "none (the stratum is missing there)"
         return f"{label} ({self.names[label]!r})" if self.names and 0 <= label < len(self.names) else str(label)
 
 
 def build_levels(
-    strata: Sequence[str], pieces: Pieces, names: Mapping[str, tuple[str, ...]]
+    strata: Sequence[str], pieces: Pieces, names: Mapping[str, tuple[str, ...]], partial: Collection[str] = ()
 ) -> tuple[tuple[Level, ...], Tensor]:
     """Levels and the finest cell of each piece, from the labels of the pieces."""
     levels: list[Level] = []
@@ -58,7 +63,10 @@ def build_levels(
         label_C, cell_P = dense_ids(label_P)
         num = label_C.numel()
         level_names = names.get(name)
-        _check_named(name, label_C, level_names)
+        owned_C = torch.ones(num, dtype=torch.bool, device=label_C.device)
+        if name in partial:
+            owned_C = label_C >= 0
+        _check_named(name, label_C[owned_C] if name in partial else label_C, level_names)
         parent_C = None
         if above_P is not None:
             parent_C = torch.zeros(num, dtype=torch.int64, device=label_C.device)
@@ -70,10 +78,11 @@ def build_levels(
                 raise not_nested(name, int(label_C[cell]), level_names, above, *parents)
         count_C = torch.zeros(num, dtype=torch.int64, device=label_C.device).index_add_(0, cell_P, pieces.count_P)
         none = torch.zeros(0, dtype=torch.int64, device=label_C.device)
-        owned_C = torch.ones(num, dtype=torch.bool, device=label_C.device)
-        total = int(count_C.sum())
+        figures = int(owned_C.sum()) if name in partial else num, int(count_C.sum())
         counts = count_C, count_C.double()
-        levels.append(Level(name, label_C, parent_C, *counts, owned_C, none, none, num, total, level_names))
+        levels.append(
+            Level(name, label_C, parent_C, *counts, owned_C, none, none, *figures, level_names, name in partial)
+        )
         above_P = cell_P
     assert above_P is not None
     return tuple(levels), above_P
@@ -95,5 +104,6 @@ def not_nested(
     low, high = sorted((first, second))
     return ValueError(
         f"labels[{name!r}]: value {shown} has tokens in {above.name} {above.called(low)} and in {above.name} "
-        f"{above.called(high)}; every {name} must lie in one {above.name}, and values must be unique over the batch"
+        f"{above.called(high)}; every {name} must lie in one {above.name}, and values must be unique over the batch; "
+        "two classifications of the same tokens are no chain: use their `join`, or make one of them a branch"
     )

@@ -52,7 +52,8 @@ class StratumReport:
 class Report:
     """Figures of one evaluation over all ranks.
 
-    clipped       fraction of live tokens whose own residual exceeds the token clip
+    clipped       fraction of live tokens whose own residual exceeds the token clip; under another gating map, of those
+                  whose ratio it cuts
     mean, abs_mean, largest    of the log-ratio over live tokens: mean, mean magnitude, largest magnitude
     kl, tv        estimates of A.3 over all live tokens (see divergence.py)
     """

@@ -61,6 +61,7 @@ def _share_level(
     holders_G = torch.bincount(cell_N, minlength=num)
     owner_G = torch.full((num,), len(rank_N)).scatter_reduce_(0, cell_N, rank_N, "amin")
     is_shared_G = holders_G > 1
+    real_G = label_G >= 0 if level.partial else torch.ones_like(is_shared_G)
     slot_G = is_shared_G.cumsum(0) - 1 + next_slot
 
     device = level.label_C.device
@@ -70,10 +71,10 @@ def _share_level(
         replace(
             level,
             count_C=count_G[at_C].double().to(device),
-            owned_C=(owner_G[at_C] == rank).to(device),
+            owned_C=((owner_G[at_C] == rank) & real_G[at_C]).to(device),
             shared_C=shared_C.to(device),
             slot_C=slot_G[at_C][shared_C].to(device),
-            num_cells=num,
+            num_cells=int(real_G.sum()),
             num_tokens=int(count_G.sum()),
         ),
         next_slot + int(is_shared_G.sum()),

@@ -1,4 +1,4 @@
-"""Weights and advantages -> value of the objective and per-token coefficients: (6), (18), (30), gradient (19)."""
+"""Weights and advantages -> value of the objective and per-token coefficients: (2), (6), (18), (30), gradient (19)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from .cells import Cells
 from .drift import bad_tokens, check_tokens, num_bad, place
 from .fibration import Gates, TokenSums, evaluate
 from .hierarchy import Hierarchy, positive_number
+from .ratio_gating import RatioGating
+from .ratio_objective import evaluate_gating
 from .regimes import Report, make_report, report_parts
 from .sharing import Reduce
 from .wording import nearest
@@ -59,6 +61,8 @@ def token_weights(
     if (kind == "fixed_length_mean") != (length is not None):
         raise ValueError(f"length: is for fixed_length_mean and required there, got {length!r} with {kind}")
     level = cells.level(stratum)
+    if level.partial:
+        raise ValueError(f"stratum: {stratum!r} is missing in parts of the tree; build cells of it by itself")
     if kind == "trajectory_mean":
         weight_C = 1.0 / (level.num_cells * level.count_C)
         cell_T = cells.cell_per_token(stratum)
@@ -86,12 +90,21 @@ def on_policy_coefficients(weighted_advantage: Tensor, cells: Cells) -> Tensor:
 
 
 def surrogate(
-    log_ratio: Tensor, weighted_advantage: Tensor, cells: Cells, hierarchy: Hierarchy, reduce: Reduce | None = None
+    log_ratio: Tensor,
+    weighted_advantage: Tensor,
+    cells: Cells,
+    hierarchy: Hierarchy,
+    reduce: Reduce | None = None,
+    gating: RatioGating | None = None,
 ) -> Surrogate:
     """J = sum_i w_i A_i rhat_i over all ranks, (18) and (30), its per-token coefficients, and the report of the gates.
 
     Arguments and errors as `token_coefficients`. `reduce` is called exactly twice, also on a rank without tokens:
     (1) counts of non-finite input and S+, S- of the shared cells; (2) J, the report's sums, Z+, Z- of the shared cells.
+
+    gating   a map G of `ratio_gating` instead of FiberPO's: J = sum_i w_i A_i G(r)_i, (2). The hierarchy then only
+             reports: its gates as they would act on these log-ratios, and as clipped tokens those that G cuts. A map
+             that couples the tokens of a stratum needs it among the active ones, else ValueError
 
     SPMD: coefficients are sharded like the tokens; value and report are the same on every rank.
     """
@@ -102,7 +115,11 @@ def surrogate(
         sizes.extend(part.shape for part in parts)
         return torch.cat([part.reshape(-1) for part in parts])
 
-    coefficients, summed = evaluate(log_ratio, weighted_advantage, cells, hierarchy, reduce, head)
+    if gating is None:
+        coefficients, summed = evaluate(log_ratio, weighted_advantage, cells, hierarchy, reduce, head)
+    else:
+        tokens = log_ratio, weighted_advantage, cells
+        coefficients, summed = evaluate_gating(gating, *tokens, hierarchy, reduce, head)
     flat = summed.split([size.numel() for size in sizes])
     parts = [part.view(size) for part, size in zip(flat, sizes, strict=True)]
     return Surrogate(float(parts[0]), coefficients, make_report(parts[1:], cells), parts[1:])

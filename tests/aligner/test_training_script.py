@@ -5,10 +5,8 @@ What must hold: every parallel layout trains, a killed run resumes to the same m
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,97 +15,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-SMALL = [
-    "seed=3",
-    "data.heldout=null",
-    "algorithm.prompts_per_rollout=8",
-    "algorithm.samples_per_prompt=4",
-    "algorithm.optimizer_steps=2",
-    "model.micro_batch_size=4",
-    "model.ppo.rollout_micro_batch_size=8",
-    "model.hidden_size=32",
-    "model.ffn_hidden_size=32",
-    "model.moe_ffn_hidden_size=32",
-]
+from tests.aligner.launching import DENSE, ROOT, command, environment, fresh, launch, metrics, optimizer_steps
+
 pytestmark = pytest.mark.timeout(600)
-
-
-def environment() -> dict[str, str]:
-    quiet = {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONWARNINGS": "ignore",
-    }
-    return os.environ | quiet | {"PYTHONPATH": str(ROOT)}
-
-
-def command(script: str, run_dir: Path, *overrides: str, processes: int = 2) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [
-        *launcher,
-        str(ROOT / "examples" / script),
-        "--config-name",
-        "quickstart",
-        f"run_dir={run_dir}",
-        *SMALL,
-        *overrides,
-    ]
-
-
-def launch(script: str, run_dir: Path, *overrides: str, processes: int = 2) -> str:
-    done = subprocess.run(
-        command(script, run_dir, *overrides, processes=processes),
-        cwd=ROOT,
-        env=environment(),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-8000:]
-    return done.stdout
-
-
-WARM_START = ["warm_start.steps=2", "warm_start.batch_size=8", "warm_start.check_every=100"]
-DENSE = ["model.num_moe_experts=null"]
-
-
-@pytest.fixture(scope="session")
-def start(tmp_path_factory) -> Path:
-    """A run directory with the quickstart's data and a policy of two supervised steps."""
-    run_dir = tmp_path_factory.mktemp("start")
-    launch("warm_start.py", run_dir, *WARM_START)
-    assert (run_dir / "warm_start.nemo").exists()
-    return run_dir
-
-
-@pytest.fixture(scope="session")
-def dense_start(tmp_path_factory) -> Path:
-    """The same with a dense policy, made on two tensor-parallel ranks."""
-    run_dir = tmp_path_factory.mktemp("dense")
-    launch("warm_start.py", run_dir, *WARM_START, *DENSE, "model.tensor_model_parallel_size=2")
-    return run_dir
-
-
-def fresh(start: Path, tmp_path: Path, name: str) -> Path:
-    run_dir = tmp_path / name
-    run_dir.mkdir()
-    shutil.copytree(start / "data", run_dir / "data")
-    shutil.copy(start / "warm_start.nemo", run_dir / "warm_start.nemo")
-    return run_dir
-
-
-def metrics(run_dir: Path) -> list[dict]:
-    """Rows of the metrics file without those about time."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if not any(name.startswith("timers/") for name in row)]
-
-
-def optimizer_steps(run_dir: Path) -> list[dict]:
-    return [row for row in metrics(run_dir) if "train_optim/grad_norm" in row]
-
 
 TWO_EPOCHS = [
     "algorithm.rl_steps=4",

@@ -1,153 +1,131 @@
 """The exact step on real Megatron groups over gloo against one process and plain autograd: loss and every gradient.
 
 One set of numbers serves all layouts: the reference is a single process with the whole batch in one micro-batch, where
-the loss is the slow objective of `tiny.py` and the gradient is autograd's. The bound is 1e-10, relative, in float64.
+the loss is the slow objective of `batches.py` and the gradient is autograd's. The bound is 1e-10, relative, in float64.
+These are layouts chosen for what they combine; `layouts.py` runs all of them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import pickle
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from nemo_fiberpo.megatron.groups import TokenAxes
 from nemo_fiberpo.megatron.schedule import auxiliary_loss_log, schedule_cp_factor
-from nemo_fiberpo.megatron.step import current_log_probs, exact_step
+from nemo_fiberpo.megatron.step import current_log_probs
 from tests import distributed
-from tests.megatron import tiny
+from tests.megatron import batches, comparison, tiny
+from tests.megatron.batches import Batch, same_metrics
+from tests.megatron.comparison import BOUND, Outcome, Reference, take_step
 from tests.megatron.tiny import Layout
 
 pytestmark = pytest.mark.distributed
 
-BOUND = 1e-10
-CASES = ("uneven", "masked_half", "on_policy")
+CASES = ("uneven", "masked_half", "on_policy", "penalty")
+SPREAD = {"distributed_optimizer": True, "overlap": True}
 
+FEW = [
+    (1, Layout(microbatches=4, rope=False)),
+    (2, Layout(microbatches=8, rope=False, **SPREAD)),
+    (2, Layout(tp=2, microbatches=2, dispatcher="allgather")),
+    (2, Layout(pp=2, microbatches=4, overlap=True)),
+    (2, Layout(cp=2, microbatches=2)),
+]
+"""Every axis once, with all cases of data."""
 
-def reference_worker(rank: int, world: int) -> dict[str, dict[str, Any]]:
-    """Per case: the batch with its old log-probs, and loss and gradients by autograd through the slow objective."""
-    out = {}
-    with tiny.megatron(Layout()):
-        for case in (*CASES, "penalty"):
-            model = tiny.make_model(Layout())
-            batch = tiny.make_batch(case)
-            policy = tiny.make_policy(model, tiny.SAMPLES)
-            log_probs = policy.log_probs(policy.forward(batch, model), batch)
-            batch["old"] = log_probs.detach() - batch["log_ratio"]
-            loss = -tiny.slow_objective(log_probs - batch["old"], batch, tiny.hierarchy(), ["math", "code"])
-            extra = tiny.kl_penalty(log_probs, batch) if case == "penalty" else torch.zeros(())
-            (loss + extra).backward()
-            model.finish_grad_sync()
-            grads = {name: grad for name, (grad, _) in tiny.gradients(model).items()}
-            out[case] = {"batch": batch, "loss": loss.item(), "extra": extra.item(), "grads": grads}
-    return out
+MANY = [
+    (1, Layout(microbatches=16, packed=True)),
+    (2, Layout(tp=2, experts=0, sequence_parallel=False, rope=False)),
+    (2, Layout(cp=2, microbatches=2, packed=True)),
+    (2, Layout(cp=2, microbatches=2, gathered="slice", packed=True)),
+    (2, Layout(cp=2, microbatches=2, gathered="sum", rope=False)),
+    (2, Layout(ep=2, microbatches=2, recompute=True)),
+    (2, Layout(pp=2, vpp=2, microbatches=4, packed=True, overlap=True)),
+    (4, Layout(cp=2, tp=2, microbatches=2, dispatcher="allgather", rope=False)),
+    (4, Layout(ep=4, etp=1, tp=2, microbatches=2, packed=True, **SPREAD)),
+    (4, Layout(ep=2, etp=2, tp=2, microbatches=2, dispatcher="allgather", packed=True)),
+    (4, Layout(pp=4, microbatches=4, dispatcher="allgather")),
+    (8, Layout(tp=2, pp=2, cp=2, ep=4, etp=1, vpp=2, microbatches=4, packed=True, recompute=True, **SPREAD)),
+]
+"""What axes do together, with the uneven batch."""
+
+JOBS = [(world, layout, CASES) for world, layout in FEW] + [(world, layout, CASES[:1]) for world, layout in MANY]
 
 
 @pytest.fixture(scope="module")
-def references() -> dict[str, dict[str, Any]]:
-    return distributed.run(reference_worker, 1)[0]
+def references() -> Mapping[tuple[comparison.Kind, str], Reference]:
+    return comparison.references_for([layout for _, layout, _ in JOBS], CASES)
 
 
-def take_step(layout: Layout, batch: dict[str, torch.Tensor], **options: Any) -> dict[str, Any]:
-    """One exact step on the tiny model, in a rank's process."""
-    from megatron.core import parallel_state as mpu
-
-    model = tiny.make_model(layout)
-    reducer = tiny.make_reducer()
-    local = tiny.share_of(batch, mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size())
-    tokens = tiny.make_tokens(local, layout.microbatches, reducer.axes)
-    microbatches = tiny.split(local, layout.microbatches)
-    policy = tiny.make_policy(model, len(microbatches[0]["tokens"]))
-    with tiny.counting_all_reduces() as sizes:
-        result = exact_step(policy, microbatches, tokens, tiny.hierarchy(), reducer, **options)
-    return {
-        "loss": result.loss,
-        "extra": result.extra_loss,
-        "metrics": result.report.metrics() if result.report else None,
-        "recompute_error": result.recompute_error,
-        "grads": tiny.gradients(model),
-        "reductions": sizes,
-        "counted": (reducer.calls, reducer.bytes),
-        "tp": mpu.get_tensor_model_parallel_rank(),
-        "dp": mpu.get_data_parallel_rank(),
-    }
+def uneven(references: Mapping[tuple[comparison.Kind, str], Reference], layout: Layout | None = None) -> Batch:
+    return references[(layout or FEW[1][1]).kind, "uneven"].batch
 
 
-def step_worker(rank: int, world: int, layout: Layout, jobs: dict[str, tuple[dict, dict]]) -> dict[str, dict]:
+def check(outcomes: list[Outcome], expected: Reference, world: int, on_policy: bool) -> None:
+    for outcome in outcomes:
+        assert outcome.calls == 2
+        assert len(outcome.reductions) == (2 if world > 1 else 0)
+        assert outcome.loss == pytest.approx(expected.loss, rel=BOUND, abs=1e-14)
+        assert outcome.loss == outcomes[0].loss and outcome.metrics == outcomes[0].metrics
+        # On-policy the log-ratios are rounding errors around 0, and so is what there is to report of them.
+        assert on_policy or same_metrics(outcome.metrics, expected.metrics)
+        assert outcome.recompute_error < 1e-12
+    represented = sum(outcome.extra for outcome in outcomes if outcome.represents)
+    assert represented == pytest.approx(expected.extra, rel=BOUND)
+
+
+@pytest.mark.parametrize(("world", "layout", "cases"), JOBS, ids=[f"{world}-{layout}" for world, layout, _ in JOBS])
+def test_loss_and_every_gradient_are_those_of_one_process(
+    references, world: int, layout: Layout, cases: tuple[str, ...]
+) -> None:
+    every = comparison.run_steps(world, [(layout, case) for case in cases], references)
+    for case, outcomes in zip(cases, every, strict=True):
+        expected = references[layout.kind, case]
+        check(outcomes, expected, world, case == "on_policy")
+        error, name = comparison.largest_error(outcomes, expected)
+        print(f"{world} ranks {layout} {case}: gradient error {error:.1e} ({name}), {outcomes[0].reductions}")
+        assert error <= BOUND, name
+
+
+def options_worker(rank: int, world: int, layout: Layout, pickled: bytes, options: dict[str, Any]) -> Outcome:
     with tiny.megatron(layout):
-        return {name: take_step(layout, batch, **options) for name, (batch, options) in jobs.items()}
+        return take_step(layout, pickle.loads(pickled), **options)
 
 
-def largest_gradient_error(results: list[dict[str, Any]], expected: dict[str, torch.Tensor]) -> float:
-    """Largest relative error of any parameter's gradient, over all copies of it; every parameter must have one."""
-    worst, seen = 0.0, set()
-    for dp in sorted({result["dp"] for result in results}):
-        replica = [result for result in results if result["dp"] == dp]
-        for name in {name for result in replica for name in result["grads"]}:
-            holders = sorted((r for r in replica if name in r["grads"]), key=lambda r: r["tp"])
-            dim = holders[0]["grads"][name][1]
-            copies = [r["grads"][name][0] for r in holders]
-            for grad in copies if dim is None else [torch.cat(copies, dim=dim)]:
-                worst = max(worst, float((grad - expected[name]).norm() / expected[name].norm()))
-            seen.add(name)
-    assert seen == set(expected)
-    return worst
-
-
-LAYOUTS = [
-    (1, Layout()),
-    (1, Layout(microbatches=2)),
-    (1, Layout(microbatches=8)),
-    (2, Layout(microbatches=1)),
-    (2, Layout(microbatches=4)),
-    (2, Layout(tp=2, microbatches=2)),
-    (2, Layout(tp=2, microbatches=2, dispatcher="allgather")),
-    (2, Layout(pp=2, microbatches=4)),
-    (2, Layout(microbatches=2, overlap=True)),
-    (4, Layout(pp=2, microbatches=2, overlap=True)),
-    (4, Layout(microbatches=2)),
-    (4, Layout(tp=2, microbatches=2)),
-    (4, Layout(tp=2, pp=2, microbatches=4)),
-]
-
-
-@pytest.mark.parametrize(("world", "layout"), LAYOUTS, ids=str)
-def test_loss_and_every_gradient_are_those_of_one_process(references, world: int, layout: Layout) -> None:
-    jobs = {case: (references[case]["batch"], {}) for case in CASES}
-    jobs["skipped"] = (references["on_policy"]["batch"], {"on_policy": True})
-    jobs["penalty"] = (references["penalty"]["batch"], {"extra_loss": tiny.kl_penalty})
-    ranks = distributed.run(step_worker, world, layout, jobs)
-    for job in jobs:
-        expected = references["on_policy" if job == "skipped" else job]
-        results = [result[job] for result in ranks]
-        expected_calls = 0 if job == "skipped" else 2
-        for result in results:
-            calls, size = result["counted"]
-            assert calls == expected_calls
-            assert len(result["reductions"]) == (expected_calls if world > 1 else 0)
-            assert sum(result["reductions"]) == (size if world > 1 else 0)
-            assert result["loss"] == (pytest.approx(expected["loss"], rel=BOUND, abs=1e-14) if expected_calls else None)
-            assert result["loss"] == results[0]["loss"] and result["metrics"] == results[0]["metrics"]
-            assert result["recompute_error"] < 1e-12
-        represented = {(r["dp"], r["tp"]): r["extra"] for r in results if r["tp"] == 0 and r["extra"]}
-        assert sum(represented.values()) == pytest.approx(expected["extra"], rel=BOUND)
-        error = largest_gradient_error(results, expected["grads"])
-        print(f"{world} ranks {layout} {job}: gradient error {error:.1e}, reductions {results[0]['reductions']} bytes")
-        assert error <= BOUND
+@pytest.mark.parametrize(("world", "layout"), [FEW[1], FEW[3], FEW[4]], ids=str)
+def test_the_first_step_after_a_rollout_reduces_nothing(references, world: int, layout: Layout) -> None:
+    expected = references[layout.kind, "on_policy"]
+    outcomes = distributed.run(options_worker, world, layout, pickle.dumps(expected.batch), {"on_policy": True})
+    for outcome in outcomes:
+        assert outcome.calls == 0 and not outcome.reductions
+        assert outcome.loss is None and outcome.metrics is None and outcome.recompute_error < 1e-12
+    assert comparison.largest_error(outcomes, expected)[0] <= BOUND
 
 
 def test_every_regime_occurs_in_the_data_that_is_compared(references) -> None:
-    jobs = {case: (references[case]["batch"], {"forward_only": True}) for case in ("uneven", "masked_half")}
-    for result in distributed.run(step_worker, 1, Layout(), jobs)[0].values():
-        metrics = result["metrics"]
+    for case in ("uneven", "masked_half"):
+        metrics = references[FEW[0][1].kind, case].metrics
         for regime in ("pass_through", "rollback", "zeroed"):
             assert sum(value for name, value in metrics.items() if name.endswith(regime)) > 0, (regime, metrics)
         assert 0 < metrics["token/clipped"] < 1
-        assert all(grad.eq(0).all() for grad, _ in result["grads"].values())
 
 
-def poisoned(batch: dict[str, torch.Tensor], name: str, value: float, live: bool) -> dict[str, torch.Tensor]:
+def test_forward_only_makes_no_gradient(references) -> None:
+    expected = references[FEW[0][1].kind, "uneven"]
+    options = {"forward_only": True}
+    [outcome] = distributed.run(options_worker, 1, FEW[0][1], pickle.dumps(expected.batch), options)
+    assert outcome.loss == pytest.approx(expected.loss, rel=BOUND)
+    assert all(part.value.eq(0).all() for part in outcome.grads.values())
+
+
+def poisoned(batch: Batch, name: str, value: float, live: bool) -> Batch:
     """One live token of the first sample, or all masked tokens, set to `value`."""
     where = batch["mask"] if live else ~batch["mask"]
     out = batch[name].clone()
@@ -155,10 +133,10 @@ def poisoned(batch: dict[str, torch.Tensor], name: str, value: float, live: bool
     return {**batch, name: out if live else torch.where(where, value, batch[name])}
 
 
-def refusal_worker(rank: int, world: int, layout: Layout, jobs: dict[str, dict]) -> dict[str, str]:
+def refusal_worker(rank: int, world: int, layout: Layout, pickled: bytes) -> dict[str, str]:
     messages = {}
     with tiny.megatron(layout):
-        for name, batch in jobs.items():
+        for name, batch in pickle.loads(pickled).items():
             try:
                 take_step(layout, batch)
             except ValueError as error:
@@ -167,44 +145,66 @@ def refusal_worker(rank: int, world: int, layout: Layout, jobs: dict[str, dict])
     return messages
 
 
-@pytest.mark.parametrize(("world", "layout"), [(2, Layout(microbatches=2)), (4, Layout(pp=2, microbatches=2))], ids=str)
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (2, Layout(microbatches=2)),
+        (2, Layout(cp=2, microbatches=2)),
+        (2, Layout(cp=2, microbatches=2, gathered="slice")),
+        (4, Layout(pp=2, microbatches=2)),
+    ],
+    ids=str,
+)
 def test_non_finite_live_input_raises_on_every_rank(references, world: int, layout: Layout) -> None:
-    batch = references["uneven"]["batch"]
+    batch = uneven(references, layout)
     jobs = {
         "log_ratio": poisoned(batch, "old", math.nan, live=True),
         "weighted_advantage": poisoned(batch, "advantage", math.inf, live=True),
     }
-    for messages in distributed.run(refusal_worker, world, layout, jobs):
+    for messages in distributed.run(refusal_worker, world, layout, pickle.dumps(jobs)):
         assert set(messages) == set(jobs)
         for name, message in messages.items():
             assert message.startswith(name)
             assert "sample 0, token position 1" in message or "another rank" in message
 
 
-def test_masked_input_changes_no_bit(references) -> None:
-    batch = references["uneven"]["batch"]
-    jobs = {"clean": (batch, {})}
-    for value in (math.nan, math.inf, -math.inf):
-        for name in ("old", "advantage"):
-            jobs[f"{name} {value}"] = (poisoned(batch, name, value, live=False), {})
-    for ranks in distributed.run(step_worker, 2, Layout(microbatches=2), jobs):
-        for result in ranks.values():
-            assert result["loss"] == ranks["clean"]["loss"]
-            for name, (grad, _) in ranks["clean"]["grads"].items():
-                assert torch.equal(result["grads"][name][0], grad)
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [(2, Layout(microbatches=2, rope=False)), (2, Layout(cp=2, microbatches=2, packed=True))],
+    ids=str,
+)
+def test_masked_input_changes_no_bit(references, world: int, layout: Layout) -> None:
+    batch = uneven(references, layout)
+    every = {"clean": batch} | {
+        f"{name} {value}": poisoned(batch, name, value, live=False)
+        for value in (math.nan, math.inf, -math.inf)
+        for name in ("old", "advantage")
+    }
+    jobs = pickle.dumps([(layout, one, "uneven") for one in every.values()])
+    for clean, *others in distributed.run(comparison.steps_worker, world, jobs):
+        for outcome in others:
+            assert outcome.loss == clean.loss
+            for name, part in clean.grads.items():
+                assert torch.equal(outcome.grads[name].value, part.value)
 
 
-def trace_worker(rank: int, world: int, layout: Layout, batch: dict[str, torch.Tensor]) -> None:
+def trace_worker(rank: int, world: int, layout: Layout, pickled: bytes) -> None:
     """Pass A after a first full step, so that there is something to disturb."""
     with tiny.megatron(layout):
         model = tiny.make_model(layout)
-        policy = tiny.make_policy(model, 4)
-        microbatches = tiny.split(batch, 2)
-        plain_schedule(policy, microbatches)
+        axes = TokenAxes.from_parallel_state()
+        step = batches.make_step(layout, pickle.loads(pickled), batches.STRATA, axes)
+        policy = batches.make_policy(layout, model, step.rows)
+        plain_schedule(policy, step.microbatches)
+        chunks = tiny.chunks_of(model)
 
         def state() -> dict[str, torch.Tensor]:
             log = {name: entry["values"] for name, entry in auxiliary_loss_log().items()}
-            buffers = dict(torch.nn.Module.named_buffers(model))
+            buffers = {
+                f"{index} {name}": buffer
+                for index, chunk in enumerate(chunks)
+                for name, buffer in torch.nn.Module.named_buffers(chunk)
+            }
             grads = {name: parameter.main_grad for name, parameter in tiny.named_parameters(model)}
             return {k: v.clone() for part in (log, buffers, grads) for k, v in part.items()} | {
                 "rng": torch.get_rng_state()
@@ -216,51 +216,92 @@ def trace_worker(rank: int, world: int, layout: Layout, batch: dict[str, torch.T
         policy.config.no_sync_func = policy.config.grad_sync_func = called
         before = state()
         assert any(value.any() for name, value in before.items() if "loss" in name)
-        assert any("expert" in name for name, _ in torch.nn.Module.named_buffers(model))
-        log_probs = current_log_probs(policy, microbatches)
+        assert any("expert" in name for name, _ in torch.nn.Module.named_buffers(chunks[0]))
+        log_probs = current_log_probs(policy, step.microbatches)
         after = state()
         assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
         assert policy.config.no_sync_func is called and policy.config.grad_sync_func is called
-        assert model.training and [tuple(lp.shape) for lp in log_probs] == [(4, tiny.LENGTH - 1)] * 2
+        assert all(chunk.training for chunk in chunks)
+        shapes = [tuple(old.shape) for old in step.tokens.old_log_probs]
+        last = axes.axis("pp").rank == layout.pp - 1
+        assert [tuple(lp.shape) for lp in log_probs] == (shapes if last else [])
 
 
-def plain_schedule(policy: Any, microbatches: list[dict[str, torch.Tensor]]) -> None:
+def plain_schedule(policy: Any, microbatches: list[dict[str, Any]]) -> None:
     """Megatron's schedule with a loss of 0, so that auxiliary losses alone make gradients."""
 
     def forward_step(data: Any, module: Any) -> Any:
         return policy.forward(next(data), module), lambda output: (output.sum() * 0.0, {})
 
+    iterators = [iter(microbatches) for _ in policy.chunks]
     policy.forward_backward_func(
-        forward_step_func=forward_step, data_iterator=iter(microbatches), model=policy.model,
-        num_microbatches=len(microbatches), seq_length=tiny.LENGTH, micro_batch_size=policy.micro_batch_size,
-        forward_only=False,
+        forward_step_func=forward_step, data_iterator=iterators if isinstance(policy.model, list) else iterators[0],
+        model=policy.model, num_microbatches=len(microbatches), seq_length=policy.seq_length,
+        micro_batch_size=policy.micro_batch_size, forward_only=False,
     )  # fmt: skip
 
 
 EXPERT_BIAS = (("moe_router_enable_expert_bias", True), ("moe_router_score_function", "sigmoid"))
 
 
-def test_pass_a_leaves_no_state_behind(references) -> None:
-    layout = Layout(aux_loss=0.1, options=(*EXPERT_BIAS, ("moe_z_loss_coeff", 0.1)))
-    distributed.run(trace_worker, 1, layout, references["uneven"]["batch"])
+@pytest.mark.parametrize(
+    ("world", "layout"), [(1, Layout(microbatches=2)), (2, Layout(pp=2, vpp=2, microbatches=2))], ids=str
+)
+def test_pass_a_leaves_no_state_behind(references, world: int, layout: Layout) -> None:
+    biased = dataclasses.replace(layout, aux_loss=0.1, options=(*EXPERT_BIAS, ("moe_z_loss_coeff", 0.1)))
+    distributed.run(trace_worker, world, biased, pickle.dumps(uneven(references)))
 
 
-def aux_loss_worker(rank: int, world: int, layout: Layout, batch: dict[str, torch.Tensor]) -> float:
-    """Largest difference between the gradients of an exact step without signal and of Megatron's own schedule."""
+def silent_step(layout: Layout, batch: Batch) -> dict[str, tiny.Gradient]:
+    """An exact step without signal: what gradient there is comes from the auxiliary losses."""
+    return take_step(layout, {**batch, "advantage": torch.zeros_like(batch["advantage"])}).grads
+
+
+def aux_loss_worker(
+    rank: int, world: int, layout: Layout, pickled: bytes
+) -> tuple[float, dict[str, tiny.Gradient], float]:
+    """Largest difference between the gradients of an exact step without signal and of Megatron's own schedule; the
+    former; and what the latter multiplies a loss by under context parallelism, over the size of that axis."""
+    batch = pickle.loads(pickled)
     with tiny.megatron(layout):
-        local = tiny.share_of(batch, rank, world)
-        silent = {**batch, "advantage": torch.zeros_like(batch["advantage"])}
-        stepped = take_step(layout, silent)["grads"]
+        stepped = silent_step(layout, batch)
         model = tiny.make_model(layout)
-        plain_schedule(tiny.make_policy(model, 2), tiny.split(local, layout.microbatches))
+        step = batches.make_step(layout, batch, batches.STRATA, TokenAxes.from_parallel_state())
+        plain_schedule(batches.make_policy(layout, model, step.rows), step.microbatches)
         plain = tiny.gradients(model)
-        assert any(grad.any() for grad, _ in plain.values())
-        return max(float((stepped[name][0] - grad).abs().max()) for name, (grad, _) in plain.items())
+        assert any(part.value.any() for part in plain.values())
+        difference = max(float((stepped[name].value - part.value).abs().max()) for name, part in plain.items())
+        return difference, stepped, schedule_cp_factor(layout.cp) / layout.cp
+
+
+AUXILIARY = [
+    (1, Layout(microbatches=4)),
+    (2, Layout(pp=2, vpp=2, microbatches=4)),
+    (2, Layout(tp=2, microbatches=4)),
+    (2, Layout(ep=2, microbatches=2)),
+    (2, Layout(cp=2, microbatches=4)),
+    (2, Layout(cp=2, microbatches=4, gathered="slice")),
+    (4, Layout(pp=2, cp=2, ep=2, microbatches=4)),
+]
+"""Layouts whose micro-batches hold the same samples, padded to the same length."""
 
 
 def test_auxiliary_losses_keep_megatrons_scale(references) -> None:
-    layout = Layout(microbatches=2, aux_loss=0.1, options=(("moe_z_loss_coeff", 0.1),))
-    assert max(distributed.run(aux_loss_worker, 2, layout, references["uneven"]["batch"])) < 1e-15
+    """The exact step adds no bit to what Megatron's own schedule gives. That gradient is the same on all layouts, but
+    for context parallelism in the versions whose schedule has no factor for it: there it is divided by cp."""
+    batch = pickle.dumps(uneven(references))
+    whole: dict[str, torch.Tensor] = {}
+    for world, layout in AUXILIARY:
+        losses = {"aux_loss": 0.1, "options": (("moe_z_loss_coeff", 0.1),), "layers": 4}
+        loaded = dataclasses.replace(layout, **losses)
+        ranks = distributed.run(aux_loss_worker, world, loaded, batch)
+        assert all(difference == 0 for difference, _, _ in ranks), layout
+        whole = whole or {name: part.value for name, part in ranks[0][1].items()}
+        largest = max(float(grad.abs().max()) for grad in whole.values())
+        for _, parts, factor in ranks:
+            for name, part in parts.items():
+                full = whole[name] if part.dim is None else whole[name].chunk(part.number, part.dim)[part.index]
+                assert float((part.value - factor * full).abs().max()) < 1e-13 * largest, (layout, name)
 
 
 def cp_factor_worker(rank: int, world: int) -> tuple[int, bool]:

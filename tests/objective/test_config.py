@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 import nemo_fiberpo as fpo
 from nemo_fiberpo.config import reject_unknown_keys
 
+CONF = Path(__file__).parents[2] / "conf" / "hierarchy"
 YAML = """
 token_clip: 0.04
 strata:
@@ -49,9 +50,9 @@ def test_interpolations_are_resolved_in_their_surroundings():
         fpo.load_hierarchy(config.h)
 
 
-def edited(path: str, value: Any) -> dict[str, Any]:
+def edited(path: str, value: Any, text: str = YAML) -> dict[str, Any]:
     """The example with one entry set; `...` removes it."""
-    config: Any = copy.deepcopy(OmegaConf.to_container(OmegaConf.create(YAML)))
+    config: Any = copy.deepcopy(OmegaConf.to_container(OmegaConf.create(text)))
     *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
     node = config
     for part in parents:
@@ -69,7 +70,11 @@ REFUSALS = [
     ("strata.1.budget.poss", 1, r"strata\[1\]\.budget\.poss: unknown key; did you mean 'pos'\?"),
     ("strata.0.budgets.code.negg", 1, r"strata\[0\]\.budgets\.code\.negg: unknown key; did you mean 'neg'\?"),
     ("strata.1.slope.kap", 1, r"strata\[1\]\.slope\.kap: unknown key; did you mean 'cap'\?"),
-    ("strata.1.zzzz", 1, r"strata\[1\]\.zzzz: unknown key; valid: budget, budgets, enabled, name, slope"),
+    (
+        "strata.1.zzzz",
+        1,
+        r"strata\[1\]\.zzzz: unknown key; valid: beside, budget, budgets, enabled, join, name, only, slope",
+    ),
     ("token_clip", ..., "token_clip: is required"),
     ("strata", ..., "strata: is required"),
     ("strata", [], "strata: at least one stratum"),
@@ -145,3 +150,83 @@ def test_reject_unknown_keys_for_others():
     reject_unknown_keys({"a": 1}, ["a", "b"], "x")
     with pytest.raises(ValueError, match=r"^x\.learning_rat: unknown key; did you mean 'learning_rate'"):
         reject_unknown_keys({"learning_rat": 1}, ["learning_rate", "b"], "x")
+
+
+BRANCHED = """
+token_clip: 0.04
+strata:
+  - {name: domain, budget: {pos: 0.02, neg: 0.015}}
+  - {name: task, budget: {pos: 0.03, neg: 0.02}, only: {domain: [code, math]}}
+  - {name: task_language, join: [task, language], budget: {pos: 0.03, neg: 0.02}, only: {domain: [code]}}
+  - {name: trajectory, budget: {pos: 0.12, neg: 0.05}}
+branches:
+  - {name: modality, beside: domain, budget: {pos: 0.02, neg: 0.01}, budgets: {image: {pos: 0.03, neg: 0.02}}}
+  - {name: expert, budget: {pos: 0.02, neg: 0.01}, slope: {cap: 8}, enabled: false}
+sweeps: 3
+"""
+
+
+def test_branches_joins_and_missing_levels_are_read():
+    hierarchy = fpo.load_hierarchy(OmegaConf.create(BRANCHED))
+    budget = fpo.Budget(0.03, 0.02)
+    assert hierarchy == fpo.Hierarchy(
+        (
+            fpo.Stratum("domain", fpo.Budget(0.02, 0.015)),
+            fpo.Stratum("task", budget, only={"domain": ("code", "math")}),
+            fpo.Stratum("task_language", budget, join=("task", "language"), only={"domain": ("code",)}),
+            fpo.Stratum("trajectory", fpo.Budget(0.12, 0.05)),
+        ),
+        0.04,
+        (
+            fpo.Stratum("modality", fpo.Budget(0.02, 0.01), {"image": budget}, beside="domain"),
+            fpo.Stratum("expert", fpo.Budget(0.02, 0.01), slope=fpo.SlopeCap(8), enabled=False),
+        ),
+        3,
+    )
+    assert [stratum.name for stratum in hierarchy.active] == [
+        "domain",
+        "task",
+        "task_language",
+        "trajectory",
+        "modality",
+    ]
+    assert hierarchy.columns == ("domain", "task", "language", "trajectory", "modality")
+    assert hierarchy.optional_columns == {"task", "language"}
+
+
+BRANCH_REFUSALS = [
+    ("branchs", [], r"branchs: unknown key; did you mean 'branches'\?"),
+    ("sweps", 2, r"sweps: unknown key; did you mean 'sweeps'\?"),
+    ("branches.0.besid", "domain", r"branches\[0\]\.besid: unknown key; did you mean 'beside'\?"),
+    ("strata.1.ony", {}, r"strata\[1\]\.ony: unknown key; did you mean 'only'\?"),
+    ("strata.2.joins", [], r"strata\[2\]\.joins: unknown key; did you mean 'join'\?"),
+    ("branches.0.budget.poss", 1, r"branches\[0\]\.budget\.poss: unknown key; did you mean 'pos'\?"),
+    ("branches", {"name": "a"}, "branches: must be a list of strata"),
+    ("branches.0", "modality", r"branches\[0\]: must be a mapping"),
+    ("branches.0.budget", ..., r"branches\[0\]\.budget: is required"),
+    ("branches.0.beside", "domian", r"branches\[0\]\.beside: no stratum .* 'domian'; did you mean 'domain'\?"),
+    ("branches.0.beside", 3, r"branches\[0\]\.beside: must be the name of a stratum, got 3"),
+    ("branches.0.name", "task", r"branches\[0\]\.name: 'task' is already the name of strata\[1\]; the same"),
+    ("strata.2.join", "domain", r"strata\[2\]\.join: must be a list of names, got 'domain'"),
+    ("strata.2.join", ["task", 3], r"strata\[2\]\.join: must be a list of names"),
+    ("strata.2.join", ["domain", "task"], r"strata\[2\]\.join: every task lies in one domain"),
+    ("strata.1.only", ["code"], r"strata\[1\]\.only: must be a mapping"),
+    ("strata.1.only.domain", "code", r"strata\[1\]\.only\.domain: must be a list of names, got 'code'"),
+    ("strata.1.only.domain", [], r"strata\[1\]\.only\.domain: must name at least one cell"),
+    ("strata.0.enabled", False, r"strata\[1\]\.only\.domain: is switched off"),
+    ("sweeps", 0, "sweeps: must be a whole number of at least 1, got 0"),
+    ("sweeps", 1.5, "sweeps: must be a whole number of at least 1, got 1.5"),
+    ("sweeps", True, "sweeps: must be a whole number of at least 1, got True"),
+    ("branches", [], "sweeps: repeats the extraction of branches, but there are none"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), BRANCH_REFUSALS)
+def test_refusals_of_branches_name_the_field(path: str, value: Any, message: str):
+    with pytest.raises(ValueError, match=rf"^{message}"):
+        fpo.load_hierarchy(edited(path, value, BRANCHED))
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_hierarchy_is_read(path: Path):
+    assert fpo.load_hierarchy(path).active

@@ -1,0 +1,275 @@
+"""PPO, GRPO, GSPO, Truly-PPO and APC-Obj as ratio-gating maps: the other objectives of the framework.
+
+Ratio gating framework, equation (2), with ell_i the log-ratio and r_i = exp(ell_i) of live token i:
+    J = sum_i w_i A_i G(r)_i,        c_j = dJ / d ell_j = sum_i w_i A_i dG_i / d ell_j
+The weights w are the caller's (`token_weights`); a class here is a map G. FiberPO's map is `gated_log_ratio`.
+
+    objective   map         weights (C.4, C.5)   couples the tokens of
+    PPO         PpoClip     token_mean           nothing
+    GRPO        PpoClip     trajectory_mean      nothing
+    GSPO        Gspo        trajectory_mean      a trajectory
+    Truly-PPO   TrulyPpo    token_mean           nothing
+    APC-Obj     Apc         token_mean           a state, or a trajectory
+
+The forms with a minimum, min(G A, r A), are a gate times A, since the gate may depend on the sign of A: that of the
+weighted advantage, as w >= 0. Every map is the identity to first order at log-ratio 0, so `on_policy_coefficients`
+serves them all; GSPO's Jacobian there is the mean over the trajectory, which is the identity on weighted advantages
+that are the same for all tokens of a trajectory, the ones it is defined for.
+
+Ratios are taken in float64, after the mask. Those of PpoClip and TrulyPpo are unbounded, as in the papers: a token of
+negative advantage whose ratio has grown adds r A to J and c = w A r, e^200 at 200 nats. FiberPO and Apc are bounded.
+Exponents are cut at `LARGEST_EXPONENT`, and a coefficient beyond the range of its dtype becomes its largest number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from .hierarchy import Hierarchy, positive_number
+
+LARGEST_EXPONENT = 500.0
+SPACES = ("ratio", "log")
+
+
+@dataclass(frozen=True, eq=False)
+class Gated:
+    """A map G at the live tokens of this rank (_L), float64, and its derivatives in the form
+        dG_i / d ell_j = own_i [i = j] + give_i take_j [same cell, and i != j if `others_only`]
+
+    ratio_L    G_i
+    clipped_L  bool: the gate has cut the token's own ratio
+    give_L, take_L   None for a map that couples no tokens
+    """
+
+    ratio_L: Tensor
+    own_L: Tensor
+    clipped_L: Tensor
+    give_L: Tensor | None = None
+    take_L: Tensor | None = None
+    others_only: bool = False
+
+
+class RatioGating(Protocol):
+    """A map G that is a function of each token's log-ratio and of one sum over the tokens of its cell of `stratum`."""
+
+    @property
+    def stratum(self) -> str | None:
+        """The stratum whose cells couple tokens; None for a map that acts token by token."""
+
+    def feature(self, x_L: Tensor, count_L: Tensor) -> Tensor:
+        """What is summed over a cell, from log-ratios and the token counts of their cells."""
+
+    def gate(self, x_L: Tensor, positive_L: Tensor, sum_L: Tensor, count_L: Tensor) -> Gated:
+        """G from the log-ratios, whether the advantage is >= 0, and each token's cell's sum and count."""
+
+
+class _TokenWise:
+    """A map that couples no tokens."""
+
+    stratum: ClassVar[str | None] = None
+
+    def feature(self, x_L: Tensor, count_L: Tensor) -> Tensor:
+        raise AssertionError("a token-wise map sums nothing")
+
+
+@dataclass(frozen=True)
+class PpoClip(_TokenWise):
+    """The clip of PPO and GRPO (C.4), with low = high in the papers and low < high as DAPO's clip-higher.
+
+        use_min   G_i = min(r_i, 1 + high) where A_i >= 0,   max(r_i, 1 - low) where A_i < 0
+        else      G_i = clip(r_i, 1 - low, 1 + high)
+
+    Schulman et al. 2017, arXiv 1707.06347, equation (7); Shao et al. 2024, arXiv 2402.03300; Yu et al. 2025, arXiv
+    2503.14476. There is no dual clip: max(r, 1 - low) has no upper bound.
+    """
+
+    low: float
+    high: float
+    use_min: bool = True
+
+    def __post_init__(self) -> None:
+        _check_clip(self)
+
+    def gate(self, x_L: Tensor, positive_L: Tensor, sum_L: Tensor, count_L: Tensor) -> Gated:
+        ratio_L, low, high = _exp(x_L), 1.0 - self.low, 1.0 + self.high
+        above, below = ratio_L > high, ratio_L < low
+        clipped_L = torch.where(positive_L, above, below) if self.use_min else above | below
+        gated_L = torch.where(clipped_L, ratio_L.clamp(low, high), ratio_L)
+        return Gated(gated_L, torch.where(clipped_L, 0.0, ratio_L), clipped_L)
+
+
+@dataclass(frozen=True)
+class Gspo:
+    """Sequence-level clip (C.5) of the geometric mean of a trajectory's ratios, the same for all of its tokens.
+
+        s_tau = exp( (1 / T_tau) sum_{i in tau} ell_i ),     G_i = PpoClip's gate of s_tau instead of r_i
+
+    Zheng et al. 2025, arXiv 2507.18071, who clip at 3e-4 below and 4e-4 above. |log s_tau| <= eps bounds the sample's
+    KL_tau by eps, and in expectation TV_tau by sqrt(eps / 2) (Claim 3.5). The sign is that of each token's own
+    advantage; in GSPO it is one per trajectory.
+    """
+
+    low: float
+    high: float
+    use_min: bool = True
+    stratum: str = "trajectory"
+
+    def __post_init__(self) -> None:
+        _check_clip(self)
+        _check_stratum(self.stratum)
+
+    def feature(self, x_L: Tensor, count_L: Tensor) -> Tensor:
+        return x_L
+
+    def gate(self, x_L: Tensor, positive_L: Tensor, sum_L: Tensor, count_L: Tensor) -> Gated:
+        whole = PpoClip(self.low, self.high, self.use_min).gate(sum_L / count_L, positive_L, sum_L, count_L)
+        nothing_L = torch.zeros_like(x_L)
+        return Gated(whole.ratio_L, nothing_L, whole.clipped_L, give_L=whole.own_L, take_L=1.0 / count_L)
+
+
+@dataclass(frozen=True)
+class TrulyPpo(_TokenWise):
+    """PPO with rollback: beyond the clip the gate falls with slope -alpha instead of staying flat.
+
+        F(r) = -alpha r + (1 + alpha)(1 + eps)   r >= 1 + eps
+             = -alpha r + (1 + alpha)(1 - eps)   r <= 1 - eps
+             = r                                 between
+        use_min   G_i A_i = min(r_i A_i, F(r_i) A_i): F beyond 1 + eps where A_i >= 0 and beyond 1 - eps where A_i < 0
+        else      G_i = F(r_i)
+
+    Wang et al. 2019, Truly Proximal Policy Optimization, arXiv 1903.07940, there PPO-RB.
+    """
+
+    eps: float
+    alpha: float
+    use_min: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("eps", "alpha"):
+            object.__setattr__(self, name, positive_number(getattr(self, name), name))
+        _at_most_one(self.eps, "eps")
+        _check_bool(self.use_min, "use_min")
+
+    def gate(self, x_L: Tensor, positive_L: Tensor, sum_L: Tensor, count_L: Tensor) -> Gated:
+        ratio_L = _exp(x_L)
+        above, below = ratio_L >= 1.0 + self.eps, ratio_L <= 1.0 - self.eps
+        edge_L = ratio_L.clamp(1.0 - self.eps, 1.0 + self.eps)
+        clipped_L = torch.where(positive_L, above, below) if self.use_min else above | below
+        rolled_L = (1.0 + self.alpha) * edge_L - self.alpha * ratio_L
+        own_L = torch.where(clipped_L, -self.alpha * ratio_L, ratio_L)
+        return Gated(torch.where(clipped_L, rolled_L, ratio_L), own_L, clipped_L)
+
+
+@dataclass(frozen=True)
+class Apc:
+    """Aggregational policy censoring, APC-Obj (3), (57)-(63): a budget of total variation that a cell's tokens share.
+
+        Delta_i = r_i - 1,     B = 2 n delta,     C1_i = sum_{j in cell, j != i} |Delta_j|,     n tokens in the cell
+        G_i = 1 + clip( Delta_i, +-[B - C1_i]_+ )
+        pass (61)       |Delta_i| <= B - C1_i            G_i = r_i: the cell's TV, C1 + |Delta_i| = 2 n TV, is in budget
+        rollback (62)   |Delta_i| > B - C1_i > 0         G_i = 1 + sgn(Delta_i)(B - C1_i): falls as the others drift
+        zeroed (63)     C1_i >= B                        G_i = 1: the others have used the budget up
+
+    stratum   the cells. States, (3): a stratum with a label per state. With an autoregressive policy a state is the
+              whole prefix (`states.prefix_state_labels`), so nearly all but the first states of the responses to a
+              prompt are seen once; then n = 1 and C1 = 0, and the map is a per-token clip, 1 + clip(r - 1, +-2 delta).
+              Trajectories: the relaxation in which the paper moves the budget there
+    delta     the radius, > 0. The paper's delta_A = (1 - gamma) cbar / (8 gamma |A|_inf) is 0 at gamma = 1, as in the
+              training of language models, where nothing would move; a number instead of it is the paper's relaxation
+    space     `ratio` as above; `log`: Delta_i = ell_i and G_i = exp(clip(...)), from which the paper goes on to FiberPO
+              (E.5). The paper's prose does not fix which of the two it calls the relaxation: both are here
+
+    No minimum and no sign of A: the censoring is that of the ratios alone. Bounded by |G - 1| <= B (log: |log G|).
+    """
+
+    delta: float
+    stratum: str = "trajectory"
+    space: str = "ratio"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "delta", positive_number(self.delta, "delta"))
+        _check_stratum(self.stratum)
+        if self.space not in SPACES:
+            raise ValueError(f"space: must be one of {', '.join(SPACES)}, got {self.space!r}")
+
+    def _deviation(self, x_L: Tensor) -> Tensor:
+        return x_L if self.space == "log" else x_L.clamp_max(LARGEST_EXPONENT).expm1()
+
+    def feature(self, x_L: Tensor, count_L: Tensor) -> Tensor:
+        # A token beyond B zeroes all others whatever its size, and what is left of C1 after subtracting one of e^200
+        # would be rounding. At 2 B it still zeroes them when the sum has been rounded.
+        return torch.minimum(self._deviation(x_L).abs(), 4.0 * self.delta * count_L)
+
+    def gate(self, x_L: Tensor, positive_L: Tensor, sum_L: Tensor, count_L: Tensor) -> Gated:
+        deviation_L = self._deviation(x_L)
+        others_L = (sum_L - self.feature(x_L, count_L)).clamp_min(0.0)
+        room_L = (2.0 * self.delta * count_L - others_L).clamp_min(0.0)
+        passes_L = (deviation_L.abs() <= room_L) & (room_L > 0.0)
+        sign_L = deviation_L.sign()
+        clipped_L = torch.where(passes_L, deviation_L, sign_L * room_L)
+        if self.space == "log":
+            ratio_L = _exp(clipped_L)
+            outer_L, inner_L = ratio_L, torch.ones_like(x_L)
+        else:
+            ratio_L = 1.0 + clipped_L
+            outer_L, inner_L = torch.ones_like(x_L), _exp(x_L)
+        rollback_L = ~passes_L & (room_L > 0.0)
+        return Gated(
+            ratio_L,
+            torch.where(passes_L, outer_L * inner_L, 0.0),
+            ~passes_L,
+            give_L=torch.where(rollback_L, -sign_L * outer_L, 0.0),
+            take_L=sign_L * inner_L,
+            others_only=True,
+        )
+
+
+OBJECTIVES: dict[str, type | None] = {
+    "fiberpo": None,
+    "ppo": PpoClip,
+    "grpo": PpoClip,
+    "gspo": Gspo,
+    "truly_ppo": TrulyPpo,
+    "apc": Apc,
+}
+"""Objective by name -> its map; None where the hierarchy's own gates act."""
+
+
+def check_gating(gating: RatioGating | None, hierarchy: Hierarchy) -> None:
+    """ValueError where the map couples the tokens of a stratum that is not an active one of the hierarchy."""
+    active = [stratum.name for stratum in hierarchy.active]
+    if gating is not None and gating.stratum is not None and gating.stratum not in active:
+        raise ValueError(
+            f"gating.stratum: {type(gating).__name__} acts on the cells of {gating.stratum!r}, but the hierarchy's "
+            f"active strata are {active}; add it there"
+        )
+
+
+def _exp(x_L: Tensor) -> Tensor:
+    return x_L.clamp_max(LARGEST_EXPONENT).exp()
+
+
+def _check_clip(gating: PpoClip | Gspo) -> None:
+    for name in ("low", "high"):
+        object.__setattr__(gating, name, positive_number(getattr(gating, name), name))
+    _at_most_one(gating.low, "low")
+    _check_bool(gating.use_min, "use_min")
+
+
+def _at_most_one(value: float, name: str) -> None:
+    if value > 1.0:
+        raise ValueError(f"{name}: must be at most 1, since a ratio is at least 0 = 1 - 1, got {value!r}")
+
+
+def _check_bool(value: object, name: str) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: must be true or false, got {value!r}")
+
+
+def _check_stratum(value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"stratum: must be the name of a stratum, got {value!r}")

@@ -1,0 +1,86 @@
+"""The training script on other layouts: what a run does must not depend on them.
+
+Runs whose responses are generated on equally many ranks (data parallel times context parallel) sample the same tokens,
+so their optimizer steps have the same gradient, to the rounding of float32. Auxiliary losses are off: Megatron's depend
+on which tokens share a micro-batch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.aligner.launching import fresh, launch, metrics, optimizer_steps
+
+pytestmark = pytest.mark.timeout(600)
+
+GRADED = ["rewards.graders={checksum: 'tests.aligner.checksum_grader:grade'}", "rewards.score=raw"]
+ONE_ROLLOUT = ["algorithm.rl_steps=1", "algorithm.save_interval=0", "model.moe_aux_loss_coeff=0", "model.optim.lr=1e-3"]
+TENSOR = ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"]
+CONTEXT = ["model.context_parallel_size=2"]
+PIPELINE = ["model.pipeline_model_parallel_size=2"]
+PACKED = ["algorithm.packing=true"]
+
+
+def rollout_and_steps(start: Path, tmp_path: Path, name: str, processes: int, *overrides: str):
+    """Reward metrics of the rollout, and the rows of its two optimizer steps."""
+    run_dir = fresh(start, tmp_path, name)
+    prompts = run_dir / "data" / "train.jsonl"
+    prompts.write_text(prompts.read_text().replace('"grader": "reasoning_gym"', '"grader": "checksum"'))
+    launch("train_gpt_fiberpo.py", run_dir, *ONE_ROLLOUT, *GRADED, *overrides, processes=processes)
+    (rollout,) = [row for row in metrics(run_dir) if "train_rollouts/rewards" in row]
+    steps = optimizer_steps(run_dir)
+    assert len(steps) == 2
+    return {key: value for key, value in rollout.items() if "reward" in key or "length" in key}, steps
+
+
+@pytest.mark.parametrize(
+    ("generating_ranks", "layouts"),
+    [
+        (1, {"one process": (1, []), "packed, tensor and sequence parallel": (2, [*PACKED, *TENSOR])}),
+        (
+            2,
+            {
+                "data parallel": (2, []),
+                "packed, context parallel": (2, [*PACKED, *CONTEXT]),
+                "context and pipeline parallel": (4, [*CONTEXT, *PIPELINE]),
+            },
+        ),
+    ],
+)
+def test_the_same_rollout_has_the_same_gradient_on_every_layout(start, tmp_path, generating_ranks, layouts):
+    results = {
+        name: rollout_and_steps(start, tmp_path, name.replace(",", "").replace(" ", "-"), processes, *overrides)
+        for name, (processes, overrides) in layouts.items()
+    }
+    first_rollout, first_steps = next(iter(results.values()))
+    assert first_rollout["train_rollouts/rewards"] > 0.1 and first_steps[0]["train_optim/grad_norm"] > 0.01
+    for name, (rollout, steps) in results.items():
+        assert rollout == first_rollout, name
+        for step, other in zip(steps, first_steps, strict=True):
+            assert step["train_optim/grad_norm"] == pytest.approx(other["train_optim/grad_norm"], rel=2e-5), name
+            assert step["train_optim/recompute_error"] < 1e-5, name
+        drift, loss = "train_optim/gates/log_ratio/abs_mean", "train_optim/loss"
+        assert steps[1][drift] == pytest.approx(first_steps[1][drift], rel=1e-3), name
+        assert steps[1][loss] == pytest.approx(first_steps[1][loss], abs=1e-6), name
+
+
+def test_one_pass_is_two_passes_where_cells_allow_it(start, tmp_path):
+    """Prompt groups of 4 in micro-batches of 4: a group is in one micro-batch."""
+    hierarchy = ["hierarchy=group"]
+    two = rollout_and_steps(start, tmp_path, "two", 2, *hierarchy)
+    one = rollout_and_steps(start, tmp_path, "one", 2, *hierarchy, "algorithm.passes=1")
+    assert one[0] == two[0]
+    for step, other in zip(one[1], two[1], strict=True):
+        assert step["train_optim/gate_all_reduces"] == 1.0
+        assert step["train_optim/grad_norm"] == pytest.approx(other["train_optim/grad_norm"], rel=2e-5)
+    assert one[1][0]["train_optim/gates/log_ratio/max"] == 0.0, "the first step after a rollout is on-policy"
+    for key, value in two[1][1].items():
+        if "gates/" in key:
+            assert one[1][1][key] == pytest.approx(value, rel=1e-2, abs=1e-5), key
+
+
+def test_one_pass_refuses_a_domain_that_is_everywhere(start, tmp_path):
+    with pytest.raises(AssertionError, match=r"one pass: domain 0 \('algorithms'\) has tokens in micro-batch \d of dp"):
+        rollout_and_steps(start, tmp_path, "domain", 2, "algorithm.passes=1")
