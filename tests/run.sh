@@ -8,9 +8,6 @@
 # (about 40 minutes on two cores) and writes docs/layouts.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash requirements/setup.sh test
-source requirements/env.sh
-
 lint() { ruff check . && ruff format --check .; }
 types() { mypy; }
 unit() { python -m pytest tests "$@"; }
@@ -34,6 +31,8 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
 done
 [ $# -eq 0 ] || shift
 [ ${#stages[@]} -gt 0 ] || stages=(lint types unit mcore)
+bash requirements/setup.sh test
+source requirements/env.sh
 
 for stage in "${stages[@]}"; do
     begun=$SECONDS

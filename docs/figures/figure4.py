@@ -23,6 +23,7 @@ DELTA = (-0.374, 0.247, 0.472, -0.472, 0.082, 0.204, 0.507, -0.480, 0.384, -0.57
 ADVANTAGE = (-1.69, 0.70, 0.73, -0.02, 0.96, 0.93, 1.46, -1.17, 0.56, -0.49)
 BUDGET, SLOPE, TOKEN_CLIP = fpo.Budget(pos=0.12, neg=0.05), 32.0, 0.05
 HIERARCHY = fpo.Hierarchy((fpo.Stratum("trajectory", BUDGET, slope=SLOPE),), TOKEN_CLIP)
+ONE = HIERARCHY.cells({"trajectory": torch.zeros(len(DELTA), dtype=torch.int64)})
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Course:
 
 
 def follow(steps: int = 1001) -> Course:
-    """One trajectory per t, all in one batch, and the objective of each of them alone."""
+    """One trajectory per t, all in one batch; J is that of each of them alone."""
     t = torch.linspace(0.0, 1.0, steps, dtype=torch.float64)
     log_ratio = torch.log1p(t[:, None] * torch.tensor(DELTA, dtype=torch.float64))
     rows = torch.arange(steps).repeat_interleave(len(DELTA))
@@ -49,12 +50,11 @@ def follow(steps: int = 1001) -> Course:
     (regimes,) = named_regimes(log_ratio.flatten(), cells, HIERARCHY)
     log_weight = gates.value[0].sum(0)
 
-    one = HIERARCHY.cells({"trajectory": rows[: len(DELTA)]})
-    weighted = fpo.token_weights(one) * torch.tensor(ADVANTAGE, dtype=torch.float64)
-    value = torch.tensor([fpo.surrogate(row, weighted, one, HIERARCHY).value for row in log_ratio])
-    residual = fpo.gated_log_ratio(log_ratio.flatten(), cells, HIERARCHY).view(steps, -1) - log_weight[:, None]
+    weighted = fpo.token_weights(ONE) * torch.tensor(ADVANTAGE, dtype=torch.float64)
+    gated = fpo.gated_log_ratio(log_ratio.flatten(), cells, HIERARCHY).view(steps, -1)
+    value, without_weight = (power.exp() @ weighted for power in (gated, gated - log_weight[:, None]))
     mean = gates.drift.mean[0]
-    return Course(t, mean[0], -mean[1], log_weight, regimes.global_C, regimes.local_C, value, residual.exp() @ weighted)
+    return Course(t, mean[0], -mean[1], log_weight, regimes.global_C, regimes.local_C, value, without_weight)
 
 
 def events(course: Course) -> dict[str, float]:

@@ -60,6 +60,7 @@ def check_model(cfg: DictConfig) -> None:
             f"model.sequence_parallel: must be true with a mixture of experts and tensor_model_parallel_size = "
             f"{cfg.tensor_model_parallel_size}; Megatron-core trains experts with tensor parallelism in no other way"
         )
+    _check_dispatcher(cfg)
     if (cfg.get("context_parallel_size") or 1) > 1:
         if not cfg.get("transformer_engine", True) and not cpu.installed():
             raise ValueError(
@@ -81,6 +82,23 @@ def check_model(cfg: DictConfig) -> None:
                 f"model.ppo.sampling_params.{name}: {given}; must be {value}: the ratios compare the policy with "
                 "itself, and responses sampled from another distribution are not its own"
             )
+
+
+def _check_dispatcher(cfg: DictConfig) -> None:
+    """Megatron-core 0.11.0 sorts tokens back wrongly after the all-to-all where experts are split over TP and several
+    are on a rank, unless Transformer Engine's permutation does it: the forward pass is silently another function."""
+    experts, expert_parallel = cfg.get("num_moe_experts") or 0, cfg.get("expert_model_parallel_size") or 1
+    split = cfg.get("expert_tensor_parallel_size") or cfg.get("tensor_model_parallel_size") or 1
+    if (
+        cfg.get("moe_token_dispatcher_type") == "alltoall"
+        and split > 1
+        and 1 < expert_parallel < experts
+        and not cfg.get("moe_permute_fusion")
+    ):
+        raise ValueError(
+            "model.moe_token_dispatcher_type: alltoall computes something else in megatron-core 0.11.0 with experts "
+            f"split over {split} tensor-parallel ranks and expert_model_parallel_size = {expert_parallel}; use allgather"
+        )
 
 
 class FiberPOActor(MegatronGPTActorModel):

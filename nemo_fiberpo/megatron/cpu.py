@@ -187,6 +187,7 @@ def _uneven_all_gather(all_gather: Callable) -> Callable:
         all_gather(gathered, padded, group=group)
         for part, whole in zip(tensor_list, gathered, strict=True):
             part.copy_(whole[: len(part)])
+        return None
 
     return wrapped
 
@@ -198,6 +199,7 @@ def _uneven_reduce_scatter(reduce_scatter: Callable) -> Callable:
         whole = torch.cat(input_list)
         dist.all_reduce(whole, op=op, group=group)
         output.copy_(whole.split([len(part) for part in input_list])[dist.get_rank(group)])
+        return None
 
     return wrapped
 

@@ -103,18 +103,21 @@ def one_pass_step(
 
     def coefficients_of(index: int, log_probs: Tensor) -> Tensor:
         old = tokens.old_log_probs[index]
+        fits = log_probs.shape == old.shape
+        if not fits:  # it joins the reductions over cp all the same
+            problems.append(
+                f"log_probs: shape {tuple(log_probs.shape)} in micro-batch {index}, but old_log_probs have "
+                f"{tuple(old.shape)}"
+            )
         try:
-            if log_probs.shape != old.shape:
-                raise ValueError(
-                    f"log_probs: shape {tuple(log_probs.shape)} in micro-batch {index}, but old_log_probs have "
-                    f"{tuple(old.shape)}"
-                )
-            log_ratio = (log_probs.to(old.device) - old).reshape(-1)
+            log_ratio = (log_probs.to(old.device) - old if fits else torch.zeros_like(old)).reshape(-1)
             weighted = tokens.weighted_advantage[index].reshape(-1)
             result = surrogate(log_ratio, weighted, parts[index], hierarchy, within, gating)
         except ValueError as error:
             # The other ranks are in the middle of Megatron's schedule: they are told at its end.
             problems.append(f"micro-batch {index}: {error}")
+            return torch.zeros_like(log_probs)
+        if not fits:
             return torch.zeros_like(log_probs)
         results.append(result)
         coefficients[index] = result.coefficients.view(old.shape)

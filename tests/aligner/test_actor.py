@@ -27,6 +27,16 @@ GOOD = {"mcore_gpt": True, "optim": {"name": "mcore_distributed_optim"}, "ppo": 
         ),
         ({"sequence_parallel": True}, ["model.sequence_parallel", "tensor_model_parallel_size is 1"]),
         ({"num_moe_experts": 4, "tensor_model_parallel_size": 2}, ["model.sequence_parallel", "must be true"]),
+        (
+            {
+                "num_moe_experts": 4,
+                "tensor_model_parallel_size": 2,
+                "sequence_parallel": True,
+                "expert_model_parallel_size": 2,
+                "moe_token_dispatcher_type": "alltoall",
+            },
+            ["model.moe_token_dispatcher_type", "use allgather"],
+        ),
         ({"ppo": {"offload_adam_states": True, "sampling_params": {}}}, ["model.ppo.offload_adam_states", "False"]),
         ({"ppo": {"entropy_bonus": 0.1, "sampling_params": {}}}, ["model.ppo.entropy_bonus", "0"]),
         ({"ppo": {"sampling_params": {"temperature": 0.7}}}, ["model.ppo.sampling_params.temperature", "must be 1.0"]),
