@@ -2,8 +2,9 @@
 
     python docs/figures/figure4.py [folder]
 
-Delta has mean 0, (65); every advantage has the sign of its token's Delta, and their mean is positive. The draw is this
-project's, the paper's is not known. C+ = 0.12, C- = 0.05, k = 32, token clip 0.05.
+Delta has mean 0, (65); every advantage has the sign of its token's Delta, and their mean is positive. The paper's
+draw is not known: this one was chosen among many random ones because it comes close to the values reported there.
+C+ = 0.12, C- = 0.05, k = 32, token clip 0.05.
 """
 
 from __future__ import annotations

@@ -97,7 +97,8 @@ def _check_dispatcher(cfg: DictConfig) -> None:
     ):
         raise ValueError(
             "model.moe_token_dispatcher_type: alltoall computes something else in megatron-core 0.11.0 with experts "
-            f"split over {split} tensor-parallel ranks and expert_model_parallel_size = {expert_parallel}; use allgather"
+            f"split over {split} tensor-parallel ranks and expert_model_parallel_size = {expert_parallel}; use "
+            "allgather"
         )
 
 

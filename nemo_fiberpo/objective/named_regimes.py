@@ -83,7 +83,7 @@ def global_regimes(drift_2C: Tensor, budget_2C: Tensor, slope_C: Tensor) -> Tens
     `drift_2C` holds the drift of either channel beyond the parent's, row 0 pos, row 1 neg, of any sign; `budget_2C` and
     `slope_C` the budgets C and slopes k, as `Stratum.resolve` gives them. Pure and elementwise.
     """
-    return _by_slope(aggregate_gate(drift_2C, budget_2C, slope_C)[1])
+    return by_slope(aggregate_gate(drift_2C, budget_2C, slope_C)[1])
 
 
 def named_regimes(
@@ -107,11 +107,11 @@ def named_regimes(
     for level, slope, number_2C in zip(cells.levels, gates.slope, clipped, strict=True):
         number_C = number_2C.sum(0)
         local_C = (number_C > 0).long() + (number_C == level.count_C).long()
-        out.append(StratumRegimes(level.name, _by_slope(slope), local_C, level.owned_C))
+        out.append(StratumRegimes(level.name, by_slope(slope), local_C, level.owned_C))
     return tuple(out)
 
 
-def _by_slope(derivative_2C: Tensor) -> Tensor:
+def by_slope(derivative_2C: Tensor) -> Tensor:
     """Regimes from the derivatives of both gates: 1 passes, below 0 rolls back, 0 is zeroed."""
     state_2C = (derivative_2C <= 0.0).long() + (derivative_2C == 0.0).long()
     table = torch.tensor(_INDEX, device=derivative_2C.device)

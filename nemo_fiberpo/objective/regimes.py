@@ -16,8 +16,11 @@ from .cells import Cells
 from .divergence import kl_estimate, tv_estimate
 from .fibration import Gates, TokenSums
 from .levels import Level
+from .named_regimes import GLOBAL_REGIMES, by_slope
 
 CHANNELS = ("pos", "neg")
+REGIMES = GLOBAL_REGIMES[:5]
+"""Those with a name in the paper; cells in another combination of the channels' gates are "other"."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,19 @@ class ChannelReport:
 
 @dataclass(frozen=True)
 class StratumReport:
-    """One stratum: its cells, its two channels by name, and |X| and |X| / C of every named cell that has tokens."""
+    """One stratum: its cells, its two channels by name, and |X| and |X| / C of every named cell that has tokens.
+
+    regimes      fraction of the cells in each of REGIMES, and of the others
+    divergence   KL and TV of a cell (A.3; TV to first order): mean over the cells, each counting the same, and maximum,
+                 0 at least. For trajectories the mean is the trajectory-normalised divergence (51)
+    """
 
     name: str
     cells: int
     channels: dict[str, ChannelReport]
     named: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    regimes: dict[str, float] = field(default_factory=dict)
+    divergence: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,10 +78,13 @@ class Report:
     tv: float
 
     def metrics(self) -> dict[str, float]:
-        """Flat names for a logger: "{stratum}/{pos|neg}/{figure}", "{stratum}.{cell}/{pos|neg}/{drift|budget_used}"."""
+        """Flat names for a logger: "{stratum}/{pos|neg}/{figure}", "{stratum}/regime/{name}",
+        "{stratum}/{kl|tv}_{mean|max}", "{stratum}.{cell}/{pos|neg}/{drift|budget_used}"."""
         out: dict[str, float] = {}
         for stratum in self.strata:
             out[f"{stratum.name}/cells"] = float(stratum.cells)
+            out |= {f"{stratum.name}/regime/{regime}": share for regime, share in stratum.regimes.items()}
+            out |= {f"{stratum.name}/{figure}": value for figure, value in stratum.divergence.items()}
             for channel, report in stratum.channels.items():
                 out |= {f"{stratum.name}/{channel}/{key}": value for key, value in vars(report).items()}
             for cell, channels in stratum.named.items():
@@ -86,25 +99,29 @@ class Report:
 def report_parts(gates: Gates, sums: TokenSums, cells: Cells) -> list[Tensor]:
     """This rank's figures as float64 tensors that are summed over ranks; sizes are the same on every rank.
 
-    First [live tokens, clipped tokens, S+, S-], then per level: sums over owned cells [5, 2], figures of named cells
-    [3, 2, names], maxima [2, 2, world_size]; last the largest |ell| [world_size].
+    First [live tokens, clipped tokens, S+, S-], then per level: sums over owned cells [9, 2] (5 per channel, then those
+    of `_joint`), figures of named cells [3, 2, names], maxima [3, 2, world_size] (2 per channel, then KL and TV); last
+    the largest |ell| [world_size].
     """
     live = cells.layout.mask_T
     count = cells.num_tokens if live is None else live.sum()
     tokens = gates.mean_2C.new_zeros(4)
     tokens[0], tokens[1], tokens[2:] = count, sums.clipped, gates.drift.local_sum_2
     parts = [tokens]
-    for level, residual, budget, slope in zip(
-        cells.levels, gates.drift.residual, gates.budget, gates.slope, strict=True
+    drift = gates.drift
+    for level, mean, residual, budget, slope in zip(
+        cells.levels, drift.mean, drift.residual, gates.budget, gates.slope, strict=True
     ):
         size = residual.abs()
         used = size / budget
         figures = torch.stack([(slope == 1.0).double(), (slope < 0.0).double(), (slope == 0.0).double(), size, used])
-        parts.append((figures * level.owned_C).sum(2))
+        divergence = torch.stack([kl_estimate(mean), tv_estimate(mean)])
+        joint = _joint(level, slope, divergence)
+        parts.append(torch.cat([(figures * level.owned_C).sum(2), joint.view(4, 2)]))
         parts.append(_named(level, size, used))
-        maxima = size.new_zeros(2, 2, cells.world_size)
+        maxima = size.new_zeros(3, 2, cells.world_size)
         if size.numel():
-            maxima[:, :, cells.rank] = torch.stack([size, used]).amax(2)
+            maxima[:, :, cells.rank] = torch.stack([size, used, divergence]).amax(2)
         parts.append(maxima)
     largest = gates.mean_2C.new_zeros(cells.world_size)
     largest[cells.rank] = sums.largest
@@ -121,9 +138,9 @@ def merge_parts(groups: Sequence[Sequence[Tensor]], cells: Cells) -> list[Tensor
     device = cells.layout.cell_P.device
     merged = [torch.zeros(4, dtype=torch.float64, device=device)]
     for level in cells.levels:
-        merged.append(merged[0].new_zeros(5, 2))
+        merged.append(merged[0].new_zeros(9, 2))
         merged.append(merged[0].new_zeros(3, 2, len(level.names or ())))
-        merged.append(merged[0].new_zeros(2, 2, cells.world_size))
+        merged.append(merged[0].new_zeros(3, 2, cells.world_size))
     merged.append(merged[0].new_zeros(cells.world_size))
     maxima = {*range(3, 3 * len(cells.levels) + 1, 3), len(merged) - 1}
     for parts in groups:
@@ -134,6 +151,12 @@ def merge_parts(groups: Sequence[Sequence[Tensor]], cells: Cells) -> list[Tensor
             else:
                 merged[index] += part
     return merged
+
+
+def _joint(level: Level, slope: Tensor, divergence: Tensor) -> Tensor:
+    """Over owned cells: how many are in each of REGIMES and in no named regime, and the sums of KL and TV; [8]."""
+    regime = by_slope(slope)[level.owned_C].clamp(max=len(REGIMES))
+    return torch.cat([torch.bincount(regime, minlength=6).to(divergence.dtype), (divergence * level.owned_C).sum(1)])
 
 
 def _named(level: Level, size: Tensor, used: Tensor) -> Tensor:
@@ -152,13 +175,18 @@ def make_report(parts: list[Tensor], cells: Cells) -> Report:
     strata = []
     for index, level in enumerate(cells.levels):
         sums, named, maxima = parts[1 + 3 * index : 4 + 3 * index]
-        share = (sums / max(level.num_cells, 1)).T.tolist()
-        most = maxima.amax(2).T.tolist()
+        shares = sums / max(level.num_cells, 1)
+        share, most = shares[:5].T.tolist(), maxima.amax(2).T.tolist()
+        *regimes, kl, tv = shares[5:].reshape(-1).tolist()
         channels = {}
         for at, channel in enumerate(CHANNELS):
             passes, rollback, zeroed, drift, used = share[at]
             channels[channel] = ChannelReport(passes, rollback, zeroed, drift, most[at][0], used, most[at][1])
-        strata.append(StratumReport(level.name, level.num_cells, channels, _named_cells(level, named)))
+        divergence = {"kl_mean": kl, "kl_max": most[0][2], "tv_mean": tv, "tv_max": most[1][2]}
+        names = dict(zip((*REGIMES, "other"), regimes, strict=True))
+        strata.append(
+            StratumReport(level.name, level.num_cells, channels, _named_cells(level, named), names, divergence)
+        )
     return Report(
         strata=tuple(strata),
         tokens=int(live),

@@ -78,6 +78,18 @@ def test_report_by_hand():
         "trajectory.right/pos/budget_used": 0.5,
         "trajectory.right/neg/drift": 0.2,
         "trajectory.right/neg/budget_used": 2.0,
+        # cell 0: pos rolls back while neg passes, which has no name; cell 1: neg zeroed, pos passes
+        "trajectory/regime/G-I": 0,
+        "trajectory/regime/G-II,r": 0,
+        "trajectory/regime/G-II": 0.5,
+        "trajectory/regime/G-III,r": 0,
+        "trajectory/regime/G-III": 0,
+        "trajectory/regime/other": 0.5,
+        # KL -0.11 and 0.2 - 0.05, TV 0.11 / 2 and (0.05 + 0.2) / 2
+        "trajectory/kl_mean": 0.02,
+        "trajectory/kl_max": 0.15,
+        "trajectory/tv_mean": 0.09,
+        "trajectory/tv_max": 0.125,
         "token/live": 4,
         "token/clipped": 0.25,
         "log_ratio/mean": -0.02,
