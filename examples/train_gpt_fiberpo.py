@@ -32,6 +32,7 @@ def run(cfg: DictConfig) -> None:
     hierarchy = launch.check_sections(cfg)
     settings, data, reward = algorithm_settings(cfg), data_settings(cfg), reward_settings(cfg)
     check_gating(settings.gating, hierarchy)
+    settings.check_passes([stratum.name for stratum in hierarchy.active], cfg.model.micro_batch_size)
     launch.check_same_run(cfg)
     if CHECK_ONLY:
         return
@@ -52,7 +53,8 @@ def run(cfg: DictConfig) -> None:
         actor.init_policy_state_dict = retrieve_model_state_dict_in_cpu(actor, cfg.model.get("megatron_amp_O2", False))
     restored = retrieve_custom_trainer_state_dict(trainer) if trainer.ckpt_path is not None else None
     init_distributed(trainer, actor, cfg.model.get("transformer_engine", False))
-    launch.check_batches(cfg, parallel_state.get_data_parallel_world_size(), cfg.model.context_parallel_size)
+    context_parallel_size = cfg.model.get("context_parallel_size") or 1
+    launch.check_batches(cfg, parallel_state.get_data_parallel_world_size(), context_parallel_size)
 
     # Prompts and what grades the responses.
     own_graders = tuple(reward.graders or ())

@@ -9,6 +9,7 @@ every token's coefficient is its weight."""
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -57,7 +58,8 @@ def run(cfg: DictConfig) -> None:
     with open_dict(cfg):
         cfg.model.optim.lr = cfg.model.optim.sched.min_lr = settings.lr
         cfg.model.global_batch_size = settings.batch_size
-        replicas = cfg.model.tensor_model_parallel_size * cfg.model.pipeline_model_parallel_size
+        axes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        replicas = math.prod(cfg.model[axis] for axis in axes)
         ranks = int(os.environ.get("WORLD_SIZE", "1")) // replicas
         cfg.model.micro_batch_size = settings.batch_size // ranks
     trainer = launch.create_trainer(cfg)

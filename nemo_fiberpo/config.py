@@ -84,7 +84,8 @@ def _plain(cfg: Any) -> Any:
         raise ValueError(f"{key}{str(error).splitlines()[0]}") from error
 
 
-def _mapping(value: Any, where: str) -> dict[str, Any]:
+def mapping(value: Any, where: str) -> dict[str, Any]:
+    """`value`, if it is a mapping; else ValueError that names `where` it stands."""
     if not isinstance(value, dict):
         raise ValueError(f"{where}: must be a mapping, got {value!r}")
     return value
@@ -98,7 +99,7 @@ def _required(cfg: dict[str, Any], key: str, where: str) -> Any:
 
 
 def _hierarchy(cfg: Any) -> Hierarchy:
-    cfg = _mapping(cfg, "hierarchy")
+    cfg = mapping(cfg, "hierarchy")
     reject_unknown_keys(cfg, ["token_clip", "strata", "branches", "sweeps"])
     token_clip, strata = _required(cfg, "token_clip", ""), _required(cfg, "strata", "")
     if not isinstance(strata, list):
@@ -115,11 +116,11 @@ def _hierarchy(cfg: Any) -> Hierarchy:
 
 
 def _stratum(cfg: Any, where: str) -> Stratum:
-    cfg = _mapping(cfg, where)
+    cfg = mapping(cfg, where)
     reject_unknown_keys(cfg, ["name", "budget", "budgets", "slope", "enabled", "join", "only", "beside"], where)
     name = _required(cfg, "name", where)
     budget = _budget(_required(cfg, "budget", where), f"{where}.budget")
-    overrides = _mapping(cfg.get("budgets") or {}, f"{where}.budgets")
+    overrides = mapping(cfg.get("budgets") or {}, f"{where}.budgets")
     budgets = {str(key): _budget(value, f"{where}.budgets.{key}") for key, value in overrides.items()}
     slope = cfg.get("slope")
     if isinstance(slope, dict):
@@ -133,7 +134,7 @@ def _stratum(cfg: Any, where: str) -> Stratum:
 
 
 def _budget(cfg: Any, where: str) -> Budget:
-    cfg = _mapping(cfg, where)
+    cfg = mapping(cfg, where)
     reject_unknown_keys(cfg, ["pos", "neg"], where)
     pos, neg = (_required(cfg, key, where) for key in ("pos", "neg"))
     with _at(f"{where}."):

@@ -107,7 +107,7 @@ class FiberPOActor(MegatronGPTActorModel):
     expert-parallel ranks in lockstep.
 
     Reads the sections of the model config that its parent reads (`model.ppo` holds generation and micro-batch sizes).
-    Old log-probs, the initial policy's and training run in the training layout, on the same rows. While responses are
+    Old log-probs, the initial policy's and training run by one function, in the training layout. While responses are
     generated every rank runs whole sequences, see `inference_layout`.
 
     SPMD: as its parent; samples are sharded over data parallel ranks (expert-parallel ones included), replicated over
@@ -176,7 +176,7 @@ class FiberPOActor(MegatronGPTActorModel):
         the samples; packed ones are filled so that they come out about equally long, on every rank to the width of the
         longest of any rank. SPMD: every rank calls this; one all-reduce where `packed`.
         """
-        axes = self.reducer.axes
+        axes, lengths = self.reducer.axes, lengths.cpu()
         tp, cp = axes.axis("tp"), axes.axis("cp")
         with self._training_layout():
             multiple = length_multiple(tp.size, cp.size, bool(self.cfg.get("sequence_parallel", False)))

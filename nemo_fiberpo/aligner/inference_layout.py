@@ -21,7 +21,12 @@ from nemo_aligner.utils import parallel_state
 
 from nemo_fiberpo.megatron.patching import Patch, Patches
 
-_SPLITS = {"sequence_parallel": False, "reduce_scatter_embeddings": False, "context_parallel_size": 1}
+_SPLITS = {
+    "sequence_parallel": False,
+    "_sequence_parallel": False,  # NeMo's adapters keep it by this name
+    "reduce_scatter_embeddings": False,
+    "context_parallel_size": 1,
+}
 _alone: dist.ProcessGroup | None = None
 
 
@@ -31,7 +36,11 @@ def is_extended() -> bool:
 
 
 def generation_axis() -> tuple[int, int, dist.ProcessGroup]:
-    """(rank, size, group) of the axis over which prompts are dealt: data parallel times context parallel."""
+    """(rank, size, group) of the axis over which prompts are dealt: data parallel times context parallel.
+
+    Within NeMo-Aligner's region that reshards for TensorRT-LLM, rank and size are those of generation, and the group is
+    that of training, which is smaller.
+    """
     if not is_extended():
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         return rank, size, mpu.get_data_parallel_group()

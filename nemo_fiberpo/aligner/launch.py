@@ -66,7 +66,8 @@ def apply_stratum_overrides(cfg: DictConfig) -> None:
         for name, fields in (changes or {}).items():
             lists = [cfg.hierarchy.get(kind) or [] for kind in ("strata", "branches")]
             places = {entry.get("name"): (listed, index) for listed in lists for index, entry in enumerate(listed)}
-            reject_unknown_keys({name: fields}, places, "hierarchy.strata")
+            where = "hierarchy.strata or branches" if lists[1] else "hierarchy.strata"
+            reject_unknown_keys({name: fields}, places, where)
             listed, index = places[name]
             listed[index] = OmegaConf.merge(listed[index], fields)
 

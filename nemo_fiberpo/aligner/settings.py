@@ -7,13 +7,13 @@ Unknown keys and values that make no sense are ValueErrors that name the field. 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_fiberpo.config import reject_unknown_keys
+from nemo_fiberpo.config import mapping, reject_unknown_keys
 from nemo_fiberpo.objective import OBJECTIVES, RatioGating
 from nemo_fiberpo.objective.hierarchy import positive_number
 from nemo_fiberpo.objective.surrogate import WEIGHTS
@@ -152,6 +152,22 @@ class AlgorithmSettings:
             rl_steps = min(rl_steps, self.rl_steps)
         return rl_steps * self.optimizer_steps * self.epochs
 
+    def check_passes(self, strata: Sequence[str], micro_batch_size: int) -> None:
+        """ValueError where one pass cannot be exact whatever the rollout; the rest shows in its cells."""
+        coarser = [name for name in strata if name != "trajectory"]
+        if self.passes == 2 or not coarser:
+            return
+        if self.packing:
+            raise ValueError(
+                f"algorithm.passes: 1 with packing: true, which deals samples to micro-batches by length, but the "
+                f"hierarchy has {coarser}; set passes to 2, or take hierarchy=trajectory"
+            )
+        if "prompt_group" in coarser and micro_batch_size % self.samples_per_prompt:
+            raise ValueError(
+                f"model.micro_batch_size: {micro_batch_size} is not a multiple of algorithm.samples_per_prompt = "
+                f"{self.samples_per_prompt}, which passes: 1 needs for prompt groups; change it, or set passes to 2"
+            )
+
     @property
     def samples_per_step(self) -> int:
         """Samples per optimizer step over all ranks; NeMo's global batch size."""
@@ -230,14 +246,14 @@ class WarmStartSettings:
 def algorithm_settings(cfg: DictConfig) -> AlgorithmSettings:
     """The `algorithm` section. Raises ValueError naming the field."""
     values = _plain(cfg, "algorithm")
-    kl = _build(KlSettings, _mapping(values.pop("kl", None) or {}, "algorithm.kl"), "algorithm.kl")
+    kl = _build(KlSettings, mapping(values.pop("kl", None) or {}, "algorithm.kl"), "algorithm.kl")
     gating = _gating(values.get("objective", "fiberpo"), values.pop("gating", None))
     return _build(AlgorithmSettings, values, "algorithm", kl=kl, gating=gating)
 
 
 def _gating(objective: Any, fields: Any) -> RatioGating | None:
     """The gating map of an objective; None for fiberpo, and for a name that AlgorithmSettings refuses."""
-    fields = _mapping({} if fields is None else fields, "algorithm.gating")
+    fields = mapping({} if fields is None else fields, "algorithm.gating")
     kind = OBJECTIVES.get(objective) if isinstance(objective, str) else None
     if kind is None:
         if fields and objective == "fiberpo":
@@ -266,13 +282,7 @@ def warm_start_settings(cfg: DictConfig) -> WarmStartSettings:
 
 
 def _plain(cfg: DictConfig, section: str) -> dict[str, Any]:
-    return _mapping(OmegaConf.to_container(cfg[section], resolve=True, throw_on_missing=True), section)
-
-
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: must be a mapping, got {value!r}")
-    return value
+    return mapping(OmegaConf.to_container(cfg[section], resolve=True, throw_on_missing=True), section)
 
 
 def _build(kind: type, values: dict[str, Any], where: str, **extra: Any) -> Any:

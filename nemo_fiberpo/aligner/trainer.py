@@ -24,6 +24,7 @@ from nemo_fiberpo.aligner.prompts import PromptDataset
 from nemo_fiberpo.aligner.rewards import OK, reward_metrics
 from nemo_fiberpo.aligner.rollout import grouped_rollout, repeated_prompts, response_mask
 from nemo_fiberpo.aligner.settings import AlgorithmSettings
+from nemo_fiberpo.megatron import cpu
 from nemo_fiberpo.megatron.groups import exchange, non_finite
 from nemo_fiberpo.megatron.one_pass import one_pass_cells
 from nemo_fiberpo.megatron.sequences import Rows
@@ -66,6 +67,8 @@ class FiberPOTrainer(PPOTrainer):
         check_strata(hierarchy, prompts)
         check_gating(settings.gating, hierarchy)
         super().__init__(**parent, batch_iterator_cls=repeated_prompts(settings.samples_per_prompt))
+        if settings.packing and not self.model.cfg.get("transformer_engine", True) and not cpu.installed():
+            raise ValueError("algorithm.packing: true needs model.transformer_engine: true on a GPU")
         self._rollout_cls = grouped_rollout(settings.optimizer_steps, whole_groups=settings.passes == 1)
         self._minibatches: list[Minibatch] = []
 
@@ -149,13 +152,15 @@ class FiberPOTrainer(PPOTrainer):
     def _agree(self, samples: Sequence[Mapping[str, Tensor]], problem: str | None) -> list[Minibatch]:
         """The minibatches with cells that are shared between the ranks, and weights with global denominators."""
         size, settings = self.model.cfg.micro_batch_size, self.settings
-        rows: list[list[Rows]] = []
+        # Collective where rows are packed, so that nothing that can fail on one rank stands between.
+        rows = [
+            self.model.rows(part["response_tokens"], part["response_lengths"], size, settings.packing)
+            for part in samples
+        ]
         own: list[Cells] = []
         pieces: list[list[Cells]] = [[] for _ in samples]
         try:
-            for part, into in zip(samples, pieces, strict=True):
-                of_part = self.model.rows(part["response_tokens"], part["response_lengths"], size, settings.packing)
-                rows.append(of_part)
+            for part, of_part, into in zip(samples, rows, pieces, strict=True):
                 own += [self._hierarchy_cells(part, of_part), self._trajectory_cells(part, of_part)]
                 if settings.passes == 1:
                     into += [self._hierarchy_cells(part, [entry]) for entry in of_part]
@@ -221,6 +226,8 @@ class FiberPOTrainer(PPOTrainer):
         metrics = {"grad_norm": float(grad_norm), "lr": lr, "on_policy": float(result.report is None)}
         metrics |= {"gate_all_reduces": float(self.model.reducer.calls - calls)}
         metrics |= self._over_ranks(result.extra_loss, result.recompute_error)
+        if minibatch.parts is not None:  # one pass has no other to differ from
+            del metrics["recompute_error"]
         if result.loss is not None:
             metrics["loss"] = result.loss
         if result.report is not None:

@@ -35,8 +35,8 @@ class AllGatherAttention(MegatronModule):
         super().__init__(config=config)
         if config.attention_dropout:
             raise ValueError(f"attention_dropout: {config.attention_dropout}; must be 0 in this attention")
-        scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
-        self.softmax_scale = scale / (max(1, layer_number) if config.apply_query_key_layer_scaling else 1)
+        # apply_query_key_layer_scaling guards fp16 against overflow and changes no value: nothing overflows here.
+        self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
 
     def forward(
         self,
@@ -113,7 +113,7 @@ def local_block_spec(config: Any, num_layers: int) -> TransformerBlockSubmodules
     if config.normalization not in norms:
         raise ValueError(f"normalization: {config.normalization!r}; must be LayerNorm or RMSNorm")
     norm = norms[config.normalization]
-    spec = get_gpt_layer_local_spec(config.num_moe_experts, config.moe_grouped_gemm)
+    spec = get_gpt_layer_local_spec(config.num_moe_experts, config.moe_grouped_gemm, config.qk_layernorm)
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
     spec.submodules.self_attention.submodules.core_attention = AllGatherAttention
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=norm)

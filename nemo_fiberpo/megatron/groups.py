@@ -167,9 +167,10 @@ def named_failure(what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise RuntimeError(
             f"{what} did not complete on rank {dist.get_rank()}: another rank died, left, or did not come to it within "
-            f"the time-out of the process group. The rank that failed first says why. ({str(error).splitlines()[0]})"
+            f"the time-out of the process group. The rank that failed first says why. ({said})"
         ) from error
 
 

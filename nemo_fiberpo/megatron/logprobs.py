@@ -1,5 +1,8 @@
 """Log-probabilities from vocabulary-parallel logits, without gathering them.
 
+`gpt.gpt_policy` uses `vocab_parallel_log_probs`, with the targets of `sequences.Rows`; `next_token_log_probs` is for
+hosts whose sequences are whole.
+
 Shapes: logits [..., V/tp] with any leading dimensions ([b, s] and [s, b] alike), targets [...]. Rank r of the
 tensor-parallel group holds the vocabulary entries [r V/tp, (r+1) V/tp).
 """

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nemo_fiberpo.megatron.groups import Reducer, TokenAxes, gather_censuses
 from nemo_fiberpo.megatron.schedule import Policy, loss_scale, refuse_inexact
-from nemo_fiberpo.megatron.step import StepResult, StepTokens, backward_pass
+from nemo_fiberpo.megatron.step import StepResult, StepTokens, backward_pass, shape_problem
 from nemo_fiberpo.objective.cells import Cells
 from nemo_fiberpo.objective.hierarchy import Hierarchy
 from nemo_fiberpo.objective.ratio_gating import RatioGating
@@ -88,7 +88,7 @@ def one_pass_step(
     raises ValueError on every rank, after the backward pass: gradients must then be thrown away.
 
     SPMD: every rank calls this. One all-reduce over `reducer.axes.group`, for loss, report and errors; where the
-    sequence is split over cp `hierarchy.num_reductions` more per micro-batch (two without branches), over that axis.
+    sequence is split over cp, per micro-batch as many more over that axis as `exact_step` has.
     """
     refuse_inexact(policy.config)
     if not len(microbatches) == len(tokens.old_log_probs) == len(parts) or not microbatches:
@@ -103,21 +103,18 @@ def one_pass_step(
 
     def coefficients_of(index: int, log_probs: Tensor) -> Tensor:
         old = tokens.old_log_probs[index]
-        fits = log_probs.shape == old.shape
-        if not fits:  # it joins the reductions over cp all the same
-            problems.append(
-                f"log_probs: shape {tuple(log_probs.shape)} in micro-batch {index}, but old_log_probs have "
-                f"{tuple(old.shape)}"
-            )
+        misfit = shape_problem(index, log_probs, old)
+        if misfit:  # it joins the reductions over cp all the same
+            problems.append(misfit)
         try:
-            log_ratio = (log_probs.to(old.device) - old if fits else torch.zeros_like(old)).reshape(-1)
+            log_ratio = (torch.zeros_like(old) if misfit else log_probs.to(old.device) - old).reshape(-1)
             weighted = tokens.weighted_advantage[index].reshape(-1)
             result = surrogate(log_ratio, weighted, parts[index], hierarchy, within, gating)
         except ValueError as error:
             # The other ranks are in the middle of Megatron's schedule: they are told at its end.
             problems.append(f"micro-batch {index}: {error}")
             return torch.zeros_like(log_probs)
-        if not fits:
+        if misfit:
             return torch.zeros_like(log_probs)
         results.append(result)
         coefficients[index] = result.coefficients.view(old.shape)

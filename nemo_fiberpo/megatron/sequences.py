@@ -144,7 +144,7 @@ def packed_rows(
     from megatron.core.packed_seq_params import PackedSeqParams
 
     b, s = tokens.shape
-    real = [int(length) for length in lengths]
+    real = lengths.tolist() if isinstance(lengths, Tensor) else [int(length) for length in lengths]
     if len(real) != b or not all(1 <= length <= s for length in real):
         raise ValueError(f"lengths: must be {b} numbers within 1..{s}, got {real}")
     chosen = list(range(b)) if samples is None else samples.tolist()

@@ -105,17 +105,19 @@ def exact_step(
 
     Raises ValueError before any gradient is computed: for a refused config field, and, on every rank, for a non-finite
     log-ratio or weighted advantage on a live token of any rank, for a rank with fewer micro-batches than it has tokens
-    for, and for ranks with different numbers of them. On-policy nothing is reduced, and such a rank raises alone; what
-    the others then do is in `timeouts`. `groups.exchange` with the fact "micro-batches per step" finds it before.
+    for, and for ranks with different numbers of them. On-policy, where nothing is reduced, and with expert or context
+    parallelism, where others wait for it earlier, such a rank raises alone; what they then do is in `timeouts`.
+    `groups.exchange` with the fact "micro-batches per step" finds it before.
 
-    SPMD: every rank calls this. Tokens are sharded over dp (and cp), replicated over tp and pp; exactly
-    `hierarchy.num_reductions` all-reduces (two without branches) over `reducer.axes.group`, none if `on_policy`, beside
-    those of Megatron.
+    SPMD: every rank calls this. Tokens are sharded over dp (and cp), replicated over tp and pp. Exactly
+    `hierarchy.num_reductions` all-reduces over `reducer.axes.group`, half as many and one more with `gating`, which is
+    two without branches; none if `on_policy`. Those of Megatron come beside.
     """
     refuse_inexact(policy.config)
     problem = _count_problem(len(microbatches), len(tokens.old_log_probs))
-    # Without a reduction there is no way to tell the others; expert-parallel ranks wait for this one inside pass A.
-    if problem is not None and (on_policy or (getattr(policy.config, "expert_model_parallel_size", 1) or 1) > 1):
+    # Without a reduction there is no way to tell the others; expert- and context-parallel ranks wait in pass A.
+    sizes = (getattr(policy.config, f"{axis}_parallel_size", 1) or 1 for axis in ("expert_model", "context"))
+    if problem is not None and (on_policy or max(sizes) > 1):
         raise ValueError(problem)
     parts = [value.reshape(-1) for value in tokens.weighted_advantage]
     flat_advantage = torch.cat(parts) if parts else torch.zeros(0)
@@ -194,10 +196,16 @@ def linear_loss(log_probs: Tensor, coefficients: Tensor) -> Tensor:
 
 def _shape_problem(current: Sequence[Tensor], old: Sequence[Tensor]) -> str | None:
     """Found on the last stage alone, so it is raised by way of reduction 1, on every rank."""
-    for index, (a, b) in enumerate(zip(current, old, strict=False)):
-        if a.shape != b.shape:
-            return f"log_probs: shape {tuple(a.shape)} in micro-batch {index}, but old_log_probs have {tuple(b.shape)}"
-    return None
+    problems = (shape_problem(index, a, b) for index, (a, b) in enumerate(zip(current, old, strict=False)))
+    return next((problem for problem in problems if problem), None)
+
+
+def shape_problem(index: int, log_probs: Tensor, old: Tensor) -> str | None:
+    """What is wrong with the shape of a micro-batch's log-probs, None if nothing is."""
+    if log_probs.shape == old.shape:
+        return None
+    shapes = tuple(log_probs.shape), tuple(old.shape)
+    return f"log_probs: shape {shapes[0]} in micro-batch {index}, but old_log_probs have {shapes[1]}"
 
 
 def _count_problem(microbatches: int, of_tokens: int) -> str | None:

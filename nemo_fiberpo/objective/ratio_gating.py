@@ -247,6 +247,11 @@ def check_gating(gating: RatioGating | None, hierarchy: Hierarchy) -> None:
             f"gating.stratum: {type(gating).__name__} acts on the cells of {gating.stratum!r}, but the hierarchy's "
             f"active strata are {active}; add it there"
         )
+    if gating is not None and any(stratum.name == gating.stratum and stratum.only for stratum in hierarchy.active):
+        raise ValueError(
+            f"gating.stratum: {gating.stratum!r} is missing in parts of the tree (`only`); name one that every token "
+            "has"
+        )
 
 
 def _exp(x_L: Tensor) -> Tensor:

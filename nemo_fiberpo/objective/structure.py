@@ -83,7 +83,7 @@ def _check_join(where: str, stratum: Stratum, strata: Sequence[Stratum], branche
     for there, other in _placed(strata, branches):
         if there == where:
             return
-        if set(other.join) == set(stratum.join):
+        if other.enabled and stratum.enabled and set(other.join) == set(stratum.join):
             raise ValueError(
                 f"{where}.join: {there} ({other.name!r}) is the join of the same classifications; the same "
                 "classification twice would count its drift twice"

@@ -99,8 +99,9 @@ def surrogate(
 ) -> Surrogate:
     """J = sum_i w_i A_i rhat_i over all ranks, (18) and (30), its per-token coefficients, and the report of the gates.
 
-    Arguments and errors as `token_coefficients`. `reduce` is called exactly twice, also on a rank without tokens:
-    (1) counts of non-finite input and S+, S- of the shared cells; (2) J, the report's sums, Z+, Z- of the shared cells.
+    Arguments and errors as `token_coefficients`. `reduce` is called `hierarchy.num_reductions` times, also on a rank
+    without tokens; with `gating` half as often and once more. That is twice without branches: (1) counts of non-finite
+    input and S+, S- of the shared cells; (2) J, the report's sums, Z+, Z- of the shared cells.
 
     gating   a map G of `ratio_gating` instead of FiberPO's: J = sum_i w_i A_i G(r)_i, (2). The hierarchy then only
              reports: its gates as they would act on these log-ratios, and as clipped tokens those that G cuts. A map

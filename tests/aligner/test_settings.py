@@ -20,6 +20,22 @@ def settings(**changes):
     return algorithm_settings(OmegaConf.create({"algorithm": ALGORITHM | changes}))
 
 
+@pytest.mark.parametrize(
+    ("changes", "strata", "size", "words"),
+    [
+        ({"passes": 1, "packing": True}, ["prompt_group", "trajectory"], 8, ["algorithm.passes", "by length"]),
+        ({"passes": 1}, ["prompt_group", "trajectory"], 12, ["model.micro_batch_size: 12", "samples_per_prompt = 8"]),
+    ],
+)
+def test_one_pass_that_cannot_be_exact_is_refused_at_once(changes, strata, size, words):
+    with pytest.raises(ValueError) as error:
+        settings(**changes).check_passes(strata, size)
+    for word in words:
+        assert word in str(error.value)
+    settings(**changes | {"passes": 2}).check_passes(strata, size)
+    settings(**changes).check_passes(["trajectory"], size)
+
+
 def test_sizes_follow():
     assert settings().samples_per_rollout == 768
     assert settings().samples_per_step == 192

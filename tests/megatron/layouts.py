@@ -212,6 +212,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS), choices=RANKS)
     parser.add_argument("--write", type=Path, metavar="FILE", help="write this version's section of FILE")
     options = parser.parse_args(arguments)
+    if options.write and set(options.ranks) != set(RANKS):
+        parser.error(f"--write: replaces the whole section of a version, so it needs all of --ranks {RANKS}")
     version = megatron_version()
     print(f"megatron-core {version}", flush=True)
     plans = [
