@@ -69,5 +69,6 @@ def take(column: Tensor, rows: Sequence[Rows]) -> Tensor:
 
 
 def flat(label: Tensor, mask: Tensor, rows: Sequence[Rows]) -> Tensor:
-    """[b] labels of samples -> labels of the flat tokens of all rows."""
-    return take(label.to(mask.device)[:, None].expand(mask.shape), rows)
+    """Labels of samples, [b], or of their tokens, [b, s - 1] -> labels of the flat tokens of all rows."""
+    label = label.to(mask.device)
+    return take(label if label.dim() == 2 else label[:, None].expand(mask.shape), rows)

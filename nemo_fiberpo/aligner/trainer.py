@@ -28,10 +28,10 @@ from nemo_fiberpo.megatron import cpu
 from nemo_fiberpo.megatron.groups import exchange, non_finite
 from nemo_fiberpo.megatron.one_pass import one_pass_cells
 from nemo_fiberpo.megatron.sequences import Rows
-from nemo_fiberpo.objective import Cells, Hierarchy, check_gating, token_weights
+from nemo_fiberpo.objective import Cells, Hierarchy, check_gating, prefix_state_labels, token_weights
 from nemo_fiberpo.objective.cells import build_cells
 
-UNNAMED_STRATA = ("prompt_group", "trajectory")  # their labels are numbers of the rollout
+UNNAMED_STRATA = ("prompt_group", "trajectory", "state")  # their labels are numbers of the rollout
 
 
 class FiberPOTrainer(PPOTrainer):
@@ -331,11 +331,14 @@ def stratum_names(hierarchy: Hierarchy, prompts: PromptDataset) -> dict[str, lis
 
 
 def stratum_labels(hierarchy: Hierarchy, part: Mapping[str, Tensor], prompts: PromptDataset) -> dict[str, Tensor]:
-    """int64 [b] per name of `hierarchy.columns`: the labels of each sample, -1 for none where that may be."""
+    """int64 [b] per name of `hierarchy.columns`: the labels of each sample, -1 for none where that may be; [b, s - 1]
+    for states, which are those of tokens. Without `response_tokens` every sample stands for a state of its own."""
     index, labels = part["prompt_index"], {}
     for name in hierarchy.columns:
-        if name in UNNAMED_STRATA:
-            labels[name] = part["trajectory"] if name == "trajectory" else index
+        if name == "state" and "response_tokens" in part:
+            labels[name] = prefix_state_labels(part["response_tokens"], index)
+        elif name in UNNAMED_STRATA:
+            labels[name] = index if name == "prompt_group" else part["trajectory"]
         else:
             table = prompts.label_table(name, name in hierarchy.optional_columns)
             labels[name] = table[index.cpu()].to(index.device)

@@ -38,6 +38,14 @@ def test_all_have_the_same_diagnostics(runs):
         assert {key for key in steps[1] if "gates/" in key} == names, name
 
 
+def test_apc_at_the_level_of_states_trains(start, tmp_path):
+    """As many states as live tokens, less those that samples of a prompt share."""
+    _, (_, second) = rollout_and_steps(start, tmp_path, "state", 2, "algorithm=apc_state", "hierarchy=state")
+    assert second["train_optim/gate_all_reduces"] == 2.0 and math.isfinite(second["train_optim/grad_norm"])
+    states, tokens = second["train_optim/gates/state/cells"], second["train_optim/gates/token/live"]
+    assert 0.5 * tokens < states < tokens, "the first token of every sample of a prompt is chosen in the same state"
+
+
 def test_the_same_rollout_gives_another_second_step_to_every_objective(runs):
     """The first steps of equal weights are equal: on-policy every objective is the policy gradient."""
     for group in (("fiberpo", "grpo", "gspo", "apc"), ("ppo", "dapo", "truly_ppo")):

@@ -423,6 +423,7 @@ SHIPPED = {
     "gspo": ("gspo", "trajectory_mean", fpo.Gspo(3e-4, 4e-4)),
     "truly_ppo": ("truly_ppo", "token_mean", fpo.TrulyPpo(0.2, 0.3)),
     "apc": ("apc", "trajectory_mean", fpo.Apc(0.05)),
+    "apc_state": ("apc", "token_mean", fpo.Apc(0.05, stratum="state")),
 }
 
 
@@ -443,7 +444,7 @@ def test_every_algorithm_file_is_listed():
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_an_objective_is_one_word_of_the_command_line(name: str):
-    settings, hierarchy = composed(f"algorithm={name}")
+    settings, hierarchy = composed(f"algorithm={name}", *(["hierarchy=state"] if name == "apc_state" else []))
     assert (settings.objective, settings.weights, settings.gating) == SHIPPED[name]
     assert settings.prompts_per_rollout == 96, "the other keys of the run stay"
     fpo.objective.check_gating(settings.gating, hierarchy)
