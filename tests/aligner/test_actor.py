@@ -7,7 +7,8 @@ from omegaconf import OmegaConf
 from nemo_fiberpo.aligner import cpu
 
 cpu.install()
-from nemo_fiberpo.aligner.actor import balanced, check_model, kl_penalty  # noqa: E402
+from nemo_fiberpo.aligner.actor import balanced, kl_penalty  # noqa: E402
+from nemo_fiberpo.aligner.model_checks import check_model  # noqa: E402
 
 GOOD = {"mcore_gpt": True, "optim": {"name": "mcore_distributed_optim"}, "ppo": {"sampling_params": {}}}
 
