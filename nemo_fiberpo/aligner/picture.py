@@ -75,7 +75,7 @@ def _plot_rewards(axes: Axes, curves: Curves, heldout: Heldout) -> None:
     axes.set(title="Reward per domain", xlabel=note, ylabel="mean reward (1 = correct)")
     axes.set_xticks([tick for tick in MaxNLocator(6, integer=True).tick_values(0, last) if 0 <= tick <= last])
     if domains:
-        axes.legend(loc="upper left", frameon=False, title="domain", alignment="left")
+        axes.legend(loc="lower center", frameon=False, ncols=min(4, len(domains)))  # where rewards are rarely
 
 
 def _plot_budget(axes: Axes, stratum: str, curves: Curves) -> None:
