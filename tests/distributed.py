@@ -119,6 +119,21 @@ def _describe(outcomes: dict[int, tuple[bool, Any]], world_size: int, folder: Pa
     return "\n".join(["", *parts])
 
 
+def join(folder: str, rank: int, world_size: int, timeout: float) -> None:
+    """Initialise torch.distributed over gloo on this machine; the ranks meet in `folder`."""
+    import torch.distributed as dist
+
+    if "lo" in (name for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout),
+    )
+
+
 def _worker(
     sender: Any, folder: str, rank: int, world_size: int, timeout: float, init: bool, function: Callable, args: tuple
 ) -> None:
@@ -130,15 +145,7 @@ def _worker(
         faulthandler.dump_traceback_later(timeout, file=stack, exit=False)
         try:
             if init:
-                if "lo" in (name for _, name in socket.if_nameindex()):
-                    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-                dist.init_process_group(
-                    "gloo",
-                    init_method=f"file://{folder}/store",
-                    rank=rank,
-                    world_size=world_size,
-                    timeout=timedelta(seconds=timeout),
-                )
+                join(folder, rank, world_size, timeout)
             outcome = (True, function(rank, world_size, *args))
             if init:
                 dist.barrier()

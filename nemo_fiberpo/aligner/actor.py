@@ -49,6 +49,8 @@ class FiberPOActor(MegatronGPTActorModel):
     def __init__(self, cfg: DictConfig, trainer: Any):
         check_model(cfg)
         super().__init__(cfg, trainer)
+        # Of the training layout: the config says false while responses are generated.
+        self._sequence_parallel = bool(self.cfg.get("sequence_parallel", False))
         self._reducer: Reducer | None = None
         self._sampling_params: dict[str, Any]
         self._generating: contextlib.ExitStack | None = None
@@ -108,21 +110,18 @@ class FiberPOActor(MegatronGPTActorModel):
         the samples; packed ones are filled so that they come out about equally long, on every rank to the width of the
         longest of any rank. SPMD: every rank calls this; one all-reduce where `packed`.
         """
-        axes, lengths = self.reducer.axes, lengths.cpu()
-        tp, cp = axes.axis("tp"), axes.axis("cp")
-        with self._training_layout():
-            multiple = length_multiple(tp.size, cp.size, bool(self.cfg.get("sequence_parallel", False)))
+        axes, real = self.reducer.axes, lengths.tolist()
+        cp = axes.axis("cp")
+        multiple = length_multiple(axes.axis("tp").size, cp.size, self._sequence_parallel)
         place: dict[str, int] = {"cp_size": cp.size, "cp_rank": cp.rank, "multiple": multiple}
         if not packed:
             order = torch.arange(len(tokens), device=tokens.device)
             return [padded_rows(tokens, samples, **place) for samples in order.split(size)]
-        dealt = balanced(lengths.tolist(), len(tokens) // size)
-        widest = max(sum(packed_spans([int(lengths[i]) for i in samples], multiple)) for samples in dealt)
+        dealt = balanced(real, len(tokens) // size)
+        widest = max(sum(packed_spans([real[i] for i in samples], multiple)) for samples in dealt)
         width = torch.tensor([widest], device=torch.cuda.current_device())
         torch.distributed.all_reduce(width, op=torch.distributed.ReduceOp.MAX, group=axes.group)
-        return [
-            packed_rows(tokens, lengths, torch.tensor(samples), seq_length=int(width), **place) for samples in dealt
-        ]
+        return [packed_rows(tokens, real, torch.tensor(samples), seq_length=int(width), **place) for samples in dealt]
 
     @torch.no_grad()
     def log_probs_of(self, tokens: Tensor, lengths: Tensor, packed: bool = False) -> Tensor:

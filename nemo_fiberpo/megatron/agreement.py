@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -31,7 +32,8 @@ class Agreeing:
             return self.reducer(buffer)
         number, rank = self.microbatches, dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         bad = self.problem is not None
-        total = self.reducer(_append(buffer, [float(bad), float(rank * bad), float(number), float(number**2)]))
+        told = buffer.new_tensor([float(bad), float(rank * bad), float(number), float(number**2)])
+        total = self.reducer(torch.cat([buffer, told]))
         self._agreed = True
         refusing, ranks, sum_, squares = (int(value) for value in total[-4:].tolist())
         if bad:
@@ -46,10 +48,3 @@ class Agreeing:
                 "own; every rank must have the same number"
             )
         return total[:-4]
-
-
-def _append(buffer: Tensor, values: list[float]) -> Tensor:
-    out = buffer.new_empty(buffer.numel() + len(values))
-    out[: buffer.numel()] = buffer
-    out[buffer.numel() :] = buffer.new_tensor(values)
-    return out

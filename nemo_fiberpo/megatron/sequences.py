@@ -107,9 +107,7 @@ def padded_rows(
         seq_length  a larger width, a multiple of `multiple`, such as one that several ranks agreed on
     """
     b, s = tokens.shape
-    width = seq_length or round_up(s, multiple)
-    if width % multiple or width < s:
-        raise ValueError(f"seq_length: {width} must be a multiple of {multiple} and at least {s}")
+    width = _row_width(seq_length, s, multiple)
     if samples is None:
         samples = torch.arange(b, device=tokens.device)
     place = zigzag(width, cp_size, cp_rank, tokens.device)
@@ -149,9 +147,7 @@ def packed_rows(
         raise ValueError(f"lengths: must be {b} numbers within 1..{s}, got {real}")
     chosen = list(range(b)) if samples is None else samples.tolist()
     spans = packed_spans([real[sample] for sample in chosen], multiple)
-    width = seq_length or sum(spans)
-    if width % multiple or width < sum(spans):
-        raise ValueError(f"seq_length: {width} must be a multiple of {multiple} and at least {sum(spans)}")
+    width = _row_width(seq_length, sum(spans), multiple)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for sample, span in zip(chosen, spans, strict=True):
         place, last = zigzag(span, cp_size, cp_rank, tokens.device), real[sample] - 1
@@ -176,9 +172,15 @@ def packed_spans(lengths: Sequence[int], multiple: int) -> list[int]:
     return [round_up(length, multiple) for length in lengths]
 
 
+def _row_width(seq_length: int | None, least: int, multiple: int) -> int:
+    width = seq_length or round_up(least, multiple)
+    if width % multiple or width < least:
+        raise ValueError(f"seq_length: {width} must be a multiple of {multiple} and at least {least}")
+    return width
+
+
 def _with_targets(rows: Rows, tokens: Tensor) -> Rows:
-    targets = rows.take(tokens[:, 1:])
-    return Rows(rows.tokens, targets, rows.positions, rows.source, rows.seq_length, rows.packed)
+    return replace(rows, targets=rows.take(tokens[:, 1:]))
 
 
 def gather_rows(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -11,13 +11,11 @@ import tempfile
 import time
 import types
 from collections.abc import Callable
-from datetime import timedelta
 from multiprocessing.connection import wait
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from nemo_fiberpo.megatron import cpu, timeouts
 from nemo_fiberpo.megatron.groups import Reducer, TokenAxes, exchange
@@ -133,20 +131,10 @@ def worker(sender: Any, folder: str, rank: int, world: int, pp: int, how: str, w
 
     Data is wrong on all stages of the last data-parallel rank; the last rank of all is the one that dies or stalls.
     """
-    import socket
-
     from megatron.core import parallel_state
 
     torch.set_num_threads(1)
-    if "lo" in (name for _, name in socket.if_nameindex()):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=MARGIN),
-    )
+    distributed.join(folder, rank, world, MARGIN)
     cpu.install()
     # Where an error must come at once, the time-out is one that the test would not pass with.
     timeout = 10 * MARGIN if how in AT_ONCE else TIMEOUT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from nemo_fiberpo.objective.branches import BranchedCells, plan_visits
 from nemo_fiberpo.objective.drift import measure
 from nemo_fiberpo.objective.fibration import gate_cells
 from nemo_fiberpo.objective.regimes import make_report, merge_parts
-from tests.objective import branch_reference, reference
+from tests.objective import branch_reference, cases, reference
 from tests.objective.ranks import on_ranks
 
 F64 = torch.float64
@@ -42,18 +42,7 @@ FORMS = {
 }
 
 
-@dataclass
-class Case:
-    labels: dict[str, Tensor]
-    mask: Tensor
-    log_ratio: Tensor
-    weight: Tensor
-    hierarchy: fpo.Hierarchy
-
-    @property
-    def cells(self) -> fpo.Cells:
-        return self.hierarchy.cells(self.labels, self.mask)
-
+class Case(cases.Case):
     def reference(self) -> tuple[float, Tensor, Tensor]:
         """(J, coefficients, gated log-ratios) by the slow loops."""
 
