@@ -285,9 +285,22 @@ def is_first_rank() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
+def leave() -> None:
+    """Destroy the process groups at the end of a run.
+
+    A process that leaves them to the end of the interpreter can abort there: a thread of gloo may still hold the last
+    tensor of a collective, and freeing it needs the interpreter.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def explain(main: Callable[[], None]) -> None:
-    """Run a script's main; a ValueError raised by this package, which is about the user's input, is one line on the
-    terminal. One from elsewhere keeps its traceback; so do all with FIBERPO_TRACEBACK=1."""
+    """Run a script's main, and leave its process groups.
+
+    A ValueError raised by this package, which is about the user's input, is one line on the terminal. One from
+    elsewhere keeps its traceback; so do all with FIBERPO_TRACEBACK=1.
+    """
     try:
         main()
     except ValueError as error:
@@ -298,3 +311,4 @@ def explain(main: Callable[[], None]) -> None:
         if os.environ.get("FIBERPO_TRACEBACK") or not raised_in.startswith("nemo_fiberpo"):
             raise
         sys.exit(f"error: {error}")
+    leave()
