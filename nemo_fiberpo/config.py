@@ -1,4 +1,5 @@
-"""YAML, DictConfig or dict -> Hierarchy. Every refusal is a ValueError that names the field, and the file if any.
+"""YAML, DictConfig or dict -> Hierarchy, and how it partitions experts. Every refusal is a ValueError that names the
+field, and the file if any.
 
 token_clip: 0.04
 strata:
@@ -7,9 +8,11 @@ strata:
   - {name: task, budget: {pos: 0.03, neg: 0.02}, only: {domain: [code, math]}}
   - {name: task_language, join: [task, language], budget: {pos: 0.03, neg: 0.02}}
   - {name: trajectory, budget: {pos: 0.12, neg: 0.05}, slope: 32, enabled: true}
+  - {name: trajectory_expert, join: [trajectory, expert_partition], budget: {pos: 0.12, neg: 0.05}, min_tokens: 16}
 branches:
   - {name: modality, beside: domain, budget: {pos: 0.02, neg: 0.015}}
 sweeps: 2
+expert_partitions: {by: {cold: [0, 3], hot: [1, 2]}, layers: all, membership: hard, agreement: true}
 """
 
 from __future__ import annotations
@@ -23,9 +26,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from .objective import Budget, Hierarchy, SlopeCap, Stratum
+from .objective import Budget, ExpertPartitions, Hierarchy, SlopeCap, Stratum
+from .objective.expert_partitions import COLUMN
 from .objective.hierarchy import positive_number
 from .objective.wording import nearest
+
+STRATUM_KEYS = ("name", "budget", "budgets", "slope", "enabled", "join", "only", "beside", "min_tokens")
 
 
 def load_hierarchy(cfg: Mapping[str, Any] | DictConfig | str | os.PathLike[str]) -> Hierarchy:
@@ -36,13 +42,58 @@ def load_hierarchy(cfg: Mapping[str, Any] | DictConfig | str | os.PathLike[str])
     twice, is in `objective/structure.py`. Raises ValueError naming the full path of the field, for an unknown
     key with the nearest valid one, and for a file with its path and, for a syntax error, the line.
     """
+    with _section(cfg) as plain:
+        return _hierarchy(plain)
+
+
+def load_expert_partitions(
+    cfg: Mapping[str, Any] | DictConfig | str | os.PathLike[str],
+) -> ExpertPartitions | None:
+    """`expert_partitions` of a hierarchy; `cfg` as for `load_hierarchy`. None where no active stratum needs the column
+    `expert_partition`.
+
+    All its keys may be left out, see `ExpertPartitions`, but not the block itself: `expert_partitions: {}` takes every
+    default. Raises ValueError naming the field, as `load_hierarchy`; for a hierarchy that needs the column without the
+    block, and for the block where no stratum has the column, switched on or off.
+    """
+    with _section(cfg) as plain:
+        hierarchy = _hierarchy(plain)
+        block = plain.get("expert_partitions")
+        strata = (*hierarchy.strata, *hierarchy.branches)
+        if block is None:
+            if COLUMN in hierarchy.columns:
+                raise ValueError(
+                    f"expert_partitions: is required, because {_users(hierarchy.active)} needs the column {COLUMN!r}; "
+                    "it says how experts are partitioned, e.g. {by: expert_parallel}"
+                )
+            return None
+        block = mapping(block, "expert_partitions")
+        reject_unknown_keys(block, ["by", "layers", "membership", "agreement"], "expert_partitions")
+        with _at("expert_partitions."):
+            partitions = ExpertPartitions(**block)
+        if not any(COLUMN in stratum.columns for stratum in strata):
+            raise ValueError(
+                f"expert_partitions: no stratum is called {COLUMN!r} or joins it, so nothing would use the partitions; "
+                "add one, or leave the block out"
+            )
+        return partitions if COLUMN in hierarchy.columns else None
+
+
+def _users(strata: Iterable[Stratum]) -> str:
+    return next(f"stratum {stratum.name!r}" for stratum in strata if COLUMN in stratum.columns)
+
+
+@contextmanager
+def _section(cfg: Mapping[str, Any] | DictConfig | str | os.PathLike[str]) -> Iterator[Any]:
+    """`cfg` as plain dicts and lists; for a file's path, errors of the block begin with it."""
     if isinstance(cfg, str | os.PathLike):
         path = os.fspath(cfg)
         with _at(f"{path}: "):
-            return _hierarchy(_read(path))
+            yield _read(path)
+        return
     if not isinstance(cfg, Mapping | DictConfig):
         raise ValueError(f"hierarchy: must be a mapping or the path of a YAML file, got {cfg!r}")
-    return _hierarchy(_plain(cfg))
+    yield _plain(cfg)
 
 
 def reject_unknown_keys(cfg: Mapping[Any, Any], valid: Iterable[str], where: str = "") -> None:
@@ -100,7 +151,7 @@ def _required(cfg: dict[str, Any], key: str, where: str) -> Any:
 
 def _hierarchy(cfg: Any) -> Hierarchy:
     cfg = mapping(cfg, "hierarchy")
-    reject_unknown_keys(cfg, ["token_clip", "strata", "branches", "sweeps"])
+    reject_unknown_keys(cfg, ["token_clip", "strata", "branches", "sweeps", "expert_partitions"])
     token_clip, strata = _required(cfg, "token_clip", ""), _required(cfg, "strata", "")
     if not isinstance(strata, list):
         raise ValueError(f"strata: must be a list of strata, coarsest first, got {strata!r}")
@@ -117,7 +168,7 @@ def _hierarchy(cfg: Any) -> Hierarchy:
 
 def _stratum(cfg: Any, where: str) -> Stratum:
     cfg = mapping(cfg, where)
-    reject_unknown_keys(cfg, ["name", "budget", "budgets", "slope", "enabled", "join", "only", "beside"], where)
+    reject_unknown_keys(cfg, STRATUM_KEYS, where)
     name = _required(cfg, "name", where)
     budget = _budget(_required(cfg, "budget", where), f"{where}.budget")
     overrides = mapping(cfg.get("budgets") or {}, f"{where}.budgets")
@@ -130,7 +181,8 @@ def _stratum(cfg: Any, where: str) -> Stratum:
         slope = positive_number(slope, f"{where}.slope")
     with _at(f"{where}."):
         enabled, join, only = cfg.get("enabled", True), cfg.get("join") or (), cfg.get("only") or {}
-        return Stratum(name, budget, budgets, slope, enabled, join, only, cfg.get("beside"))
+        beside, min_tokens = cfg.get("beside"), cfg.get("min_tokens")
+        return Stratum(name, budget, budgets, slope, enabled, join, only, beside, min_tokens)
 
 
 def _budget(cfg: Any, where: str) -> Budget:

@@ -67,6 +67,12 @@ def refuse_inexact(config: Any) -> None:
         value = getattr(config, name, None)
         if value is not None and value is not False and not (name.endswith("dropout") and value == 0):
             raise ValueError(f"{name}: {value} is refused by the exact step: {reason}")
+    balancing = getattr(config, "moe_router_load_balancing_type", None)
+    if "sinkhorn" in (balancing if isinstance(balancing, list) else [balancing]):
+        raise ValueError(
+            "moe_router_load_balancing_type: sinkhorn is refused by the exact step: it routes a token by what shares "
+            "its micro-batch; set it to aux_loss or none"
+        )
 
 
 def schedule_cp_factor(context_parallel_size: int) -> int:

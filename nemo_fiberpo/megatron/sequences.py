@@ -54,14 +54,17 @@ class Rows:
         return Rows(tokens, targets, positions, source, self.seq_length, packed)
 
     def take(self, column: Tensor, fill: Any = 0) -> Tensor:
-        """A column of the samples, [b, s - 1], in rows, [r, t]; `fill` where no entry belongs."""
-        end = column.new_full((1,), fill)
-        return torch.cat([column.reshape(-1), end])[self.source.to(column.device)]
+        """A column of the samples, [b, s - 1], in rows, [r, t]; `fill` where no entry belongs. Further dimensions of an
+        entry stay behind."""
+        end = column.new_full((1, *column.shape[2:]), fill)
+        return torch.cat([column.flatten(0, 1), end])[self.source.to(column.device)]
 
     def put(self, values: Tensor, out: Tensor) -> None:
-        """Write values in rows, [r, t], to their places in a column of the samples, [b, s - 1] and contiguous."""
+        """Write values in rows, [r, t], to their places in a column of the samples, [b, s - 1] and contiguous. Further
+        dimensions of an entry stay behind."""
         here = self.source >= 0
-        out.view(-1)[self.source[here].to(out.device)] = values[here.to(values.device)].to(out)
+        flat = out.view(-1, *out.shape[2:])
+        flat[self.source[here].to(out.device)] = values[here.to(values.device)].to(out)
 
 
 def zigzag(length: int, cp_size: int, cp_rank: int, device: torch.device | None = None) -> Tensor:

@@ -1,9 +1,11 @@
 """The objective, in pure torch: strata and cells, gates, the gating operator and its adjoint, weights, reports."""
 
 from .cells import Cells, build_cells
+from .expert_partitions import ExpertPartitions
 from .fibration import gated_log_ratio, token_coefficients
 from .hierarchy import Budget, Hierarchy, SlopeCap, Stratum
 from .levels import Level
+from .named_cells import NamedReport
 from .ratio_gating import (
     OBJECTIVES,
     Apc,
@@ -25,9 +27,11 @@ __all__ = [
     "Budget",
     "Cells",
     "ChannelReport",
+    "ExpertPartitions",
     "Gspo",
     "Hierarchy",
     "Level",
+    "NamedReport",
     "PpoClip",
     "RatioGating",
     "Reduce",

@@ -19,6 +19,9 @@ Value and adjoint (a^l the channel of a token, P_n self-adjoint):
     c_j = chi_j^{l_j} y_j + Z_j^{l_j}
 The terms of Z and chi cancel in m*_n except at the last level of a stage, and are left out.
 
+A cell r of the chain that is merged into its parent p (`Stratum.min_tokens`) has m_r := m_p, and 0 at the first level
+of a stage: it takes nothing. Its m* is added to that of p, or dropped, from the finest level of the stage up.
+
 All of it is done on joint cells (_J): the distinct tuples of a finest cell of the chain and a cell of every branch
 that hold tokens of this rank, with their local token counts. O and Z are constant on them, so tokens are read no more
 often than without branches, and joint cells are never exchanged between ranks: sums over cells of strata are.
@@ -30,15 +33,16 @@ that ranks share. `Hierarchy.num_reductions` has their number.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from .cells import Cells, check_arguments, climb, lay_out
-from .levels import Level, build_levels
-from .pieces import dense_ids, make_pieces
+from .cells import Cells, check_arguments, climb, lay_out, pieces_of
+from .levels import Level, Traits, build_levels, merge_into_parents
+from .membership import Membership
+from .pieces import dense_ids
 from .sharing import Reduce, exchange
 
 
@@ -74,6 +78,7 @@ class BranchedCells(Cells):
 
     def cell_per_token(self, stratum: str) -> Tensor:
         """As `Cells.cell_per_token`."""
+        self._refuse_soft(stratum)
         joint_T = self.layout.cell_per_token()
         cell_J = self.cell_NJ[self.levels.index(self.level(stratum))]
         return cell_J[joint_T] if cell_J.numel() else joint_T
@@ -103,21 +108,23 @@ def build_branched_cells(
     mask: Tensor | None,
     names: Mapping[str, Sequence[str]],
     shape: tuple[int, int] | None,
-    partial: Collection[str] = (),
+    traits: Mapping[str, Traits],
+    soft: Membership | None = None,
 ) -> BranchedCells:
-    """Cells of a chain (coarsest first) and its branches; arguments, errors and SPMD layout as in `Hierarchy.cells`."""
+    """Cells of a chain (coarsest first) and its branches; arguments, errors and SPMD layout as in `build_cells`."""
     strata = [*branches, *chain]
-    num_tokens, mask, chosen = check_arguments(strata, labels, mask, names, shape)
-    pieces = make_pieces([labels[name] for name in strata], mask, shape)
+    num_tokens, mask, chosen = check_arguments(strata, labels, mask, names, shape, soft)
+    pieces = pieces_of([labels[name] for name in strata], mask, shape, soft)
     of_chain = replace(pieces, label_KP=pieces.label_KP[len(branches) :])
-    levels, cell_P = build_levels(chain, of_chain, chosen, partial)
+    levels, cell_P = build_levels(chain, of_chain, chosen, traits)
     cell_BP = []
     for name, label_P in zip(branches, pieces.label_KP, strict=False):
-        branch, of_branch_P = build_levels([name], replace(pieces, label_KP=[label_P]), chosen)
+        branch, of_branch_P = build_levels([name], replace(pieces, label_KP=[label_P]), chosen, traits)
         levels += branch
         cell_BP.append(of_branch_P)
     joint_P, cell_NJ, count_J = _join(levels, len(chain), cell_P, cell_BP, pieces.count_P)
-    layout = lay_out(num_tokens, count_J.numel(), joint_P, mask, pieces)
+    count_J /= pieces.unit
+    layout = lay_out(num_tokens, count_J.numel(), joint_P, mask, pieces, soft)
     return BranchedCells(
         levels, layout, shape, num_chain=len(chain), visits=visits, cell_NJ=tuple(cell_NJ), count_J=count_J
     )
@@ -142,9 +149,18 @@ def _join(
     return joint_P, chain_NJ[::-1] + [of_joint(per_P) for per_P in cell_BP], count_J
 
 
-def _sums_of(table_2J: Tensor, cells: BranchedCells, reduce: Reduce | None) -> list[Tensor]:
-    """Sums over the tokens of every cell, on all ranks, of a table that is constant on joint cells; one reduction."""
-    return exchange(table_2J.new_zeros(0), cells.up(cells.count_J * table_2J), cells, reduce)[1]
+def _sums_of(table_2J: Tensor, cells: BranchedCells, reduce: Reduce | None, adjoint: bool = False) -> list[Tensor]:
+    """Sums over the tokens of every cell, on all ranks, of a table that is constant on joint cells; one reduction.
+
+    With `adjoint` those of the last level of every stage alone, and what merged cells have is their parents'.
+    """
+    sums = cells.up(cells.count_J * table_2J)
+    if adjoint:
+        last = {stage[-1] for stage in cells.visits}
+        sums = [value if index in last else torch.zeros_like(value) for index, value in enumerate(sums)]
+        for stage in set(cells.visits):
+            merge_into_parents(sums, cells.levels, stage)
+    return exchange(table_2J.new_zeros(0), sums, cells, reduce)[1]
 
 
 def extract(sums: list[Tensor], cells: BranchedCells, reduce: Reduce | None) -> tuple[list[Tensor], Tensor]:
@@ -163,6 +179,8 @@ def extract(sums: list[Tensor], cells: BranchedCells, reduce: Reduce | None) -> 
         for index in stage:
             level = cells.levels[index]
             mean_2C = left[index] / level.count_C
+            if level.small_C is not None:
+                mean_2C[:, level.small_C] = 0.0 if above_2C is None else above_2C[:, level.up_C[level.small_C]]
             drift[index] += mean_2C if above_2C is None else mean_2C - above_2C[:, level.up_C]
             above_2C = mean_2C
         assert above_2C is not None
@@ -186,6 +204,8 @@ def stage_adjoint(slope: list[Tensor], y_2J: Tensor, blocked_2J: Tensor, cells: 
         parent_C = cells.levels[index + 1].up_C
         terms = (own[:, parent_C] - slope[index + 1]) * total[index + 1]
         out.append(torch.zeros_like(own).index_add_(1, parent_C, terms))
+    for stage in set(cells.visits):
+        merge_into_parents(out, cells.levels, stage)
     return out
 
 
@@ -193,10 +213,8 @@ def joint_adjoint(adjoint: list[Tensor], cells: BranchedCells, reduce: Reduce | 
     """Z, [2, J], from m*_n of every level over all ranks (see `stage_adjoint`); one reduction per visit but one."""
     pulled_2J = torch.zeros(2, cells.count_J.numel(), dtype=torch.float64, device=cells.count_J.device)
     for visit, stage in enumerate(reversed(cells.visits)):
-        through = _sums_of(pulled_2J, cells, reduce) if visit else None
+        through = _sums_of(pulled_2J, cells, reduce, adjoint=True) if visit else None
         for index in stage:
-            value_2C = adjoint[index]
-            if through is not None and index == stage[-1]:
-                value_2C = value_2C - through[index]
+            value_2C = adjoint[index] if through is None else adjoint[index] - through[index]
             pulled_2J = pulled_2J + (value_2C / cells.levels[index].count_C)[:, cells.cell_NJ[index]]
     return pulled_2J

@@ -7,15 +7,16 @@ of its parent.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .layout import RowLayout, ScatteredLayout, TokenLayout
-from .levels import Level, build_levels
-from .pieces import Pieces, make_pieces
+from .levels import Level, Traits, build_levels
+from .membership import Membership, SoftLayout
+from .pieces import Pieces, make_pieces, weighted_pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,11 +52,19 @@ class Cells:
         return self.level(stratum).num_cells
 
     def cell_per_token(self, stratum: str) -> Tensor:
-        """Index of every token's cell in `level(stratum)`, int64 [T]; without meaning at masked tokens."""
+        """Index of every token's cell in `level(stratum)`, int64 [T]; without meaning at masked tokens.
+
+        Raises ValueError for a stratum in which soft membership puts a token into several cells.
+        """
+        self._refuse_soft(stratum)
         cell_T = self.layout.cell_per_token()
         for level in reversed(self.levels[self.levels.index(self.level(stratum)) + 1 :]):
             cell_T = level.up_C[cell_T] if level.up_C.numel() else cell_T
         return cell_T
+
+    def _refuse_soft(self, stratum: str) -> None:
+        if self.level(stratum).traits.soft:
+            raise ValueError(f"cells: a token lies in several cells of {stratum!r}, whose membership is soft")
 
     def up(self, finest_2C: Tensor) -> list[Tensor]:
         """Sums of the finest level, [2, C], as sums of every level, coarsest first; children are added up."""
@@ -69,7 +78,8 @@ class Cells:
         return total
 
     def census(self) -> Tensor:
-        """Int64 [cells, 4]: level, label, label of the parent (-1 at the coarsest level), live tokens of this rank."""
+        """Int64 [cells, 4]: level, label, label of the parent (-1 at the coarsest level), live tokens of this rank (in
+        units of 1/`Level.unit`)."""
         rows = []
         for index, level in enumerate(self.levels):
             if level.parent_C is None:
@@ -103,19 +113,20 @@ def build_cells(
     mask: Tensor | None = None,
     names: Mapping[str, Sequence[str]] | None = None,
     shape: tuple[int, int] | None = None,
-    partial: Collection[str] = (),
+    traits: Mapping[str, Traits] | None = None,
+    soft: Membership | None = None,
 ) -> Cells:
     """Cells of `strata` (coarsest first); arguments, errors and SPMD layout as in `Hierarchy.cells`.
 
     Serves where no hierarchy is at hand: `build_cells(["trajectory"], {"trajectory": ids}, mask)` counts trajectories
-    for `token_weights`. `partial` names the strata whose negative labels stand for a repeated parent, see `Level`.
+    for `token_weights`. `traits` by stratum; with `soft`, `labels` are those of its entries.
     """
-    num_tokens, mask, chosen = check_arguments(strata, labels, mask, names, shape)
+    num_tokens, mask, chosen = check_arguments(strata, labels, mask, names, shape, soft)
     if not strata:
         return _without_strata(num_tokens, mask, shape, labels)
-    pieces = make_pieces([labels[name] for name in strata], mask, shape)
-    levels, cell_P = build_levels(strata, pieces, chosen, partial)
-    return Cells(levels, lay_out(num_tokens, levels[-1].label_C.numel(), cell_P, mask, pieces), shape)
+    pieces = pieces_of([labels[name] for name in strata], mask, shape, soft)
+    levels, cell_P = build_levels(strata, pieces, chosen, traits or {})
+    return Cells(levels, lay_out(num_tokens, levels[-1].label_C.numel(), cell_P, mask, pieces, soft), shape)
 
 
 def check_arguments(
@@ -124,14 +135,21 @@ def check_arguments(
     mask: Tensor | None,
     names: Mapping[str, Sequence[str]] | None,
     shape: tuple[int, int] | None,
+    soft: Membership | None = None,
 ) -> tuple[int, Tensor | None, dict[str, tuple[str, ...]]]:
-    """Number of tokens, the mask (None where all are live) and the names of `strata`, after the checks of them all."""
+    """Number of tokens, the mask (None where all are live) and the names of `strata`, after the checks of them all.
+
+    With `soft` labels are of entries, and `find_membership` has held tokens, mask and shape against each other.
+    """
     for name in strata:
         if name not in labels:
             given = ", ".join(map(repr, labels)) or "none"
             raise ValueError(f"labels: the active stratum {name!r} has no labels (given: {given})")
     fields = {f"labels[{name!r}]": labels[name] for name in strata}
-    num_tokens = check_labels(fields, mask, shape)
+    if soft is None:
+        num_tokens = check_labels(fields, mask, shape)
+    else:
+        num_tokens = check_labels(fields, None, None) // soft.parts
     chosen = {name: tuple(names[name]) for name in strata if names and name in names}
     for name, values in chosen.items():
         if len(set(values)) != len(values):
@@ -141,11 +159,24 @@ def check_arguments(
     return num_tokens, mask, chosen
 
 
-def lay_out(num_tokens: int, num_cells: int, cell_P: Tensor, mask: Tensor | None, pieces: Pieces) -> TokenLayout:
+def pieces_of(
+    label_KT: list[Tensor], mask: Tensor | None, shape: tuple[int, int] | None, soft: Membership | None
+) -> Pieces:
+    """The pieces of tokens, or those of the entries that `soft` divides them into."""
+    if soft is not None:
+        return weighted_pieces(label_KT, soft.weight_TP.flatten(), soft.UNIT)
+    return make_pieces(label_KT, mask, shape)
+
+
+def lay_out(
+    num_tokens: int, num_cells: int, cell_P: Tensor, mask: Tensor | None, pieces: Pieces, soft: Membership | None
+) -> TokenLayout:
     """Where the tokens of `num_cells` cells lie; `cell_P` is the cell of each piece."""
     if pieces.row_length:
         return RowLayout(num_tokens, num_cells, pieces.expand(cell_P), mask, pieces.row_length)
     own = torch.arange(num_cells, device=cell_P.device)
+    if soft is not None:
+        return SoftLayout(num_tokens, num_cells, own, mask, pieces.expand(cell_P.to(torch.int32)), soft)
     return ScatteredLayout(num_tokens, num_cells, own, mask, pieces.expand(cell_P.to(torch.int32)))
 
 

@@ -23,7 +23,8 @@ LARGEST = 1e280
 class Drift:
     """Per level, coarsest first, float64 [2, C]: channel means M (9), (33) and residual means X_n = M_n - M_{n-1}.
 
-    Global for every cell that this rank holds. `local_sum_2` [2] is this rank's sum of either channel over its tokens.
+    Global for every cell that this rank holds. `local_sum_2` [2] is this rank's sum of either channel over its tokens,
+    `local` [2, C] per level that over its tokens of every cell. A cell that is merged into its parent has its mean.
     `reference_2C` is what tokens measure their own residual from where there are branches (see branches.py), in their
     joint cells; without branches it is the mean of the finest cell.
     """
@@ -31,6 +32,7 @@ class Drift:
     mean: list[Tensor]
     residual: list[Tensor]
     local_sum_2: Tensor
+    local: list[Tensor]
     reference_2C: Tensor | None = None
 
 
@@ -68,17 +70,20 @@ def measure(
     bad = [0 if ok else num_bad(log_ratio_T, cells)]
     bad.append(0 if advantage_ok or weighted_advantage_T is None else num_bad(weighted_advantage_T, cells))
     local = cells.layout.fold(sums_2P)
-    sums = cells.up(local) if cells.levels else []
-    head, sums = exchange(local.new_tensor(bad), sums, cells, reduce)
+    own_sums = cells.up(local) if cells.levels else []
+    head, sums = exchange(local.new_tensor(bad), own_sums, cells, reduce)
     _refuse_non_finite(bad, head.tolist(), log_ratio_T, weighted_advantage_T, cells)
     mean = [sum_2C / level.count_C for sum_2C, level in zip(sums, cells.levels, strict=True)]
     if isinstance(cells, BranchedCells):
         residual, reference_2C = extract(sums, cells, reduce)
-        return Drift(mean, residual, local.sum(1), reference_2C)
+        return Drift(mean, residual, local.sum(1), own_sums, reference_2C)
     residual = mean[:1]
-    for index in range(1, len(mean)):
-        residual.append(mean[index] - mean[index - 1][:, cells.levels[index].parent_C])
-    return Drift(mean, residual, local.sum(1))
+    for index, level in enumerate(cells.levels[1:], 1):
+        above_2C = mean[index - 1][:, level.parent_C]
+        if level.small_C is not None:
+            mean[index][:, level.small_C] = above_2C[:, level.small_C]
+        residual.append(mean[index] - above_2C)
+    return Drift(mean, residual, local.sum(1), own_sums)
 
 
 def _token_sums(log_ratio_T: Tensor, weighted_advantage_T: Tensor | None, cells: Cells) -> tuple[Tensor, bool]:

@@ -14,6 +14,12 @@ of label l in a cell, Y = Y^+ + Y^-, and sat^l the part of Y^l whose own clip is
 This is Z_n^l(c) = sum_i y_i (G_n^l - G_{n+1}^l) with the terms that cancel left out: while nothing saturates every Z is
 exactly 0, and c_j = y_j to the bit. Z is linear in sums over tokens, so sums of different ranks add up.
 
+A cell r that is merged into its parent p (`Stratum.min_tokens`) has M_r := M_p, hence X_r = 0 and G_r = 1, so that
+dM_r is dM_p: Z(r) is added to Z(p), from the finest level up, and then 0.
+
+Where the tokens of cells are weighed by memberships q_ie (membership.py), L_ie is as above for token i in cell e, with
+sums and counts weighed by q, and L_i = sum_e q_ie L_ie, c_j = sum_e q_je (chi_je y_j + sum_n Z_n(c_n(j, e)) / Q_n).
+
 SPMD: token tensors are sharded over ranks, per-cell tensors hold the cells of this rank, with global values. `reduce`
 is called exactly twice by each of `token_coefficients` and `gated_log_ratio` (forward and backward); with branches
 `Hierarchy.num_reductions` times, half of them forward and half of them backward. What is said here of the finest cell
@@ -35,6 +41,7 @@ from .cells import Cells
 from .drift import Drift, check_tokens, compute_dtype, measure
 from .gates import aggregate_gate, log_clip
 from .hierarchy import Hierarchy
+from .levels import merge_into_parents
 from .sharing import Reduce, exchange
 
 
@@ -111,17 +118,17 @@ def weigh_tokens(
         outside = residual.sub_(clip).ne_(0.0)
         y = block.take(weight_T, dtype, "y")
         if exponentiate:
-            ratio = clip.add_(block.own(offset_2P, neg, "offset")).exp_()
+            ratio = block.mixed(clip.add_(block.own(offset_2P, neg, "offset"))).exp_()
             y = torch.mul(y, ratio, out=ratio)
         if counting:
-            clipped += block.clear_masked(outside).sum(dtype=torch.float64)
+            clipped += block.total(outside)
             largest = torch.maximum(largest, x.abs().amax().double())
         if gates.crossed:
             block.add(total_2P, neg, y)
         else:
             block.add_undivided(total_2P, y)
         saturated = outside.mul_(y)
-        torch.sub(y, saturated, out=out_T[block.tokens].view(block.shape))
+        block.write_rest(out_T, y, saturated)
         block.add(saturated_2P, neg, saturated)
     return out_T, TokenSums(layout.fold(total_2P), layout.fold(saturated_2P), clipped, largest)
 
@@ -142,7 +149,7 @@ def adjoint_sums(sums: TokenSums, cells: Cells, gates: Gates) -> list[Tensor]:
         above = gates.slope[index - 1]
         terms = (above[:, parent_C] - gates.slope[index]) * total[index]
         out.append(torch.zeros_like(above).index_add_(1, parent_C, terms))
-    return out[::-1]
+    return merge_into_parents(out[::-1], cells.levels, range(len(out)))
 
 
 def add_adjoint(
@@ -160,7 +167,7 @@ def add_adjoint(
     table_2P = cells.layout.spread(per_token_2C).to(out_T.dtype)
     for block in cells.layout.blocks():
         neg = block.negative(block.take(log_ratio_T, out_T.dtype, "x"))
-        out_T[block.tokens] += block.clear_masked(block.own(table_2P, neg, "own")).view(-1)
+        block.accumulate(out_T, block.own(table_2P, neg, "own"))
     return out_T
 
 
@@ -223,7 +230,7 @@ class _GatedLogRatio(torch.autograd.Function):
             residual = block.own(mean_2P, neg, "residual")
             gated = log_clip(torch.sub(x, residual, out=residual), gates.token_clip, out=residual)
             gated += block.own(offset_2P, neg, "offset")
-            out_T[block.tokens] = block.clear_masked(gated).view(-1)
+            block.write(out_T, gated)
         return out_T
 
     @staticmethod

@@ -19,8 +19,10 @@ from typing import Any
 from torch import Tensor
 
 from .branches import BranchedCells, build_branched_cells, plan_visits
-from .cells import Cells, build_cells
+from .cells import Cells, build_cells, check_labels
 from .labels import resolve_labels
+from .levels import Part, Traits
+from .membership import Membership, find_membership
 from .stratum import Budget, SlopeCap, Stratum, positive_number
 from .structure import check_data, check_structure
 from .wording import nearest
@@ -97,25 +99,49 @@ class Hierarchy:
         Args
             labels  stratum name -> int64 [T], a value per token, unique over the global batch; every name of `columns`
                     must be there, labels of other names are not read. Where `only` leaves a stratum out, its labels
-                    are not read; for branches, joins and strata with `only` a negative label is no cell
+                    are not read; for branches, joins and strata with `only` a negative label is no cell. One column
+                    may be soft, uint8 [T, P]: the token's shares in P values in units of 1/255, which sum to 255, see
+                    membership.py
             mask    bool [T], True for live tokens; all tokens are live without it. What a masked token holds is ignored
             names   stratum name -> names of its label values: value v is called names[stratum][v]. A stratum with
                     `budgets` overrides needs them
             shape   (B, S) says that [T] is a row-major flattened batch, T = B * S: for speed, and for messages
 
         Raises ValueError naming the field for a missing label, a wrong dtype, length or shape, a label without a name,
-        an override that names no cell, and for cells that do not nest (a prompt group with tokens in two domains).
+        an override that names no cell, for cells that do not nest (a prompt group with tokens in two domains), and for
+        shares that do not sum to 255.
 
-        SPMD: tokens are sharded; counts cover this rank until `Cells.share`.
+        SPMD: tokens are sharded; counts cover this rank until `Cells.share`, without which cells of a stratum with
+        `min_tokens` are refused by whatever evaluates them.
         """
-        labels, named, partial = self._resolve(labels, mask, names or {}, shape)
+        names, known = names or {}, {stratum.name for stratum in (*self.strata, *self.branches)} | set(labels)
+        for name in names:
+            if name not in known:
+                raise ValueError(f"names: no stratum is called {name!r}{nearest(name, known)}")
+        soft = find_membership(labels, self.columns, mask, names)
+        if soft is None:
+            resolved, named, parts = self._resolve(labels, mask, names, shape)
+        else:  # first as if it were hard: what is wrong with other columns is then said of tokens, not of their entries
+            hard = {name: labels[name] for name in self.columns if name in labels} | {soft.column: soft.largest()}
+            check_labels({f"labels[{name!r}]": label for name, label in hard.items()}, mask, shape)
+            self._resolve(hard, mask, names, shape)
+            resolved, named, parts = self._resolve(*soft.entries(hard), names, None)
         for stratum in self.active:
             stratum.check_names(named.get(stratum.name))
-        chain = [stratum.name for stratum in self._chain]
+        chain, traits = [stratum.name for stratum in self._chain], self._traits(parts, soft)
         if self._branches:
             branches = [branch.name for branch in self._branches]
-            return build_branched_cells(chain, branches, self._visits, labels, mask, named, shape, partial)
-        return build_cells(chain, labels, mask, named, shape, partial)
+            return build_branched_cells(chain, branches, self._visits, resolved, mask, named, shape, traits, soft)
+        return build_cells(chain, resolved, mask, named, shape, traits, soft)
+
+    def _traits(self, parts: Mapping[str, tuple[Part, ...]], soft: Membership | None) -> dict[str, Traits]:
+        out, column, within = {}, None if soft is None else soft.column, False
+        for stratum in self._chain:
+            within = within or column in stratum.columns  # and all that is finer
+            out[stratum.name] = Traits(bool(stratum.only), stratum.min_tokens or 0, within, parts.get(stratum.name, ()))
+        for branch in self._branches:
+            out[branch.name] = Traits(soft=column in branch.columns, parts=parts.get(branch.name, ()))
+        return out
 
     def check_data(
         self, labels: Mapping[str, Tensor], mask: Tensor | None = None, names: Mapping[str, Sequence[str]] | None = None
@@ -128,21 +154,16 @@ class Hierarchy:
         here = {stratum.name for stratum in self.active if set(stratum.columns) <= set(labels)}
         chain = tuple(stratum for stratum in self._chain if stratum.name in here)
         branches = tuple(branch for branch in self._branches if branch.name in here)
-        resolved, _ = resolve_labels(chain, branches, labels, mask, names or {}, None)
+        resolved, *_ = resolve_labels(chain, branches, labels, mask, names or {}, None)
         check_data(self._chain, self._branches, resolved, mask)
 
     def _resolve(
         self, labels: Mapping[str, Tensor], mask: Tensor | None, names: Mapping[str, Sequence[str]], shape: Any
-    ) -> tuple[Mapping[str, Tensor], Mapping[str, Sequence[str]], tuple[str, ...]]:
-        """Labels and names of the active strata, with joins and `only` worked in, and the strata that have `only`."""
-        known = {stratum.name for stratum in (*self.strata, *self.branches)} | set(labels)
-        for name in names:
-            if name not in known:
-                raise ValueError(f"names: no stratum is called {name!r}{nearest(name, known)}")
-        partial = tuple(stratum.name for stratum in self._chain if stratum.only)
-        if partial or self._branches or any(stratum.join for stratum in self._chain):
-            labels, names = resolve_labels(self._chain, self._branches, labels, mask, names, shape)
-        return labels, names, partial
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Sequence[str]], Mapping[str, tuple[Part, ...]]]:
+        """Labels and names of the active strata, with joins and `only` worked in, and the named parts of joins."""
+        if self._branches or any(stratum.join or stratum.only for stratum in self._chain):
+            return resolve_labels(self._chain, self._branches, labels, mask, names, shape)
+        return labels, names, {}
 
     def check_levels(self, cells: Cells) -> None:
         """Refuse cells that were built for other strata than the active ones."""
@@ -152,6 +173,15 @@ class Hierarchy:
         visits = cells.visits if isinstance(cells, BranchedCells) else (range(len(held)),)
         if visits != self._visits:
             raise ValueError("cells: built for a hierarchy with other branches, or other `beside` or `sweeps` of them")
+        for stratum, level in zip(self.active, cells.levels, strict=True):
+            floor, built = stratum.min_tokens or 0, level.traits.min_tokens
+            if floor != built:
+                raise ValueError(f"cells: stratum {level.name!r} was built with min_tokens {built}, but it is {floor}")
+            if floor and level.small_C is None:
+                raise ValueError(
+                    f"cells: stratum {level.name!r} merges cells of fewer than {floor} tokens over all ranks, which is "
+                    "known once cells are shared; for one process: cells.share([cells.census()], 0)"
+                )
 
     def describe(self) -> str:
         """One line per stratum, coarsest first, and the token clip; branches follow the chain."""
@@ -164,8 +194,10 @@ class Hierarchy:
             over = "".join(f"  {name}: C+ {b.pos:g} C- {b.neg:g}" for name, b in stratum.budgets.items())
             if stratum.join:
                 over += f"  join of {', '.join(stratum.join)}"
+            if stratum.min_tokens:
+                over += f"  cells below {stratum.min_tokens} tokens merged"
             over += "".join(f"  only in {key} {', '.join(kept)}" for key, kept in stratum.only.items())
             if stratum in self.branches:
                 over += f"  branch beside {stratum.beside or 'the finest stratum'}, {self.sweeps} x"
-            lines.append(f"{stratum.name:<16}{budget}{over}" + ("" if stratum.enabled else "  (switched off)"))
+            lines.append(f"{stratum.name:<15} {budget}{over}" + ("" if stratum.enabled else "  (switched off)"))
         return "\n".join([*lines, f"{'token':<16}clip {self.token_clip:g}"])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .cells import check_labels
+from .levels import Part
 from .stratum import Stratum
 from .wording import nearest
 
@@ -30,8 +31,8 @@ def resolve_labels(
     mask: Tensor | None,
     names: Names,
     shape: tuple[int, int] | None,
-) -> tuple[dict[str, Tensor], dict[str, Sequence[str]]]:
-    """Labels and names of every active stratum, from those of the data.
+) -> tuple[dict[str, Tensor], dict[str, Sequence[str]], dict[str, tuple[Part, ...]]]:
+    """Labels and names of every active stratum, and of joins the parts that have names, from those of the data.
 
         a join    ((l_1 * n_2) + l_2) * n_3 + ..., called "a/b" where all parts have names; n is the number of a part's
                   names, `UNNAMED_LABELS` without names
@@ -50,6 +51,7 @@ def resolve_labels(
             raise ValueError(f"labels: {what} {user.name!r} needs labels of {column!r} (given: {given})")
     check_labels({f"labels[{column!r}]": labels[column] for column in columns}, mask, shape)
     out, named = dict(labels), dict(names)
+    parts: dict[str, tuple[Part, ...]] = {}
     for stratum in (*chain, *branches):
         if stratum.join and stratum.name in names:
             raise ValueError(f"names[{stratum.name!r}]: is a join, whose names are made from those of its parts")
@@ -58,14 +60,14 @@ def resolve_labels(
             inside = _inside(stratum, coarser, kept, out[coarser], named.get(coarser))
             here = inside if here is None else here & inside
         if stratum.join:
-            out[stratum.name], joined = _join(stratum, labels, names, here)
+            out[stratum.name], joined, parts[stratum.name] = _join(stratum, labels, names, here)
             if joined is not None:
                 named[stratum.name] = joined
         elif stratum.only or stratum in branches:
             _refuse_outside(stratum, stratum.name, labels[stratum.name], 0, None, here)
         if stratum.only:
             out[stratum.name] = _repeat_parent(stratum, chain, out, mask, here)
-    return out, named
+    return out, named, parts
 
 
 def _inside(
@@ -84,8 +86,8 @@ def _inside(
 
 def _join(
     stratum: Stratum, labels: Mapping[str, Tensor], names: Names, here: Tensor | None
-) -> tuple[Tensor, list[str] | None]:
-    """The labels of a joined stratum, and its names where all its parts have some."""
+) -> tuple[Tensor, list[str] | None, tuple[Part, ...]]:
+    """The labels of a joined stratum, its names where all its parts have some, and the parts that have."""
     sizes = [len(names[part]) if part in names else UNNAMED_LABELS for part in stratum.join]
     if math.prod(sizes) > _LARGEST:
         raise ValueError(
@@ -96,9 +98,13 @@ def _join(
     for part, size in zip(stratum.join, sizes, strict=True):
         _refuse_outside(stratum, part, labels[part], size, names.get(part), here)
         joined_T = joined_T * size + labels[part]
-    if any(part not in names for part in stratum.join):
-        return joined_T, None
-    return joined_T, ["/".join(of_parts) for of_parts in itertools.product(*(names[part] for part in stratum.join))]
+    strides = [math.prod(sizes[index + 1 :]) for index in range(len(sizes))]
+    known = zip(stratum.join, strides, strict=True)
+    parts = tuple(Part(part, tuple(names[part]), stride) for part, stride in known if part in names)
+    if len(parts) < len(stratum.join):
+        return joined_T, None, parts
+    called = ["/".join(of_parts) for of_parts in itertools.product(*(names[part] for part in stratum.join))]
+    return joined_T, called, parts
 
 
 def _refuse_outside(

@@ -88,6 +88,26 @@ class _Tokens:
         """`value` in float64."""
         return value if value.dtype == torch.float64 else self.buffer("wide", torch.float64).copy_(value)
 
+    def mixed(self, value: Tensor) -> Tensor:
+        """What `value` comes to at the token, where a token is in several cells (membership.py); it may be written."""
+        return value
+
+    def total(self, value: Tensor) -> Tensor:
+        """Float64 sum over live tokens."""
+        return self.clear_masked(value).sum(dtype=torch.float64)
+
+    def write(self, out_T: Tensor, value: Tensor) -> None:
+        """Put `value` into the block's tokens of `out_T`, exactly 0 at masked ones."""
+        out_T[self.tokens] = self.clear_masked(value).view(-1)
+
+    def accumulate(self, out_T: Tensor, value: Tensor) -> None:
+        """As `write`, added to what is there."""
+        out_T[self.tokens] += self.clear_masked(value).view(-1)
+
+    def write_rest(self, out_T: Tensor, value: Tensor, part: Tensor) -> None:
+        """Put `value` - `part`, which are both 0 at masked tokens, into the block's tokens of `out_T`."""
+        torch.sub(value, part, out=out_T[self.tokens].view(self.shape))
+
 
 @dataclass(frozen=True, slots=True)
 class RowBlock(_Tokens):

@@ -106,7 +106,8 @@ def named_regimes(
     out = []
     for level, slope, number_2C in zip(cells.levels, gates.slope, clipped, strict=True):
         number_C = number_2C.sum(0)
-        local_C = (number_C > 0).long() + (number_C == level.count_C).long()
+        # of shares of tokens, sums are rounded: two numbers of units are told apart all the same
+        local_C = (number_C > 0).long() + (number_C > level.count_C - 0.5 / level.unit).long()
         out.append(StratumRegimes(level.name, by_slope(slope), local_C, level.owned_C))
     return tuple(out)
 
@@ -120,14 +121,12 @@ def by_slope(derivative_2C: Tensor) -> Tensor:
 
 def _clipped_tokens(log_ratio_T: Tensor, cells: Cells, gates: Gates) -> Tensor:
     """Live tokens whose own residual is beyond the token clip, by channel and finest (joint) cell: float64 [2, C]."""
-    num_cells = cells.layout.num_cells
-    if not num_cells:
-        return gates.mean_2C.new_zeros(2, 0)
-    value_T = log_ratio_T.to(compute_dtype(log_ratio_T))
-    index_T = cells.layout.cell_per_token() + num_cells * (value_T < 0.0)
-    residual_T = value_T - gates.mean_2C.to(value_T.dtype).view(-1)[index_T]
-    outside_T = residual_T != log_clip(residual_T, gates.token_clip)
-    if cells.layout.mask_T is not None:
-        outside_T &= cells.layout.mask_T
-    sums = gates.mean_2C.new_zeros(2 * num_cells)
-    return sums.index_add_(0, index_T, outside_T.double()).view(2, num_cells)
+    layout, dtype = cells.layout, compute_dtype(log_ratio_T)
+    mean_2P, sums_2P = layout.spread(gates.mean_2C).to(dtype), layout.zeros()
+    for block in layout.blocks():
+        x = block.take(log_ratio_T, dtype, "x")
+        neg = block.negative(x)
+        residual = x - block.own(mean_2P, neg, "residual")
+        outside = residual != log_clip(residual, gates.token_clip)
+        block.add(sums_2P, neg, block.clear_masked(outside.to(dtype)))
+    return layout.fold(sums_2P)

@@ -16,7 +16,8 @@ MIN_ROW, MAX_ROW = 32, 1 << 16
 
 @dataclass(frozen=True, eq=False)
 class Pieces:
-    """Pieces with at least one live token: their labels per stratum [P], live-token counts [P], and the way back.
+    """Pieces with at least one live token: their labels per stratum [P], live-token counts [P] in units of 1/`unit`
+    tokens, and the way back.
 
     Rows: `row_length`, and `live_R`, the rows that are pieces, out of `num_units`.
     Runs: of live tokens (_L) with equal labels; `length_R` in tokens, `piece_R` where several runs are one piece, and
@@ -31,6 +32,7 @@ class Pieces:
     length_R: Tensor | None = None
     piece_R: Tensor | None = None
     live_L: Tensor | None = None
+    unit: int = 1
 
     def expand(self, cell_P: Tensor) -> Tensor:
         """Per-piece cells as cells per row, or per token; 0 for rows and tokens that are not live."""
@@ -54,6 +56,14 @@ def make_pieces(label_KT: list[Tensor], mask_T: Tensor | None, shape: tuple[int,
     runs, length = _runs(label_KT, mask_T)
     rows = _rows(label_KT, mask_T, length) if length else None
     return runs if rows is None else rows
+
+
+def weighted_pieces(label_KT: list[Tensor], weight_T: Tensor, unit: int) -> Pieces:
+    """Pieces of entries that count for `weight_T`, integers in units of 1/`unit` tokens; none where that is 0."""
+    at_L = weight_T.nonzero().squeeze(1)
+    labels = [label_T.index_select(0, at_L) for label_T in label_KT]
+    weight_L = weight_T.index_select(0, at_L).long()
+    return _by_cell(Pieces(labels, weight_L, weight_T.numel(), live_L=at_L, unit=unit))
 
 
 def _rows(label_KT: list[Tensor], mask_T: Tensor | None, length: int) -> Pieces | None:

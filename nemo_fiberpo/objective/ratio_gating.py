@@ -23,6 +23,7 @@ Exponents are cut at `LARGEST_EXPONENT`, and a coefficient beyond the range of i
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -239,8 +240,9 @@ OBJECTIVES: dict[str, type | None] = {
 """Objective by name -> its map; None where the hierarchy's own gates act."""
 
 
-def check_gating(gating: RatioGating | None, hierarchy: Hierarchy) -> None:
-    """ValueError where the map couples the tokens of a stratum that is not an active one of the hierarchy."""
+def check_gating(gating: RatioGating | None, hierarchy: Hierarchy, soft: Collection[str] = ()) -> None:
+    """ValueError where the map couples the tokens of a stratum that is not an active one of the hierarchy, or whose
+    cells are made from one of the columns `soft`, in which tokens have memberships instead of a label."""
     active = [stratum.name for stratum in hierarchy.active]
     if gating is not None and gating.stratum is not None and gating.stratum not in active:
         raise ValueError(
@@ -252,6 +254,13 @@ def check_gating(gating: RatioGating | None, hierarchy: Hierarchy) -> None:
             f"gating.stratum: {gating.stratum!r} is missing in parts of the tree (`only`); name one that every token "
             "has"
         )
+    for stratum in hierarchy.active:
+        spread = set(stratum.columns) & set(soft)
+        if gating is not None and stratum.name == gating.stratum and spread:
+            raise ValueError(
+                f"gating.stratum: {gating.stratum!r} spreads a token over several cells by its membership in "
+                f"{spread.pop()!r}; {type(gating).__name__} needs each token in one: set membership: hard"
+            )
 
 
 def _exp(x_L: Tensor) -> Tensor:

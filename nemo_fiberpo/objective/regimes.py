@@ -16,9 +16,9 @@ from .cells import Cells
 from .divergence import kl_estimate, tv_estimate
 from .fibration import Gates, TokenSums
 from .levels import Level
+from .named_cells import CHANNELS, NamedReport, by_name, by_part, name_reports
 from .named_regimes import GLOBAL_REGIMES, by_slope
 
-CHANNELS = ("pos", "neg")
 REGIMES = GLOBAL_REGIMES[:5]
 """Those with a name in the paper; cells in another combination of the channels' gates are "other"."""
 
@@ -43,8 +43,11 @@ class ChannelReport:
 
 @dataclass(frozen=True)
 class StratumReport:
-    """One stratum: its cells, its two channels by name, and |X| and |X| / C of every named cell that has tokens.
+    """One stratum: its cells, and its two channels by name.
 
+    cells        those with a gate of their own
+    named        figures of every named cell of them, by name; "part.name" for those of a part of a join
+    merged       cells merged into their parents, and their live tokens as a share of the stratum's; None without floor
     regimes      fraction of the cells in each of REGIMES, and of the others
     divergence   KL and TV of a cell (A.3; TV to first order): mean over the cells, each counting the same, and maximum,
                  0 at least. For trajectories the mean is the trajectory-normalised divergence (51)
@@ -53,7 +56,8 @@ class StratumReport:
     name: str
     cells: int
     channels: dict[str, ChannelReport]
-    named: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    named: dict[str, NamedReport] = field(default_factory=dict)
+    merged: tuple[int, float] | None = None
     regimes: dict[str, float] = field(default_factory=dict)
     divergence: dict[str, float] = field(default_factory=dict)
 
@@ -79,7 +83,9 @@ class Report:
 
     def metrics(self) -> dict[str, float]:
         """Flat names for a logger: "{stratum}/{pos|neg}/{figure}", "{stratum}/regime/{name}",
-        "{stratum}/{kl|tv}_{mean|max}", "{stratum}.{cell}/{pos|neg}/{drift|budget_used}"."""
+        "{stratum}/{kl|tv}_{mean|max}", "{stratum}/merged_{cells|tokens}" where there is a floor; of named cells
+        "{stratum}.{cell}/token_share", "{stratum}.{cell}/{pos|neg}/{drift|budget_used|regime}", and of named parts of a
+        join "{stratum}.{part}.{name}/token_share", "{stratum}.{part}.{name}/{pos|neg}/{drift|beyond}"."""
         out: dict[str, float] = {}
         for stratum in self.strata:
             out[f"{stratum.name}/cells"] = float(stratum.cells)
@@ -87,10 +93,13 @@ class Report:
             out |= {f"{stratum.name}/{figure}": value for figure, value in stratum.divergence.items()}
             for channel, report in stratum.channels.items():
                 out |= {f"{stratum.name}/{channel}/{key}": value for key, value in vars(report).items()}
-            for cell, channels in stratum.named.items():
-                for channel, (drift, used) in channels.items():
-                    out[f"{stratum.name}.{cell}/{channel}/drift"] = drift
-                    out[f"{stratum.name}.{cell}/{channel}/budget_used"] = used
+            if stratum.merged is not None:
+                out[f"{stratum.name}/merged_cells"] = float(stratum.merged[0])
+                out[f"{stratum.name}/merged_tokens"] = stratum.merged[1]
+            for name, named in stratum.named.items():
+                out[f"{stratum.name}.{name}/token_share"] = named.token_share
+                for channel, figures in named.figures.items():
+                    out |= {f"{stratum.name}.{name}/{channel}/{key}": value for key, value in figures.items()}
         out |= {"token/live": float(self.tokens), "token/clipped": self.clipped}
         out |= {"log_ratio/mean": self.mean, "log_ratio/abs_mean": self.abs_mean, "log_ratio/max": self.largest}
         return out | {"log_ratio/kl": self.kl, "log_ratio/tv": self.tv}
@@ -100,8 +109,8 @@ def report_parts(gates: Gates, sums: TokenSums, cells: Cells) -> list[Tensor]:
     """This rank's figures as float64 tensors that are summed over ranks; sizes are the same on every rank.
 
     First [live tokens, clipped tokens, S+, S-], then per level: sums over owned cells [9, 2] (5 per channel, then those
-    of `_joint`), figures of named cells [3, 2, names], maxima [3, 2, world_size] (2 per channel, then KL and TV); last
-    the largest |ell| [world_size].
+    of `_joint`), figures of named cells [3, 2, names], of named parts of a join [2, 2, their names], maxima
+    [3, 2, world_size] (2 per channel, then KL and TV); last the largest |ell| [world_size].
     """
     live = cells.layout.mask_T
     count = cells.num_tokens if live is None else live.sum()
@@ -109,16 +118,19 @@ def report_parts(gates: Gates, sums: TokenSums, cells: Cells) -> list[Tensor]:
     tokens[0], tokens[1], tokens[2:] = count, sums.clipped, gates.drift.local_sum_2
     parts = [tokens]
     drift = gates.drift
-    for level, mean, residual, budget, slope in zip(
-        cells.levels, drift.mean, drift.residual, gates.budget, gates.slope, strict=True
+    for level, mean, local, residual, budget, slope in zip(
+        cells.levels, drift.mean, drift.local, drift.residual, gates.budget, gates.slope, strict=True
     ):
         size = residual.abs()
         used = size / budget
         figures = torch.stack([(slope == 1.0).double(), (slope < 0.0).double(), (slope == 0.0).double(), size, used])
         divergence = torch.stack([kl_estimate(mean), tv_estimate(mean)])
+        if level.small_C is not None:
+            divergence[:, level.small_C] = 0.0  # that of the parent
         joint = _joint(level, slope, divergence)
         parts.append(torch.cat([(figures * level.owned_C).sum(2), joint.view(4, 2)]))
-        parts.append(_named(level, size, used))
+        parts.append(by_name(level, size, used, slope))
+        parts.append(by_part(level, local, slope))
         maxima = size.new_zeros(3, 2, cells.world_size)
         if size.numel():
             maxima[:, :, cells.rank] = torch.stack([size, used, divergence]).amax(2)
@@ -140,9 +152,10 @@ def merge_parts(groups: Sequence[Sequence[Tensor]], cells: Cells) -> list[Tensor
     for level in cells.levels:
         merged.append(merged[0].new_zeros(9, 2))
         merged.append(merged[0].new_zeros(3, 2, len(level.names or ())))
+        merged.append(merged[0].new_zeros(2, 2, sum(len(part.names) for part in level.traits.parts)))
         merged.append(merged[0].new_zeros(3, 2, cells.world_size))
     merged.append(merged[0].new_zeros(cells.world_size))
-    maxima = {*range(3, 3 * len(cells.levels) + 1, 3), len(merged) - 1}
+    maxima = {*range(4, 4 * len(cells.levels) + 1, 4), len(merged) - 1}
     for parts in groups:
         for index, part in enumerate(parts):
             if index in maxima:
@@ -159,23 +172,14 @@ def _joint(level: Level, slope: Tensor, divergence: Tensor) -> Tensor:
     return torch.cat([torch.bincount(regime, minlength=6).to(divergence.dtype), (divergence * level.owned_C).sum(1)])
 
 
-def _named(level: Level, size: Tensor, used: Tensor) -> Tensor:
-    """Presence, |X| and |X| / C by the name of the cell, [3, 2, names], for the cells this rank owns."""
-    out = size.new_zeros(3, 2, len(level.names or ()))
-    if level.names:
-        own = level.owned_C.nonzero().squeeze(1)
-        out[:, :, level.label_C[own]] = torch.stack([torch.ones_like(size), size, used])[:, :, own]
-    return out
-
-
 def make_report(parts: list[Tensor], cells: Cells) -> Report:
     """The report from the summed parts of all ranks (see `report_parts`)."""
     live, clipped, *channel_sums = parts[0].tolist()
     mean_2 = parts[0][2:] / max(live, 1.0)
     strata = []
     for index, level in enumerate(cells.levels):
-        sums, named, maxima = parts[1 + 3 * index : 4 + 3 * index]
-        shares = sums / max(level.num_cells, 1)
+        sums, of_cells, of_parts, maxima = parts[1 + 4 * index : 5 + 4 * index]
+        shares = sums / max(level.num_acting, 1)
         share, most = shares[:5].T.tolist(), maxima.amax(2).T.tolist()
         *regimes, kl, tv = shares[5:].reshape(-1).tolist()
         channels = {}
@@ -184,9 +188,9 @@ def make_report(parts: list[Tensor], cells: Cells) -> Report:
             channels[channel] = ChannelReport(passes, rollback, zeroed, drift, most[at][0], used, most[at][1])
         divergence = {"kl_mean": kl, "kl_max": most[0][2], "tv_mean": tv, "tv_max": most[1][2]}
         names = dict(zip((*REGIMES, "other"), regimes, strict=True))
-        strata.append(
-            StratumReport(level.name, level.num_cells, channels, _named_cells(level, named), names, divergence)
-        )
+        merged = (level.merged[0], level.merged[1] / max(level.num_tokens, 1)) if level.traits.min_tokens else None
+        named = name_reports(level, of_cells, of_parts)
+        strata.append(StratumReport(level.name, level.num_acting, channels, named, merged, names, divergence))
     return Report(
         strata=tuple(strata),
         tokens=int(live),
@@ -197,12 +201,3 @@ def make_report(parts: list[Tensor], cells: Cells) -> Report:
         kl=float(kl_estimate(mean_2)),
         tv=float(tv_estimate(mean_2)),
     )
-
-
-def _named_cells(level: Level, named: Tensor) -> dict[str, dict[str, tuple[float, float]]]:
-    present, drift, used = named.tolist()
-    return {
-        name: {channel: (drift[at][cell], used[at][cell]) for at, channel in enumerate(CHANNELS)}
-        for cell, name in enumerate(level.names or ())
-        if present[0][cell]
-    }

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from .cells import Cells
-from .levels import Level, not_nested
+from .levels import Level, not_nested, tallies
 
 Reduce = Callable[[Tensor], Tensor]
 """Float64 one-dimensional buffer -> its sum over all ranks that hold tokens, the same bits on each of them."""
 
 
 def share(cells: Cells, censuses: Sequence[Tensor], rank: int) -> Cells:
-    """`cells` with global counts, and for the cells of several ranks their slot in the shared buffer and their owner.
+    """`cells` with global counts, and for the cells of several ranks their slot in the shared buffer and their owner;
+    cells below the floor of their stratum (`Stratum.min_tokens`) are merged into their parents.
 
     Pure. A cell's owner is the lowest rank that holds it; slots go by (level, label). Every rank must pass the same
     `censuses`, in rank order, its own at position `rank`; they may live on any device.
@@ -61,7 +62,9 @@ def _share_level(
     holders_G = torch.bincount(cell_N, minlength=num)
     owner_G = torch.full((num,), len(rank_N)).scatter_reduce_(0, cell_N, rank_N, "amin")
     is_shared_G = holders_G > 1
-    real_G = label_G >= 0 if level.partial else torch.ones_like(is_shared_G)
+    real_G = label_G >= 0 if level.traits.partial else torch.ones_like(is_shared_G)
+    small_G = real_G & (count_G < level.traits.min_tokens * level.unit)
+    acting_G = real_G & ~small_G
     slot_G = is_shared_G.cumsum(0) - 1 + next_slot
 
     device = level.label_C.device
@@ -70,12 +73,15 @@ def _share_level(
     return (
         replace(
             level,
-            count_C=count_G[at_C].double().to(device),
-            owned_C=((owner_G[at_C] == rank) & real_G[at_C]).to(device),
+            count_C=(count_G[at_C].double() / level.unit).to(device),
+            owned_C=((owner_G[at_C] == rank) & acting_G[at_C]).to(device),
             shared_C=shared_C.to(device),
             slot_C=slot_G[at_C][shared_C].to(device),
             num_cells=int(real_G.sum()),
-            num_tokens=int(count_G.sum()),
+            num_tokens=int(count_G.sum()) // level.unit,
+            small_C=small_G[at_C].nonzero().squeeze(1).to(device) if level.traits.min_tokens else None,
+            merged=(int(small_G.sum()), int(count_G[small_G].sum()) / level.unit),
+            tally=tallies(level.parts, label_G, count_G, acting_G, level.unit),
         ),
         next_slot + int(is_shared_G.sum()),
     )

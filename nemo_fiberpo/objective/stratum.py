@@ -55,6 +55,8 @@ class Stratum:
              labelled by the stratum's own name
     only     coarser stratum -> names of its cells: elsewhere this stratum is missing, and finer ones follow the coarser
     beside   of a branch: the stratum of the chain after which it is extracted; the finest one without it
+    min_tokens  a cell with fewer live tokens, over all ranks, is merged into its parent: it has no drift of its own,
+             and what is finer in it is measured from the parent. Without it every cell counts, even of one token
     """
 
     name: str
@@ -65,6 +67,7 @@ class Stratum:
     join: tuple[str, ...] = ()
     only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     beside: str | None = None
+    min_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -87,6 +90,11 @@ class Stratum:
                 raise ValueError(f"only.{key}: must name at least one cell; switch the stratum off to leave it out")
         if self.beside is not None and not isinstance(self.beside, str):
             raise ValueError(f"beside: must be the name of a stratum, got {self.beside!r}")
+        floor = self.min_tokens
+        if floor is not None and (isinstance(floor, bool) or not isinstance(floor, int) or floor < 2):
+            raise ValueError(
+                f"min_tokens: must be a whole number of at least 2, got {floor!r}; leave it out for no floor"
+            )
 
     @property
     def columns(self) -> tuple[str, ...]:

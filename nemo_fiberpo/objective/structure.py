@@ -32,6 +32,11 @@ def check_structure(strata: Sequence[Stratum], branches: Sequence[Stratum], swee
                 f"strata[{index}].beside: is for branches; a stratum of the chain stands where the list has it"
             )
         _check_only(f"strata[{index}].only", stratum, strata, index)
+        if stratum.min_tokens and stratum.enabled and not any(other.enabled for other in strata[:index]):
+            raise ValueError(
+                f"strata[{index}].min_tokens: {stratum.name!r} is the coarsest active stratum, so that its small cells "
+                "have no parent to be merged into"
+            )
     for index, branch in enumerate(branches):
         _check_branch(f"branches[{index}]", branch, strata, branches[:index])
 
@@ -106,6 +111,11 @@ def _check_branch(where: str, branch: Stratum, strata: Sequence[Stratum], earlie
         raise ValueError(
             f"{where}.only: a branch must cover every token, else its means are no projection; label the others with a "
             "cell of their own"
+        )
+    if branch.min_tokens is not None:
+        raise ValueError(
+            f"{where}.min_tokens: a branch has no parent that its small cells could be merged into; the token's own "
+            "residual is measured from the chain and the branch together"
         )
     names = [stratum.name for stratum in strata]
     if branch.beside is not None and branch.beside not in names:

@@ -61,7 +61,7 @@ def token_weights(
     if (kind == "fixed_length_mean") != (length is not None):
         raise ValueError(f"length: is for fixed_length_mean and required there, got {length!r} with {kind}")
     level = cells.level(stratum)
-    if level.partial:
+    if level.traits.partial:
         raise ValueError(f"stratum: {stratum!r} is missing in parts of the tree; build cells of it by itself")
     if kind == "trajectory_mean":
         weight_C = 1.0 / (level.num_cells * level.count_C)

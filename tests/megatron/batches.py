@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -17,20 +20,27 @@ from nemo_fiberpo.megatron.schedule import Policy
 from nemo_fiberpo.megatron.sequences import Rows, gather_rows, length_multiple, packed_rows, packed_spans, padded_rows
 from nemo_fiberpo.megatron.step import StepTokens
 from nemo_fiberpo.objective import Budget, Cells, Hierarchy, Stratum, build_cells, token_weights
+from nemo_fiberpo.objective.expert_partitions import COLUMN
+from tests.megatron.partitions import MEMBERSHIP, PARTITIONS
 from tests.megatron.tiny import VOCAB, Layout
 
 LENGTH, SAMPLES = 12, 16
 STRATA = ("domain", "prompt_group", "trajectory")
-NAMES = {"domain": ["math", "code"]}
+NAMES = {"domain": ["math", "code"], COLUMN: list(PARTITIONS)}
 Batch = dict[str, torch.Tensor]
 
 
 def hierarchy(strata: Sequence[str] = STRATA) -> Hierarchy:
     """Budgets so tight, and slopes so flat, that every regime occurs."""
     every = (
+        Stratum(COLUMN, Budget(0.03, 0.02), {"warm": Budget(0.01, 0.04)}, slope=0.6),
         Stratum("domain", Budget(0.02, 0.03), {"code": Budget(0.05, 0.09)}, slope=0.5),
+        Stratum("domain_expert", Budget(0.02, 0.03), {"math/hot": Budget(0.05, 0.01)}, join=("domain", COLUMN)),
         Stratum("prompt_group", Budget(0.05, 0.04), slope=0.7),
+        Stratum("group_expert", Budget(0.04, 0.05), slope=0.9, join=("prompt_group", COLUMN)),
         Stratum("trajectory", Budget(0.06, 0.05)),
+        Stratum("trajectory_expert", Budget(0.04, 0.05), join=("trajectory", COLUMN)),
+        Stratum("floored_expert", Budget(0.04, 0.05), join=("trajectory", COLUMN), min_tokens=3),
     )
     return Hierarchy(tuple(stratum for stratum in every if stratum.name in strata), token_clip=0.08)
 
@@ -82,7 +92,20 @@ def split(batch: Batch, number: int) -> list[Batch]:
 
 
 def labels_of(batch: Batch, name: str) -> torch.Tensor:
-    return batch[name][:, None].expand_as(batch["mask"])
+    """A label per token, [b, s - 1], from one per sample or one per token; of expert partitions the memberships,
+    [b, s - 1, P], where the batch has them."""
+    if name == COLUMN and MEMBERSHIP in batch:
+        return batch[MEMBERSHIP]
+    return batch[name] if batch[name].dim() == 2 else batch[name][:, None].expand_as(batch["mask"])
+
+
+def columns(strata: Sequence[str]) -> list[str]:
+    """What a hierarchy with these strata, and the weights, need labels of."""
+    return sorted({*hierarchy(strata).columns, "trajectory"})
+
+
+def names(strata: Sequence[str]) -> dict[str, list[str]]:
+    return {name: value for name, value in NAMES.items() if name in hierarchy(strata).columns}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +117,7 @@ class Laid:
     columns: list[Rows]
 
     def take(self, column: torch.Tensor, fill: Any = 0) -> torch.Tensor:
-        return torch.cat([rows.take(column, fill) for rows in self.columns], dim=-1)
+        return torch.cat([rows.take(column, fill) for rows in self.columns], dim=1)
 
 
 def lay_out(layout: Layout, parts: Sequence[Batch], width: int, cp_rank: int) -> list[Laid]:
@@ -122,6 +145,17 @@ def row_width(layout: Layout, batch: Batch, data_ranks: int) -> int:
     return max(sum(packed_spans(part["lengths"].tolist(), multiple)) for part in parts)
 
 
+def own_parts(layout: Layout, batch: Batch, axes: TokenAxes) -> tuple[list[Batch], list[Laid]]:
+    """This rank's micro-batches of the global batch, and their rows."""
+    data = axes.axis("dp")
+    parts = split(share_of(batch, data.rank, data.size), layout.microbatches)
+    return parts, lay_out(layout, parts, row_width(layout, batch, data.size), axes.axis("cp").rank)
+
+
+def rows_of(layout: Layout, batch: Batch, axes: TokenAxes) -> list[Rows]:
+    return [laid.rows for laid in own_parts(layout, batch, axes)[1]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """What a rank's step is called with; `parts` are the cells of `one_pass_step`."""
@@ -140,25 +174,24 @@ def make_step(layout: Layout, batch: Batch, strata: Sequence[str], axes: TokenAx
 
     SPMD: every rank calls it, with the same batch. Exchanges cells once, twice with `layout.one_pass`.
     """
-    data, cp_rank = axes.axis("dp"), axes.axis("cp").rank
-    parts = split(share_of(batch, data.rank, data.size), layout.microbatches)
-    laid = lay_out(layout, parts, row_width(layout, batch, data.size), cp_rank)
+    parts, laid = own_parts(layout, batch, axes)
     pairs = list(zip(laid, parts, strict=True))
     mask = [entry.take(part["mask"], False) for entry, part in pairs]
     old = [entry.take(part["old"], 0.0) for entry, part in pairs]
-    labels = [{name: entry.take(labels_of(part, name)).reshape(-1) for name in STRATA} for entry, part in pairs]
-    every = {name: torch.cat([one[name] for one in labels]) for name in STRATA}
+    needed, named = columns(strata), names(strata)
+    labels = [{name: entry.take(labels_of(part, name)).flatten(0, 1) for name in needed} for entry, part in pairs]
+    every = {name: torch.cat([one[name] for one in labels]) for name in needed}
     live = torch.cat([one.reshape(-1) for one in mask])
     shape = (sum(len(one) for one in mask), mask[0].shape[-1])
     chain = hierarchy(strata)
-    local = [chain.cells(every, live, names=NAMES, shape=shape), build_cells(["trajectory"], every, live)]
+    local = [chain.cells(every, live, names=named, shape=shape), build_cells(["trajectory"], every, live)]
     cells, trajectories = exchange(local, axes, {"micro-batches per step": layout.microbatches})
     weights = token_weights(trajectories).split([one.numel() for one in mask])
     weighted = [w.view_as(m) * e.take(p["advantage"], 0.0) for w, m, (e, p) in zip(weights, mask, pairs, strict=True)]
     of_parts = None
     if layout.one_pass:
         ones = zip(labels, mask, strict=True)
-        of_parts = one_pass_cells([chain.cells(one, m.reshape(-1), names=NAMES) for one, m in ones], axes)
+        of_parts = one_pass_cells([chain.cells(one, m.reshape(-1), names=named) for one, m in ones], axes)
     microbatches = [{"rows": e.rows, "mask": m, "old": o} for e, m, o in zip(laid, mask, old, strict=True)]
     return Step(microbatches, StepTokens(old, weighted, mask, cells), of_parts)
 
@@ -192,16 +225,40 @@ def make_policy(layout: Layout, model: Any, rows: Sequence[Rows]) -> Policy:
     return dataclasses.replace(policy, log_probs=lambda output, batch: gather(policy.log_probs(output, batch), group))
 
 
-def slow_objective(log_ratio: torch.Tensor, batch: Batch, chain: Hierarchy, names: list[str]) -> torch.Tensor:
-    """J by loops over tokens and cells, differentiable by autograd: MASTER of EQUATIONS section 0 with weights (18)."""
-    mask, ids = batch["mask"], {name: batch[name] for name in STRATA}
-    live = [tuple(place) for place in mask.nonzero().tolist()]
+def shares_of(batch: Batch, place: tuple[int, int]) -> dict[int, Fraction]:
+    """A token's expert partitions and its share in each: one, or with soft membership those that have any."""
+    if MEMBERSHIP in batch:
+        units = batch[MEMBERSHIP][place].tolist()
+        return {expert: Fraction(unit, 255) for expert, unit in enumerate(units) if unit}
+    return {int(batch[COLUMN][place]) if COLUMN in batch else 0: Fraction(1)}
+
+
+def slow_objective(log_ratio: torch.Tensor, batch: Batch, chain: Hierarchy) -> torch.Tensor:
+    """J by loops over tokens and cells, differentiable by autograd: MASTER of EQUATIONS section 0 with weights (18).
+
+    A cell is the tuple of its labels, several where the stratum is a join. A token is one entry of share 1, or with
+    soft membership one of share q per expert partition (section 8). A cell below the floor is passed over.
+    """
+    live = [tuple(place) for place in batch["mask"].nonzero().tolist()]
     channel = {(b, t): 1 if log_ratio[b, t] >= 0 else -1 for b, t in live}
     zero = log_ratio.new_zeros(())
+    parts = {stratum.name: stratum.columns for stratum in chain.strata}
+    shares = {(place, expert): q for place in live for expert, q in shares_of(batch, place).items()}
+    ids = {
+        (stratum, place, expert): tuple(expert if part == COLUMN else int(batch[part][place[0]]) for part in of)
+        for stratum, of in parts.items()
+        for place, expert in shares
+    }
+    count: defaultdict[tuple, Fraction] = defaultdict(Fraction)
+    for (stratum, place, expert), label in ids.items():
+        count[stratum, label] += shares[place, expert]
 
-    def mean(stratum: str, label: int, sign: int) -> torch.Tensor:
-        cell = [place for place in live if int(ids[stratum][place[0]]) == label]
-        return sum((log_ratio[place] for place in cell if channel[place] == sign), zero) / len(cell)
+    def name(stratum: str, cell: tuple[int, ...]) -> str:
+        return "/".join(NAMES[part][label] for part, label in zip(parts[stratum], cell, strict=True))
+
+    def mean(stratum: str, label: tuple[int, ...], sign: int) -> torch.Tensor:
+        here = [entry for entry in shares if ids[stratum, *entry] == label and channel[entry[0]] == sign]
+        return sum((float(shares[entry]) * log_ratio[entry[0]] for entry in here), zero) / float(count[stratum, label])
 
     def gate(x: torch.Tensor, budget: float, slope: float) -> torch.Tensor:
         if abs(x) <= budget:
@@ -210,27 +267,28 @@ def slow_objective(log_ratio: torch.Tensor, batch: Batch, chain: Hierarchy, name
             return torch.sign(x).detach() * ((slope + 1) * budget - slope * x.abs())
         return x * 0
 
-    count = {(s, int(label)): sum(int(ids[s][b]) == int(label) for b, _ in live) for s in STRATA for label in ids[s]}
-    means = {
-        (s, label, sign): mean(s, label, sign) for (s, label), number in count.items() if number for sign in (1, -1)
-    }
-    trajectories = sum(number > 0 for (s, _), number in count.items() if s == "trajectory")
+    means = {(*cell, sign): mean(*cell, sign) for cell in list(count) for sign in (1, -1)}
+    logarithms = dict.fromkeys(live, zero)
+    for ((place, expert), q), sign in itertools.product(shares.items(), (1, -1)):
+        gated, above = zero, zero
+        for stratum in chain.strata:
+            label = ids[stratum.name, place, expert]
+            if count[stratum.name, label] < (stratum.min_tokens or 0):
+                continue
+            own_name = name(stratum.name, label) if stratum.budgets else ""
+            budgets = stratum.budgets.get(own_name, stratum.budget)
+            slope = stratum.slope or float(count[stratum.name, label])
+            own = means[stratum.name, label, sign]
+            gated = gated + gate(own - above, budgets.pos if sign > 0 else budgets.neg, slope)
+            above = own
+        value = log_ratio[place] if channel[place] == sign else zero
+        gated = gated + (value - above).clamp(-chain.token_clip, chain.token_clip)
+        logarithms[place] = logarithms[place] + float(q) * gated
+    lengths = Counter(int(batch["trajectory"][b]) for b, _ in live)
     total = zero
     for place in live:
-        logarithm = zero
-        for sign in (1, -1):
-            above = zero
-            for stratum in chain.strata:
-                label = int(ids[stratum.name][place[0]])
-                budgets = stratum.budgets.get(names[label], stratum.budget) if stratum.budgets else stratum.budget
-                slope = stratum.slope or count[stratum.name, label]
-                own = means[stratum.name, label, sign]
-                logarithm = logarithm + gate(own - above, budgets.pos if sign > 0 else budgets.neg, slope)
-                above = own
-            value = log_ratio[place] if channel[place] == sign else zero
-            logarithm = logarithm + (value - above).clamp(-chain.token_clip, chain.token_clip)
-        weight = 1 / (trajectories * count["trajectory", int(ids["trajectory"][place[0]])])
-        total = total + weight * batch["advantage"][place] * logarithm.exp()
+        weight = 1 / (len(lengths) * lengths[int(batch["trajectory"][place[0]])])
+        total = total + weight * batch["advantage"][place] * logarithms[place].exp()
     return total
 
 

@@ -15,9 +15,11 @@ from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.megatron.one_pass import one_pass_step
 from nemo_fiberpo.megatron.step import exact_step
 from nemo_fiberpo.objective import build_cells, surrogate, token_weights
+from nemo_fiberpo.objective.expert_partitions import COLUMN
 from tests import distributed
-from tests.megatron import batches, tiny
+from tests.megatron import batches, partitions, tiny
 from tests.megatron.batches import STRATA, Batch
+from tests.megatron.partitions import MEMBERSHIP
 from tests.megatron.tiny import Gradient, Layout
 
 BOUND = 1e-10
@@ -26,11 +28,17 @@ Kind = tuple[int, int, bool]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A batch and the strata of its hierarchy; `extra` adds a loss beside the objective."""
+    """A batch and the strata of its hierarchy; `extra` adds a loss beside the objective, `soft` makes expert partitions
+    soft."""
 
     batch: str = "uneven"
     strata: tuple[str, ...] = STRATA
     extra: bool = False
+    soft: bool = False
+
+    @property
+    def has_experts(self) -> bool:
+        return COLUMN in batches.columns(self.strata)
 
 
 CASES = {
@@ -40,12 +48,21 @@ CASES = {
     "penalty": Case(extra=True),
     "trajectory": Case(strata=("trajectory",)),
     "groups_in_two": Case("groups_in_two", ("prompt_group", "trajectory")),
+    "experts": Case(strata=(*STRATA, "trajectory_expert")),
+    "experts_first": Case(strata=("expert_partition", "domain_expert", "group_expert", "trajectory_expert")),
+    "experts_floor": Case(strata=(*STRATA, "floored_expert")),
+    "experts_soft": Case(strata=(*STRATA, "trajectory_expert"), soft=True),
+    "trajectory_experts": Case(strata=("trajectory", "trajectory_expert")),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """One process: the batch with its old log-probs, and loss, gradients and metrics of the objective on it."""
+    """One process: the batch with its old log-probs, and loss, gradients and metrics of the objective on it.
+
+    Of a case with expert partitions the batch has the router masses, [b, s - 1, P], the labels, [b, s - 1], and where
+    they are soft the memberships, uint8 [b, s - 1, P].
+    """
 
     batch: Batch
     loss: float
@@ -56,7 +73,12 @@ class Reference:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a rank's step gave; `reductions` are the (ranks, bytes) of the all-reduces that its gates issued."""
+    """What a rank's step gave.
+
+    reductions     (ranks, bytes) of the all-reduces that its gates issued
+    mass_error     largest |difference| of the router masses that this rank read from those of one process
+    same_labels    whether the expert partitions that it made of them are those of one process
+    """
 
     loss: float | None
     extra: float
@@ -66,11 +88,18 @@ class Outcome:
     reductions: list[tuple[int, int]]
     calls: int
     represents: bool
+    mass_error: float = 0.0
+    same_labels: bool = True
 
 
 def reference_worker(rank: int, world: int, kinds: list[Kind], cases: list[str]) -> dict[tuple[Kind, str], Reference]:
     with tiny.megatron(Layout()):
-        return {(kind, name): _reference(kind, CASES[name]) for kind in kinds for name in cases}
+        return {
+            (kind, name): _reference(kind, CASES[name])
+            for kind in kinds
+            for name in cases
+            if kind[1] or not CASES[name].has_experts
+        }
 
 
 def _reference(kind: Kind, case: Case) -> Reference:
@@ -81,10 +110,17 @@ def _reference(kind: Kind, case: Case) -> Reference:
     batch = batches.make_batch(case.batch)
     [laid] = batches.lay_out(layout, [batch], batches.LENGTH, 0)
     policy = batches.make_policy(layout, model, [laid.rows])
-    log_probs = policy.log_probs(policy.forward({"rows": laid.rows}, model), {"rows": laid.rows})[:, :-1]
+    watching = partitions.router_inputs(model) if case.has_experts else contextlib.nullcontext([])
+    with watching as seen:
+        log_probs = policy.log_probs(policy.forward({"rows": laid.rows}, model), {"rows": laid.rows})[:, :-1]
+    if case.has_experts:
+        batch["masses"] = partitions.slow_masses(seen)[:, :-1]
+        batch[COLUMN] = partitions.slow_labels(batch["masses"])
+    if case.soft:
+        batch[MEMBERSHIP] = partitions.slow_membership(batch["masses"])
     batch["old"] = log_probs.detach() - batch["log_ratio"]
     chain = batches.hierarchy(case.strata)
-    loss = -batches.slow_objective(log_probs - batch["old"], batch, chain, batches.NAMES["domain"])
+    loss = -batches.slow_objective(log_probs - batch["old"], batch, chain)
     extra = batches.kl_penalty(log_probs, batch) if case.extra else torch.zeros(())
     (loss + extra).backward()
     model.finish_grad_sync()
@@ -94,9 +130,11 @@ def _reference(kind: Kind, case: Case) -> Reference:
 
 def _metrics(batch: Batch, case: Case) -> dict[str, float]:
     """The report of the objective on the plain columns of the samples."""
-    labels = {name: batches.labels_of(batch, name).reshape(-1).contiguous() for name in STRATA}
+    needed = batches.columns(case.strata)
+    labels = {name: batches.labels_of(batch, name).flatten(0, 1).contiguous() for name in needed}
     mask, chain = batch["mask"].reshape(-1), batches.hierarchy(case.strata)
-    cells = chain.cells(labels, mask, names=batches.NAMES)
+    cells = chain.cells(labels, mask, names=batches.names(case.strata))
+    cells = cells.share([cells.census()], 0)
     weights = token_weights(build_cells(["trajectory"], labels, mask))
     weighted = weights * batch["advantage"].reshape(-1)
     return surrogate(batch["log_ratio"].reshape(-1), weighted, cells, chain).report.metrics()
@@ -104,7 +142,7 @@ def _metrics(batch: Batch, case: Case) -> dict[str, float]:
 
 def references_for(layouts: Sequence[Layout], cases: Sequence[str]) -> dict[tuple[Kind, str], Reference]:
     kinds = sorted({layout.kind for layout in layouts})
-    return distributed.run(reference_worker, 1, kinds, list(cases), timeout=300.0)[0]
+    return distributed.run(reference_worker, 1, kinds, list(cases), timeout=600.0)[0]
 
 
 @contextlib.contextmanager
@@ -142,6 +180,10 @@ def take_step(
     """One step on the tiny model, in a rank's process; `options` go to the step."""
     model = tiny.make_model(layout)
     axes = TokenAxes.from_parallel_state(gathered={"cp": layout.gathered} if layout.gathered else None)
+    read: tuple[float, bool] = (0.0, True)
+    if COLUMN in batches.columns(strata):
+        rows = batches.rows_of(layout, batch, axes)
+        batch, *read = partitions.label_batch(batches.make_policy(layout, model, rows), rows, batch, axes)
     step = batches.make_step(layout, batch, strata, axes)
     policy = batches.make_policy(layout, model, step.rows)
     chain, reducer = batches.hierarchy(strata), make_reducer(axes)
@@ -159,6 +201,7 @@ def take_step(
         sizes,
         reducer.calls,
         axes.represents,
+        *read,
     )
 
 

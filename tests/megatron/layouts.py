@@ -24,6 +24,7 @@ from tests.megatron.tiny import EXPERTS, Layout
 
 RANKS = (1, 2, 4, 8)
 MOST_LAYERS = 8
+EXPERT_CASES = {"ag-pad": "experts", "a2a-pad": "experts_soft"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +45,16 @@ class Row:
     gradient_error: float
     worst: str
     metrics: bool
+    mass_error: float
+    labels: bool
     reductions: int
     bytes: int
     problem: str = ""
 
     @property
     def passed(self) -> bool:
-        return not self.problem and self.metrics and max(self.loss_error, self.gradient_error) <= BOUND
+        small = max(self.loss_error, self.gradient_error, self.mass_error) <= BOUND
+        return not self.problem and self.metrics and self.labels and small
 
     @property
     def data(self) -> int:
@@ -90,8 +94,9 @@ def forward_is_wrong(layout: Layout, version: str) -> bool:
 def variants_of(ranks: int, groups: Layout, index: int, version: str) -> list[Variant]:
     """The steps of one set of process groups; `index` is its place among those of as many ranks."""
 
-    def make(name: str, case: str = "uneven", **changes: object) -> Variant:
+    def make(name: str, case: str | None = None, **changes: object) -> Variant:
         layout = dataclasses.replace(groups, **changes)
+        case = case or EXPERT_CASES.get(name) or ("experts_first" if layout.packed else "experts_floor")
         if forward_is_wrong(layout, version):
             layout = dataclasses.replace(layout, dispatcher="allgather")
         return Variant(name, layout, case)
@@ -104,7 +109,7 @@ def variants_of(ranks: int, groups: Layout, index: int, version: str) -> list[Va
     ]
     base = [entry for entry in base if not (entry.name.startswith("a2a") and entry.layout.dispatcher == "allgather")]
     packed = {"packed": index % 2 == 0, "rope": index % 3 != 0}
-    extra = [make("rec", recompute=True, **packed), make("one", "trajectory", one_pass=True, **packed)]
+    extra = [make("rec", recompute=True, **packed), make("one", "trajectory_experts", one_pass=True, **packed)]
     if ranks > groups.tp * groups.pp:
         extra.append(make("opt", distributed_optimizer=True, overlap=True, **packed))
     if groups.cp > 1:
@@ -117,32 +122,35 @@ def variants_of(ranks: int, groups: Layout, index: int, version: str) -> list[Va
         if groups.pp > 1 and groups.pp * vpp <= MOST_LAYERS:
             extra.append(make(f"vpp{vpp}", vpp=vpp, overlap=vpp == 2, **packed))
     if groups.tp > 1 and groups.ep == 1:
-        extra.append(make("dense", experts=0, sequence_parallel=False))
+        extra.append(make("dense", "uneven", experts=0, sequence_parallel=False))
     return base + extra
 
 
 def compare(ranks: int, groups: Layout, variants: Sequence[Variant], references: dict) -> Row:
     """Run the variants of one set of process groups."""
     names = [variant.name for variant in variants]
-    failed = Row(ranks, groups, names, math.nan, math.nan, "", False, 0, 0)
+    failed = Row(ranks, groups, names, math.nan, math.nan, "", False, math.nan, False, 0, 0)
     try:
         jobs = [(variant.layout, variant.case) for variant in variants]
         every = comparison.run_steps(ranks, jobs, references, timeout=400.0)
     except Exception as error:
         errors = re.findall(r"^\w*(?:Error|Exception)\b.*", str(error), re.MULTILINE)
         return dataclasses.replace(failed, problem=(errors or [str(error).strip() or type(error).__name__])[0])
-    losses, gradients, same, counts, sizes = [0.0], [(0.0, "")], True, [0], [0]
+    losses, gradients, same, masses, labels, counts, sizes = [0.0], [(0.0, "")], True, [0.0], True, [0], [0]
     for variant, outcomes in zip(variants, every, strict=True):
         reference: Reference = references[variant.layout.kind, variant.case]
         losses.append(comparison.loss_error(outcomes, reference))
         error, name = comparison.largest_error(outcomes, reference)
         gradients.append((error, f"{variant.name} {name}"))
         same = same and all(agrees(outcome, reference) for outcome in outcomes)
+        masses += [outcome.mass_error for outcome in outcomes]
+        labels = labels and all(outcome.same_labels for outcome in outcomes)
         if not variant.layout.one_pass:
             counts.append(len(outcomes[0].reductions))
             sizes.append(sum(size for _, size in outcomes[0].reductions))
     error, worst = max(gradients, key=lambda entry: (entry[0] != entry[0], entry[0]))
-    return Row(ranks, groups, names, worst_of(losses), error, worst, same, max(counts), max(sizes))
+    found = worst_of(losses), error, worst, same, worst_of(masses), labels, max(counts), max(sizes)
+    return Row(ranks, groups, names, *found)
 
 
 def worst_of(errors: Sequence[float]) -> float:
@@ -166,7 +174,8 @@ def line(row: Row) -> str:
     outcome = "ok" if row.passed else f"FAILED {row.problem}"
     return (
         f"{row.ranks} ranks  {label(row):28} loss {row.loss_error:.1e}  gradient {row.gradient_error:.1e}  metrics "
-        f"{'equal' if row.metrics else 'DIFFER'}  {row.reductions} all-reduces, {row.bytes} bytes  "
+        f"{'equal' if row.metrics else 'DIFFER'}  partitions {row.mass_error:.1e} "
+        f"{'equal' if row.labels else 'DIFFER'}  {row.reductions} all-reduces, {row.bytes} bytes  "
         f"[{' '.join(row.variants)}]  {outcome}" + ("" if row.passed else f" ({row.worst})")
     )
 
@@ -182,7 +191,9 @@ def section(rows: Sequence[Row], version: str) -> str:
         "",
         f"{len(rows)} layouts ({counts} ranks) in {steps} steps, {len(failed)} failed. Largest relative error of the "
         f"loss {loss:.1e}, of any gradient {gradient:.1e}; metrics "
-        f"{'equal' if all(row.metrics for row in rows) else 'DIFFER'} on all ranks of all layouts.",
+        f"{'equal' if all(row.metrics for row in rows) else 'DIFFER'} on all ranks of all layouts. Expert partitions "
+        f"{'equal' if all(row.labels for row in rows) else 'DIFFER'} at every token, router masses to "
+        f"{worst_of([row.mass_error for row in rows]):.1e}.",
         "",
         "| ranks | layout | variants | loss | gradient | all-reduces | bytes |",
         "|---|---|---|---|---|---|---|",
@@ -221,8 +232,8 @@ def main(arguments: Sequence[str]) -> int:
         for ranks in options.ranks
         for index, groups in enumerate(group_sets(ranks))
     ]
-    layouts = [variant.layout for _, _, variants in plans for variant in variants]
-    references = comparison.references_for(layouts, ["uneven", "trajectory"])
+    every = [variant for _, _, variants in plans for variant in variants]
+    references = comparison.references_for([entry.layout for entry in every], sorted({entry.case for entry in every}))
     rows = []
     for ranks, groups, variants in plans:
         rows.append(compare(ranks, groups, variants, references))

@@ -21,6 +21,22 @@ occurs. Of every parameter the shards of all ranks are put together, and the err
 copy. Bound: {BOUND:g} for the loss and for every gradient. The metrics must be those of one process to 1e-9. The
 router's softmax, which Megatron computes in float32 in any model, is float64 here.
 
+**Expert partitions.** The hierarchies of all variants but `dense` have a stratum of expert partitions, a map of the 8
+experts to 3 partitions that no layout's expert-parallel ranks have. Each layout reads the labels from Megatron's own
+routers (`megatron/routing.py`) in a pass for log-probs: what `gating` returns, before the top-k selection, becomes
+probabilities of all experts, summed into partitions, added over the layers of all pipeline stages, gathered over
+sequence-parallel ranks; labels come back to the samples as log-probs do, and the step is taken with them. The one
+process works the masses out again from the inputs of its routers. Masses must agree to {BOUND:g} (they are kept in
+units of 2^-40, so that sums over layers are exact in any order), labels and soft memberships at every token.
+
+| hierarchy | variants |
+|---|---|
+| domain, group, trajectory, (trajectory, partition) | `ag-pad`; with soft membership `a2a-pad` |
+| the same, cells of less than 3 tokens merged into their parent | padded rows of the others |
+| partition, (domain, p.), (group, p.), (trajectory, p.) | `a2a-thd`, `ag-thd`, packed rows of the others |
+| trajectory, (trajectory, partition) | `one` |
+| domain, group, trajectory | `dense` |
+
 **Variants.** One set of process groups is used by several steps:
 
 | variant | what differs |

@@ -22,6 +22,7 @@ from nemo_fiberpo.objective import build_cells
         ("moe_expert_capacity_factor", 1.0),
         ("moe_router_force_load_balancing", True),
         ("calculate_per_token_loss", True),
+        ("moe_router_load_balancing_type", "sinkhorn"),
     ],
 )
 def test_what_would_make_the_passes_differ_is_refused_by_name(field: str, value: object) -> None:

@@ -1,6 +1,7 @@
 """Branches written out token by token from EQUATIONS 7.2: slow, obvious, no code of the package.
 
-Every token carries what is left of its two channels. A vertex takes from each token the mean over the token's cell.
+Every token carries what is left of its two channels. A vertex takes from each token the mean over the token's cell, and
+nothing where the cell has fewer tokens than the vertex's floor.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def gated_log_ratios(
                 total = Dual(0.0)
                 for i in members:
                     total = total + left[i][side]
-                taken[c, side] = total / len(members)
+                taken[c, side] = total / len(members) if len(members) >= vertices[v].floor else Dual(0.0)
         for i in tokens:
             for side in (0, 1):
                 drift[v, i][side] = drift[v, i][side] + taken[cell[i], side]

@@ -44,11 +44,12 @@ class Dual:
 
 @dataclass
 class Level:
-    """One stratum: the cell of each token, and budgets (C+, C-) and slope k by cell."""
+    """One stratum: the cell of each token, budgets (C+, C-) and slope k by cell; a floor, which branches alone read."""
 
     cell: Sequence[int]
     budget: Callable[[int], tuple[float, float]]
     slope: Callable[[int, int], float]  # (cell, token count) -> k
+    floor: int = 0
 
 
 def aggregate_gate(x: Dual, budget: float, slope: float) -> Dual:

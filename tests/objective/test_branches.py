@@ -55,6 +55,7 @@ class Case(cases.Case):
                 cell,
                 lambda _: pair,
                 lambda _, count: float(count if slope is None else slope),  # type: ignore[arg-type]
+                stratum.min_tokens or 0,
             )
 
         chain = [level(stratum) for stratum in self.hierarchy.strata]

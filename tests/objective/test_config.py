@@ -18,13 +18,13 @@ token_clip: 0.04
 strata:
   - {name: domain, budget: {pos: 0.02, neg: 0.015}, budgets: {code: {pos: 0.03, neg: 0.02}}}
   - {name: prompt_group, budget: {pos: 0.04, neg: 0.03}, slope: {cap: 32}, enabled: false}
-  - {name: trajectory, budget: {pos: 0.12, neg: 0.05}, slope: 32}
+  - {name: trajectory, budget: {pos: 0.12, neg: 0.05}, slope: 32, min_tokens: 8}
 """
 EXPECTED = fpo.Hierarchy(
     (
         fpo.Stratum("domain", fpo.Budget(0.02, 0.015), {"code": fpo.Budget(0.03, 0.02)}),
         fpo.Stratum("prompt_group", fpo.Budget(0.04, 0.03), slope=fpo.SlopeCap(32), enabled=False),
-        fpo.Stratum("trajectory", fpo.Budget(0.12, 0.05), slope=32),
+        fpo.Stratum("trajectory", fpo.Budget(0.12, 0.05), slope=32, min_tokens=8),
     ),
     0.04,
 )
@@ -73,7 +73,7 @@ REFUSALS = [
     (
         "strata.1.zzzz",
         1,
-        r"strata\[1\]\.zzzz: unknown key; valid: beside, budget, budgets, enabled, join, name, only, slope",
+        r"strata\[1\]\.zzzz: unknown key; valid: beside, budget, budgets, enabled, join, min_tokens, name, only, slope",
     ),
     ("token_clip", ..., "token_clip: is required"),
     ("strata", ..., "strata: is required"),
@@ -91,6 +91,10 @@ REFUSALS = [
     ("strata.0.budgets.code", 3, r"strata\[0\]\.budgets\.code: must be a mapping"),
     ("strata.0.enabled", "no", r"strata\[0\]\.enabled: must be true or false, got 'no'"),
     ("strata.1.slope.cap", ..., r"strata\[1\]\.slope\.cap: is required"),
+    ("strata.2.min_token", 4, r"strata\[2\]\.min_token: unknown key; did you mean 'min_tokens'\?"),
+    ("strata.2.min_tokens", 1, r"strata\[2\]\.min_tokens: must be a whole number of at least 2, got 1; leave it out"),
+    ("strata.2.min_tokens", "8", r"strata\[2\]\.min_tokens: must be a whole number of at least 2, got '8'"),
+    ("strata.0.min_tokens", 8, r"strata\[0\]\.min_tokens: 'domain' is the coarsest active stratum"),
 ]
 for bad in (0, -1, float("inf"), float("nan"), True, "0.1", [1]):
     for field in (

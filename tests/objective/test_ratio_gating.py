@@ -434,7 +434,7 @@ def composed(*overrides: str):
     launch.register_resolvers()
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base=None):
         cfg = hydra.compose("quickstart", ["run_dir=/nowhere", *launch.overrides(overrides)])
-    return settings.algorithm_settings(cfg), launch.check_sections(cfg)
+    return settings.algorithm_settings(cfg), launch.check_sections(cfg)[0]
 
 
 def test_every_algorithm_file_is_listed():
@@ -486,3 +486,12 @@ def test_refusals_of_the_algorithm_section(overrides: list[str], words: list[str
         composed(*overrides)
     for word in words:
         assert word in str(error.value)
+
+
+def test_maps_that_couple_tokens_refuse_a_stratum_whose_cells_share_tokens():
+    experts = fpo.Stratum("experts", fpo.Budget(0.1, 0.1), join=("trajectory", "expert_partition"))
+    hierarchy = fpo.Hierarchy((fpo.Stratum("trajectory", fpo.Budget(0.1, 0.1)), experts), 0.1)
+    fpo.objective.check_gating(fpo.Gspo(0.1, 0.1, stratum="experts"), hierarchy)
+    fpo.objective.check_gating(fpo.Gspo(0.1, 0.1), hierarchy, soft=("expert_partition",))
+    with pytest.raises(ValueError, match=r"gating.stratum: 'experts' spreads a token.*membership: hard"):
+        fpo.objective.check_gating(fpo.Gspo(0.1, 0.1, stratum="experts"), hierarchy, soft=("expert_partition",))

@@ -70,6 +70,12 @@ def test_report_by_hand():
         "trajectory/neg/drift_max": 0.2,
         "trajectory/neg/budget_used_mean": 1.0,
         "trajectory/neg/budget_used_max": 2.0,
+        "trajectory.left/token_share": 0.5,
+        "trajectory.right/token_share": 0.5,
+        "trajectory.left/pos/regime": 1,
+        "trajectory.left/neg/regime": 0,
+        "trajectory.right/pos/regime": 0,
+        "trajectory.right/neg/regime": 2,
         "trajectory.left/pos/drift": 0.11,
         "trajectory.left/pos/budget_used": 1.1,
         "trajectory.left/neg/drift": 0,
@@ -99,6 +105,36 @@ def test_report_by_hand():
         "log_ratio/tv": 0.09,
     }
     assert metrics == pytest.approx(expected, abs=1e-15)
+
+
+def test_parts_of_a_join_by_hand():
+    # Trajectories 0 and 1 in halves a and b, C = 0.1. Trajectory 0 has M+ = 0.15, M- = -0.15; its half a M+ = 0.3 and
+    # M- = 0, its half b the reverse, so that all |X| = 0.15. Trajectory 1 has M+ = 0.03, as its half a has; its half b,
+    # one token, is merged into it
+    trajectory = fpo.Stratum("trajectory", fpo.Budget(1, 1))
+    join = fpo.Stratum("both", fpo.Budget(0.1, 0.1), join=("trajectory", "half"), min_tokens=2)
+    hierarchy = fpo.Hierarchy((trajectory, join), 1.0)
+    labels = {"trajectory": torch.tensor([0, 0, 0, 0, 1, 1, 1]), "half": torch.tensor([0, 0, 1, 1, 0, 0, 1])}
+    ell = torch.tensor([0.3, 0.3, -0.3, -0.3, 0.04, 0.02, 0.03], dtype=torch.float64)
+    cells = hierarchy.cells(labels, names={"half": ["a", "b", "none"]})
+    cells = cells.share([cells.census()], 0)
+    metrics = fpo.surrogate(ell, torch.ones(7, dtype=torch.float64), cells, hierarchy).report.metrics()
+    expected = {
+        "a/token_share": 4 / 7,
+        "a/pos/drift": 0.165,
+        "a/pos/beyond": 0.5,
+        "a/neg/drift": 0,
+        "a/neg/beyond": 0.5,
+        "b/token_share": 3 / 7,
+        "b/pos/drift": 0.01,
+        "b/pos/beyond": 1,
+        "b/neg/drift": 0.2,
+        "b/neg/beyond": 1,
+    }
+    found = {name.removeprefix("both.half."): value for name, value in metrics.items() if "both.half." in name}
+    assert found == pytest.approx(expected, abs=1e-15)
+    assert metrics["both/cells"] == 3 and metrics["both/merged_cells"] == 1
+    assert metrics["both/merged_tokens"] == pytest.approx(1 / 7)
 
 
 def test_divergence_estimates_by_hand():
