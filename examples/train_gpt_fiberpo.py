@@ -8,88 +8,136 @@
 
 It is NeMo-Aligner's PPO script with four differences: there is no critic; prompts carry a domain and come several
 times each; the actor's optimizer step is exact over the whole global batch; held-out prompts are evaluated before and
-after. A run that was stopped goes on from its newest checkpoint when the same command is given again.
+after. A run that was stopped goes on from its newest whole checkpoint when the same command is given again; it exits
+with status 75 when SIGUSR1, SIGTERM or its time limit stops it before its end.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_fiberpo.aligner import launch
+from nemo_fiberpo.aligner import launch, preemption
+from nemo_fiberpo.aligner.model_checks import partition_table
+from nemo_fiberpo.aligner.resume import RunRecord, find_checkpoint
 from nemo_fiberpo.aligner.settings import algorithm_settings, data_settings, reward_settings
 from nemo_fiberpo.objective import check_gating
+from nemo_fiberpo.objective.expert_partitions import COLUMN
 
 launch.register_resolvers()
+preemption.install(__name__)
 CHECK_ONLY = "--check" in sys.argv
 
 
 def run(cfg: DictConfig) -> None:
     # The config is checked before anything is imported that takes time.
-    hierarchy = launch.check_sections(cfg)
+    hierarchy, partitions = launch.check_sections(cfg)
+    launch.check_host(cfg)
     settings, data, reward = algorithm_settings(cfg), data_settings(cfg), reward_settings(cfg)
-    check_gating(settings.gating, hierarchy)
+    soft = (COLUMN,) if partitions is not None and partitions.membership == "soft" else ()
+    check_gating(settings.gating, hierarchy, soft)
     settings.check_passes([stratum.name for stratum in hierarchy.active], cfg.model.micro_batch_size)
-    launch.check_same_run(cfg)
+    if partitions is not None and "num_moe_experts" in cfg.model:
+        partition_table(partitions, cfg.model)
+    record = RunRecord(cfg)
+    record.check()
     if CHECK_ONLY:
         return
     launch.start(cfg)
 
     from nemo_aligner.utils import parallel_state
-    from nemo_aligner.utils.train_script_utils import init_distributed, init_peft, retrieve_custom_trainer_state_dict
+    from nemo_aligner.utils.train_script_utils import init_distributed, init_peft
     from nemo_aligner.utils.utils import retrieve_model_state_dict_in_cpu
 
-    from nemo_fiberpo.aligner.prompts import PromptDataset
     from nemo_fiberpo.aligner.rewards import make_reward_model
 
     # The policy, as NeMo-Aligner's scripts build it.
-    trainer = launch.build_lightning_trainer(cfg)
+    found = find_checkpoint(cfg, record)
+    trainer = launch.build_lightning_trainer(cfg, found[0] if found else None)
     actor = launch.load_actor(cfg, trainer)
+    if partitions is not None:
+        actor.read_experts(partitions)
     init_peft(actor, cfg.model)
     if settings.kl.coefficient > 0 and cfg.model.peft.peft_scheme == "none":
         actor.init_policy_state_dict = retrieve_model_state_dict_in_cpu(actor, cfg.model.get("megatron_amp_O2", False))
-    restored = retrieve_custom_trainer_state_dict(trainer) if trainer.ckpt_path is not None else None
+    restored = dict(found[1].state) if found else None
     init_distributed(trainer, actor, cfg.model.get("transformer_engine", False))
+    stop_before_training(restored)
     context_parallel_size = cfg.model.get("context_parallel_size") or 1
     launch.check_batches(cfg, parallel_state.get_data_parallel_world_size(), context_parallel_size)
 
-    # Prompts and what grades the responses.
-    own_graders = tuple(reward.graders or ())
-    train = PromptDataset(
-        data.train, actor.tokenizer, data.max_prompt_length, too_long=data.too_long, own_graders=own_graders
-    )
-    heldout = None
-    if data.heldout is not None:
-        heldout = PromptDataset(
-            data.heldout,
-            actor.tokenizer,
-            data.max_prompt_length,
-            domains=train.domains,
-            first_index=len(train),
-            too_long=data.too_long,
-            own_graders=own_graders,
-        )
-    if train.dropped and launch.is_first_rank():
-        print(f"{data.train}: dropped {train.dropped} prompts of more than {data.max_prompt_length} tokens")
+    train, heldout = read_prompts(data, actor.tokenizer, tuple(reward.graders or ()))
     records = train.records + (heldout.records if heldout is not None else [])
     reward_model = make_reward_model(reward, records, actor.tokenizer)
 
     try:
-        train_and_evaluate(cfg, trainer, actor, restored, hierarchy, settings, data, train, heldout, reward_model)
+        train_and_evaluate(
+            cfg, trainer, actor, restored, hierarchy, settings, data, train, heldout, reward_model, record
+        )
     finally:
         reward_model.close()
 
 
-def train_and_evaluate(cfg, trainer, actor, restored, hierarchy, settings, data, train, heldout, reward_model) -> None:
+def read_prompts(data, tokenizer, own_graders):
+    """The prompts to train on, and the held-out ones or None."""
+    from nemo_fiberpo.aligner.prompts import PromptDataset
+
+    options: dict[str, Any] = {"too_long": data.too_long, "own_graders": own_graders}
+    train = PromptDataset(data.train, tokenizer, data.max_prompt_length, **options)
+    if train.dropped and launch.is_first_rank():
+        print(f"{data.train}: dropped {train.dropped} prompts of more than {data.max_prompt_length} tokens")
+    if data.heldout is None:
+        return train, None
+    own: dict[str, Any] = {"domains": train.domains, "first_index": len(train)}
+    return train, PromptDataset(data.heldout, tokenizer, data.max_prompt_length, **own, **options)
+
+
+def stop_before_training(restored) -> None:
+    """End the run here if a rank got a signal: there is nothing to save."""
+    reason = preemption.agreed_reason()
+    if reason is not None:
+        if launch.is_first_rank():
+            at = f"RL step {restored['step']}" if restored else "the start"
+            print(
+                f"stopped by {reason} before training: nothing to save; the same command goes on from {at}", flush=True
+            )
+        raise preemption.Stopped
+
+
+def stop_in_training(reason: str, fiberpo, saves: bool) -> None:
+    """End the run after an RL step, which `fit` has saved."""
+    if launch.is_first_rank():
+        saved = "checkpoint saved; the same command goes on from here"
+        if not saves:  # algorithm.save_interval is 0, or there is no checkpoint callback
+            saved = "this run saves nothing; the same command begins again"
+        print(f"stopped by {reason} at RL step {fiberpo.step} of {fiberpo.max_steps}: {saved}", flush=True)
+    raise preemption.Stopped
+
+
+def go_on(fiberpo, restored, record, files) -> None:
+    """Put the trainer and the files of the run to where the checkpoint was saved."""
+    if restored is not None:
+        fiberpo.load_state_dict(restored)
+    if launch.is_first_rank():
+        for key, (before, now) in record.remember(fiberpo.step).items():
+            print(f"from RL step {fiberpo.step} on {key} is {now!r}, before {before!r}", flush=True)
+        for file in files:
+            file.rewind(fiberpo.step)
+
+
+def train_and_evaluate(
+    cfg, trainer, actor, restored, hierarchy, settings, data, train, heldout, reward_model, record
+) -> None:
     """Optimizer, checkpoint and logs; then held-out reward before, training, held-out reward after."""
-    from nemo_aligner.utils.distributed import Timer
     from nemo_aligner.utils.train_script_utils import CustomLoggerWrapper
 
     from nemo_fiberpo.aligner.evaluation import mean_rewards, write_rows
-    from nemo_fiberpo.aligner.loggers import MetricsFile, Progress
+    from nemo_fiberpo.aligner.loggers import MetricsFile, Progress, PromptsFile
     from nemo_fiberpo.aligner.prompts import make_collate
     from nemo_fiberpo.aligner.report import format_table, make_report
     from nemo_fiberpo.aligner.trainer import FiberPOTrainer
@@ -97,8 +145,12 @@ def train_and_evaluate(cfg, trainer, actor, restored, hierarchy, settings, data,
     optimizer, scheduler, checkpoints = launch.initialise(cfg, trainer, actor, train, settings.total_steps(len(train)))
     reward_model.start()
     run_dir = Path(cfg.run_dir)
-    metrics_file = MetricsFile(run_dir / "metrics.jsonl") if launch.is_first_rank() else None
-    loggers = [*trainer.loggers, metrics_file] if metrics_file is not None else list(trainer.loggers)
+    paths = run_dir / "metrics.jsonl", run_dir / "prompts.jsonl"
+    files = [MetricsFile(paths[0]), PromptsFile(paths[1])] if launch.is_first_rank() else []
+    loggers = [*trainer.loggers, *files]
+    saves = settings.save_interval > 0 and hasattr(checkpoints, "finish_saves")
+    finish_saves = partial(checkpoints.finish_saves, trainer) if saves else lambda **_: None
+    timer = preemption.RunTimer(cfg.exp_manager.get("max_time_per_run"), after_step=finish_saves)
     collate = make_collate(actor.tokenizer.eos_id, actor.max_new_tokens)
     fiberpo = FiberPOTrainer(
         settings=settings,
@@ -116,16 +168,17 @@ def train_and_evaluate(cfg, trainer, actor, restored, hierarchy, settings, data,
         rm_critic=reward_model,
         logger=CustomLoggerWrapper(loggers),
         ckpt_callback=checkpoints,
-        run_timer=Timer(cfg.exp_manager.get("max_time_per_run")),
+        run_timer=timer,
     )
+    checkpoints.trainer_state, checkpoints.on_whole, checkpoints.durable = (
+        fiberpo.state_dict,
+        record.note_checkpoint,
+        paths,
+    )
+    fiberpo.logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+    go_on(fiberpo, restored, record, files)
     if launch.is_first_rank():
         loggers.append(Progress(fiberpo.max_steps))
-        launch.remember_run(cfg)
-    fiberpo.logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
-    if restored is not None:
-        fiberpo.load_state_dict(restored)
-    if metrics_file is not None:
-        metrics_file.rewind(fiberpo.step)
 
     def evaluate(moment: str) -> None:
         if heldout is None:
@@ -136,13 +189,17 @@ def train_and_evaluate(cfg, trainer, actor, restored, hierarchy, settings, data,
             means = ", ".join(f"{name} {mean:.3f}" for name, mean in mean_rewards(rows, "sampled").items())
             print(f"held-out reward {moment}: {means}", flush=True)
 
+    stop_before_training(restored)
     if fiberpo.step == 0:
         evaluate("before")
+        stop_before_training(restored)
     fiberpo.fit()
-    if fiberpo.step < fiberpo.max_steps:
-        if launch.is_first_rank():
-            print(f"stopped at RL step {fiberpo.step} of {fiberpo.max_steps}; the same command goes on from here")
-        return
+    finish_saves(blocking=True)
+    reason = timer.reason or preemption.agreed_reason()
+    if reason is not None:
+        stop_in_training(reason, fiberpo, saves)
+    if saves:
+        checkpoints.complete_policy(trainer, actor)
     evaluate("after")
     if launch.is_first_rank():
         table = make_report(run_dir, title=cfg.name)

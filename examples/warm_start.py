@@ -21,15 +21,17 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from quickstart_data import write_quickstart_data
 
 from nemo_fiberpo.aligner import launch
+from nemo_fiberpo.aligner.resume import RunRecord
 from nemo_fiberpo.aligner.settings import data_settings, reward_settings, warm_start_settings
 
 launch.register_resolvers()
 
 
 def run(cfg: DictConfig) -> None:
-    hierarchy = launch.check_sections(cfg)
+    hierarchy, _ = launch.check_sections(cfg)
     settings, data, reward = warm_start_settings(cfg), data_settings(cfg), reward_settings(cfg)
-    launch.check_same_run(cfg)
+    record = RunRecord(cfg)
+    record.check()
     target = Path(cfg.pretrained_checkpoint.restore_from_path)
     first = os.environ.get("RANK", "0") == "0"
     if target.exists():
@@ -44,7 +46,7 @@ def run(cfg: DictConfig) -> None:
             complete.unlink(missing_ok=True)
             write_quickstart_data(Path(cfg.data_dir), seed=cfg.seed)
             complete.write_text(f"seed {cfg.seed}\n")
-        launch.remember_run(cfg)
+        record.remember(0)
     launch.start(cfg)
 
     from nemo_aligner.utils import parallel_state

@@ -20,6 +20,7 @@ from nemo_aligner.utils.utils import adapter_control, cpu_weight_swap
 from omegaconf import DictConfig
 from torch import Tensor
 
+from nemo_fiberpo.aligner.experts import ExpertLabels
 from nemo_fiberpo.aligner.generation import GUARD_ROWS, Lockstep, add_guard_rows, expert_group, generate_tokens
 from nemo_fiberpo.aligner.inference_layout import whole_sequences
 from nemo_fiberpo.aligner.minibatch import Minibatch
@@ -29,7 +30,7 @@ from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.megatron.one_pass import one_pass_step
 from nemo_fiberpo.megatron.sequences import Rows, length_multiple, packed_rows, packed_spans, padded_rows
 from nemo_fiberpo.megatron.step import Policy, StepResult, StepTokens, current_log_probs, exact_step
-from nemo_fiberpo.objective import Hierarchy, RatioGating
+from nemo_fiberpo.objective import ExpertPartitions, Hierarchy, RatioGating
 
 PROMPT_COLUMNS = ("prompt_index",)
 
@@ -54,6 +55,7 @@ class FiberPOActor(MegatronGPTActorModel):
         self._reducer: Reducer | None = None
         self._sampling_params: dict[str, Any]
         self._generating: contextlib.ExitStack | None = None
+        self.experts: ExpertLabels | None = None
         # Optimizer steps begun, and how many had been when the old log-probs were computed.
         self._steps_begun, self._old_since = 0, -1
 
@@ -123,30 +125,47 @@ class FiberPOActor(MegatronGPTActorModel):
         torch.distributed.all_reduce(width, op=torch.distributed.ReduceOp.MAX, group=axes.group)
         return [packed_rows(tokens, real, torch.tensor(samples), seq_length=int(width), **place) for samples in dealt]
 
-    @torch.no_grad()
+    def read_experts(self, partitions: ExpertPartitions) -> None:
+        """From now on `old_policy` labels tokens by the experts they are routed to. ValueError as `partition_table`
+        and `RoutingCapture`."""
+        self.experts = ExpertLabels(partitions, self.cfg, self.get_model_module_list())
+
     def log_probs_of(self, tokens: Tensor, lengths: Tensor, packed: bool = False) -> Tensor:
         """Log-probs of tokens[:, 1:] under the current weights, float32 [b, s - 1], on every rank of the model.
 
         By the very function that training differentiates, pass A of the exact step, in the training layout.
         """
+        return self._forward_columns(tokens, lengths, packed, None)["logprobs"]
+
+    @torch.no_grad()
+    def _forward_columns(
+        self, tokens: Tensor, lengths: Tensor, packed: bool, experts: ExpertLabels | None
+    ) -> dict[str, Tensor]:
         with self._training_layout():
             set_sync_funcs(self, forward_only=True)
             rows = self.rows(tokens, lengths, self.forward_micro_batch_size, packed)
             rows = [entry.to(torch.cuda.current_device()) for entry in rows]
-            values = current_log_probs(self._policy(rows), [{"rows": entry} for entry in rows])
+            microbatches = [{"rows": entry} for entry in rows]
+            with _watched(experts, self._policy(rows), microbatches) as policy:
+                values = current_log_probs(policy, microbatches)
             out = torch.zeros(len(tokens), tokens.shape[1] - 1, device=torch.cuda.current_device())
             for entry, value in zip(rows, values, strict=False):
                 entry.put(value, out)
             # Only the last stage has log-probs, and each context-parallel rank those of its own tokens.
             torch.distributed.all_reduce(out, group=mpu.get_context_parallel_group())
             torch.distributed.all_reduce(out, group=mpu.get_pipeline_model_parallel_group())
-        return out.to(tokens.device)
+            columns = {"logprobs": out} | ({} if experts is None else experts.columns(rows, *out.shape))
+        return {name: column.to(tokens.device) for name, column in columns.items()}
 
-    def old_log_probs(self, tokens: Tensor, lengths: Tensor, packed: bool = False) -> Tensor:
-        """`log_probs_of`, remembered as those of the present weights: until the next optimizer step log-ratios are 0,
-        and `step` skips the pass that would measure them."""
+    def old_policy(self, tokens: Tensor, lengths: Tensor, packed: bool = False) -> dict[str, Tensor]:
+        """Columns of the policy of the rollout: `logprobs` (`log_probs_of`) and, after `read_experts`, the labels of
+        `ExpertLabels.columns` from the same pass.
+
+        Remembered as those of the present weights: until the next optimizer step log-ratios are 0, and `step` skips the
+        pass that would measure them.
+        """
         self._old_since = self._steps_begun
-        return self.log_probs_of(tokens, lengths, packed)
+        return self._forward_columns(tokens, lengths, packed, self.experts)
 
     def init_log_probs(self, tokens: Tensor, lengths: Tensor, packed: bool = False) -> Tensor:
         """`log_probs_of` under the initial policy."""
@@ -179,7 +198,7 @@ class FiberPOActor(MegatronGPTActorModel):
         """Accumulate the gradient of one optimizer step: -J of the global minibatch, plus the KL penalty.
 
         gating      as in `exact_step`
-        on_policy   as in `exact_step`; None: if and only if no optimizer step was begun since `old_log_probs`
+        on_policy   as in `exact_step`; None: if and only if no optimizer step was begun since `old_policy`
 
         Call between `prepare_for_training_step` and `finish_training_step`. SPMD: every rank calls it.
         """
@@ -196,10 +215,13 @@ class FiberPOActor(MegatronGPTActorModel):
             for batch, (init, weights, mask) in zip(microbatches, columns, strict=True):
                 batch |= {"init_log_probs": init, "weights": weights, "mask": mask}
         tokens = StepTokens(minibatch.old_log_probs, minibatch.weighted_advantage, minibatch.mask, minibatch.cells)
-        given = self._policy(rows), microbatches, tokens
-        if minibatch.parts is not None:
-            return one_pass_step(*given, minibatch.parts, hierarchy, self.reducer, gating=gating, extra_loss=penalty)
-        return exact_step(*given, hierarchy, self.reducer, gating=gating, on_policy=on_policy, extra_loss=penalty)
+        with _watched(self.experts if minibatch.expert_labels else None, self._policy(rows), microbatches) as policy:
+            given = policy, microbatches, tokens
+            if minibatch.parts is not None:
+                return one_pass_step(
+                    *given, minibatch.parts, hierarchy, self.reducer, gating=gating, extra_loss=penalty
+                )
+            return exact_step(*given, hierarchy, self.reducer, gating=gating, on_policy=on_policy, extra_loss=penalty)
 
     def _policy(self, rows: Sequence[Rows]) -> Policy:
         return gpt_policy(self.model, rows, mpu.get_tensor_model_parallel_group())
@@ -250,6 +272,12 @@ def _config_without_sequence_parallel(actor: FiberPOActor) -> Iterator[None]:
     finally:
         for holder, value in zip(holders, before, strict=True):
             holder.sequence_parallel = value
+
+
+def _watched(
+    experts: ExpertLabels | None, policy: Policy, microbatches: Sequence[Any]
+) -> contextlib.AbstractContextManager[Policy]:
+    return contextlib.nullcontext(policy) if experts is None else experts.watch(policy, microbatches)
 
 
 def balanced(lengths: Sequence[int], bins: int) -> list[list[int]]:

@@ -22,6 +22,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
+from nemo_fiberpo.aligner.preemption import held_back
+
 Failure = Literal["timeout", "crash"]
 Item = tuple[str, dict[str, Any], str]  # grader's name, the prompt's grader fields, the response
 
@@ -48,15 +50,16 @@ class _Slot:
         inbox, to_worker = os.pipe()
         from_worker, outbox = os.pipe()
         env = {name: os.environ[name] for name in _KEEP_ENV if name in os.environ} | _ONE_THREAD
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", str(_SCRIPT), str(inbox), str(outbox), str(os.getpid())],
-            pass_fds=(inbox, outbox),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=env | {"CUDA_VISIBLE_DEVICES": ""},
-            start_new_session=True,
-        )
+        with held_back():  # a scheduler signals every process of a job; the grading process lets it pass
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", str(_SCRIPT), str(inbox), str(outbox), str(os.getpid())],
+                pass_fds=(inbox, outbox),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=env | {"CUDA_VISIBLE_DEVICES": ""},
+                start_new_session=True,
+            )
         os.close(inbox)
         os.close(outbox)
         self.inbox = Connection(from_worker, writable=False)

@@ -171,6 +171,11 @@ def _cause(status: int) -> str:
 
 def main() -> None:
     """The supervisor: import the graders, then keep one worker alive."""
+    # What ends a run early is the trainer's to decide, not its graders'. A handler, since programs that a grader starts
+    # would inherit that a signal is ignored, and `timeout` for one needs SIGTERM.
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1, signal.SIGTERM))
     inbox, outbox = Connection(int(sys.argv[1]), writable=False), Connection(int(sys.argv[2]), readable=False)
     die_with_parent(int(sys.argv[3]))
     setup = json.loads(inbox.recv_bytes())

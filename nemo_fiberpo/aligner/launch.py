@@ -6,7 +6,6 @@ Nothing here decides anything about the algorithm; it starts NeMo the way NeMo-A
 from __future__ import annotations
 
 import gc
-import json
 import logging as std_logging
 import os
 import re
@@ -21,15 +20,15 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_fiberpo.aligner.settings import SECTIONS
-from nemo_fiberpo.config import load_hierarchy, reject_unknown_keys
+from nemo_fiberpo.aligner.preemption import NOT_FINISHED, Stopped
+from nemo_fiberpo.aligner.settings import SECTIONS, check_resume, cluster_settings
+from nemo_fiberpo.config import load_expert_partitions, load_hierarchy, reject_unknown_keys
 from nemo_fiberpo.megatron.timeouts import limit_collectives
-from nemo_fiberpo.objective import Hierarchy
+from nemo_fiberpo.objective import ExpertPartitions, Hierarchy
 from nemo_fiberpo.objective.hierarchy import positive_number
+from nemo_fiberpo.plan.batches import Batches
 
 _NEMO = ("model", "trainer", "exp_manager", "hydra")  # sections whose unknown keys Hydra refuses
-# What may change when a run goes on: how long it runs and how often it is looked at and saved.
-_MAY_CHANGE = ("rl_steps", "data_epochs", "val_check_interval", "save_interval")
 
 
 def register_resolvers() -> None:
@@ -72,88 +71,47 @@ def apply_stratum_overrides(cfg: DictConfig) -> None:
             listed[index] = OmegaConf.merge(listed[index], fields)
 
 
-def check_sections(cfg: DictConfig) -> Hierarchy:
-    """Apply `stratum_overrides`, refuse unknown sections and return the hierarchy. ValueError names the field."""
+def check_sections(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None]:
+    """Apply `stratum_overrides`, refuse unknown sections; the hierarchy, and how it partitions experts, if it does.
+    ValueError names the field."""
     apply_stratum_overrides(cfg)
     reject_unknown_keys(cfg, SECTIONS)
     if "collective_timeout" in cfg:
         positive_number(cfg.collective_timeout, "collective_timeout")
+    check_resume(cfg)
     try:
-        return load_hierarchy(cfg.hierarchy)
+        return load_hierarchy(cfg.hierarchy), load_expert_partitions(cfg.hierarchy)
     except ValueError as error:
         raise ValueError(f"hierarchy.{error}") from error
 
 
-def _identity(cfg: DictConfig) -> dict[str, Any]:
-    """What makes a run the run it is."""
-    out = {"seed": cfg.seed, "data.train": cfg.data.train}
-    for section in ("hierarchy", "algorithm", "warm_start"):
-        values = OmegaConf.to_container(cfg[section], resolve=True) if cfg.get(section) is not None else {}
-        assert isinstance(values, dict)
-        out |= {f"{section}.{key!s}": value for key, value in values.items() if key not in _MAY_CHANGE}
-    return out
+def check_host(cfg: DictConfig) -> None:
+    """ValueError for a layout that is not for NeMo-Aligner, see `cluster.host`; unknown keys of the section too."""
+    host = cluster_settings(cfg).host
+    if host != "nemo_aligner":
+        raise ValueError(
+            f"cluster.host: {host}; this layout is for a trainer of one's own on nemo_fiberpo.megatron, see "
+            "docs/parallelism.md; NeMo-Aligner cannot run it. `fiberpo plan` takes it"
+        )
 
 
-def remember_run(cfg: DictConfig) -> None:
-    """Write down in `run_dir` what the run is, for `check_same_run`; atomic."""
-    path = Path(cfg.run_dir) / "run.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(_identity(cfg), indent=1))
-    os.replace(temporary, path)
-
-
-def check_same_run(cfg: DictConfig) -> None:
-    """ValueError naming the first key by which `run_dir` holds another run: it would go on as a mixture of both."""
-    path = Path(cfg.run_dir) / "run.json"
-    if not path.exists():
-        return
-    before, now = json.loads(path.read_text()), json.loads(json.dumps(_identity(cfg)))
-    for key in [*now, *before]:
-        if before.get(key) != now.get(key):
-            raise ValueError(
-                f"{key}: {now.get(key)!r}, but the run in {cfg.run_dir} has {before.get(key)!r}; give a run_dir of its "
-                f"own, such as run_dir={cfg.run_dir}-2"
-            )
+def batch_sizes(cfg: DictConfig) -> Batches:
+    """The batch sizes of a run."""
+    algorithm, ppo = cfg.algorithm, cfg.model.ppo
+    return Batches(
+        prompts=algorithm.prompts_per_rollout,
+        group=algorithm.samples_per_prompt,
+        steps=algorithm.optimizer_steps,
+        micro=cfg.model.micro_batch_size,
+        forward=ppo.forward_micro_batch_size,
+        generation=ppo.rollout_micro_batch_size,
+    )
 
 
 def check_batches(cfg: DictConfig, data_parallel_size: int, context_parallel_size: int = 1) -> None:
-    """ValueError naming the field by which the batch sizes do not fit together. Context-parallel ranks generate
-    responses of their own, and train on those of the data-parallel rank that they share."""
-    model, algorithm = cfg.model, cfg.algorithm
-    group, ranks = algorithm.samples_per_prompt, data_parallel_size
-    generating = data_parallel_size * context_parallel_size
-    per_step = algorithm.prompts_per_rollout * group // algorithm.optimizer_steps
-    local = algorithm.prompts_per_rollout * group // ranks
-    wanted = (
-        (
-            "model.ppo.rollout_micro_batch_size",
-            model.ppo.rollout_micro_batch_size,
-            group,
-            "algorithm.samples_per_prompt",
-        ),
-        (
-            "algorithm.prompts_per_rollout x samples_per_prompt",
-            algorithm.prompts_per_rollout * group,
-            model.ppo.rollout_micro_batch_size * generating,
-            f"model.ppo.rollout_micro_batch_size x {generating} data- and context-parallel ranks",
-        ),
-        (
-            "samples per optimizer step (algorithm.prompts_per_rollout x samples_per_prompt / optimizer_steps)",
-            per_step,
-            model.micro_batch_size * ranks,
-            f"model.micro_batch_size x {ranks} data-parallel ranks",
-        ),
-        (
-            "samples per rank and rollout",
-            local,
-            model.ppo.forward_micro_batch_size,
-            "model.ppo.forward_micro_batch_size",
-        ),
-    )
-    for name, value, divisor, meaning in wanted:
-        if value % divisor:
-            raise ValueError(f"{name}: {value} is not a multiple of {meaning} = {divisor}")
+    """ValueError naming the field by which the batch sizes do not fit together, see `Batches.problems`."""
+    for problem in batch_sizes(cfg).problems(data_parallel_size, context_parallel_size):
+        raise ValueError(problem)
 
 
 def start(cfg: DictConfig) -> None:
@@ -189,12 +147,22 @@ def create_trainer(cfg: DictConfig) -> Any:
     return trainer
 
 
-def build_lightning_trainer(cfg: DictConfig) -> Any:
-    """`create_trainer`, with NeMo's experiment manager (logs, checkpoints, resume) attached."""
+def build_lightning_trainer(cfg: DictConfig, checkpoint: Path | None) -> Any:
+    """`create_trainer`, with NeMo's experiment manager (logs) attached, resuming from `checkpoint` (None: from none).
+
+    exp_manager's own search for a checkpoint takes only `-last` copies, and gives up where a killed run left two.
+    """
     from nemo.utils.exp_manager import exp_manager
 
+    from nemo_fiberpo.aligner.checkpoints import make_callback
+
     trainer = create_trainer(cfg)
-    exp_manager(trainer, cfg.exp_manager)
+    given = OmegaConf.to_container(cfg.exp_manager, resolve=True)
+    assert isinstance(given, dict)
+    resume = {"resume_if_exists": False, "resume_from_checkpoint": None if checkpoint is None else str(checkpoint)}
+    exp_manager(trainer, OmegaConf.create(given | resume | {"create_checkpoint_callback": False}))
+    if cfg.exp_manager.get("create_checkpoint_callback", True):
+        trainer.callbacks.append(make_callback(cfg))
     return trainer
 
 
@@ -212,7 +180,7 @@ def load_actor(cfg: DictConfig, trainer: Any) -> Any:
 
 
 def initialise(cfg: DictConfig, trainer: Any, actor: Any, dataset: Any, optimizer_steps: int) -> tuple[Any, Any, Any]:
-    """Set up distribution, optimizer and scheduler, and restore a checkpoint if exp_manager found one.
+    """Set up distribution, optimizer and scheduler, and restore the checkpoint if there is one.
 
     optimizer_steps  of the whole run: the horizon of the learning-rate schedule, unless `trainer.max_steps` sets one
 
@@ -237,7 +205,10 @@ def initialise(cfg: DictConfig, trainer: Any, actor: Any, dataset: Any, optimize
     gc.collect()
     gc.freeze()
     optimizer, scheduler = extract_optimizer_scheduler_from_ptl_model(actor)
-    return optimizer, scheduler, add_custom_checkpoint_callback(trainer, actor)
+    checkpoints = add_custom_checkpoint_callback(trainer, actor)
+    if trainer.ckpt_path is not None and hasattr(checkpoints, "adopt"):
+        checkpoints.adopt(trainer)
+    return optimizer, scheduler, checkpoints
 
 
 def prompt_loader(cfg: DictConfig, dataset: Any, collate: Callable) -> Callable:
@@ -296,13 +267,16 @@ def leave() -> None:
 
 
 def explain(main: Callable[[], None]) -> None:
-    """Run a script's main, and leave its process groups.
+    """Run a script's main, and leave its process groups. Exit status 75 if the run is not finished and can go on.
 
     A ValueError raised by this package, which is about the user's input, is one line on the terminal. One from
     elsewhere keeps its traceback; so do all with FIBERPO_TRACEBACK=1.
     """
     try:
         main()
+    except Stopped:
+        leave()
+        sys.exit(NOT_FINISHED)
     except ValueError as error:
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:

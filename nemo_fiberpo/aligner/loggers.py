@@ -1,4 +1,5 @@
-"""Two more of NeMo's loggers: a metrics file that survives a resume, and one line a step for the person who watches."""
+"""More of NeMo's loggers: files of metrics and of the prompts used, which survive a resume, and one line a step for the
+person who watches."""
 
 from __future__ import annotations
 
@@ -7,9 +8,11 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
+
+from nemo_fiberpo.aligner.manifest import write_atomically
 
 
 class MetricsFile:
@@ -26,14 +29,11 @@ class MetricsFile:
 
     def rewind(self, rl_step: int) -> None:
         """Keep the lines of RL steps before `rl_step`. Atomic: a kill leaves the old file or the new."""
-        if not self._path.exists():
-            return
-        kept = [line for line in self._path.read_text().splitlines(keepends=True) if _belongs(line, rl_step)]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self._path)
+        _rewind(self._path, rl_step)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        if not metrics:
+            return
         row: dict[str, Any] = {"rl_step": _rl_step(metrics, step), "step": step}
         for name, value in metrics.items():
             number = _number(value)
@@ -41,6 +41,30 @@ class MetricsFile:
                 row[name] = number if math.isfinite(number) else None
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+class PromptsFile:
+    """The prompts of every RL step, one JSON object a line: {"rl_step": n, "lines": [line of data.train, ...]}.
+
+    The lines count from 1 and stand in the order of the rollout; each prompt comes once, whatever its samples. Given to
+    NeMo-Aligner's logger wrapper; `rewind` as in MetricsFile.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self._path = Path(path)
+
+    def rewind(self, rl_step: int) -> None:
+        _rewind(self._path, rl_step)
+
+    def log_prompts(self, rl_step: int, lines: Sequence[int]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps({"rl_step": rl_step, "lines": list(lines)}) + "\n")
+
+
+def _rewind(path: Path, rl_step: int) -> None:
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines(keepends=True) if _belongs(line, rl_step)]
+        write_atomically(path, "".join(kept))
 
 
 def _rl_step(metrics: Mapping[str, Any], step: int | None) -> int | None:

@@ -24,6 +24,7 @@ class Minibatch:
     mask                bool, live tokens
     cells               of all these tokens, flattened in this order; shared with the other ranks
     parts               for one pass: the cells of each micro-batch (`one_pass_cells`); None for two passes
+    expert_labels       the partitions of experts in the rollout; None where the routing of a step is not compared
     """
 
     rows: Sequence[Rows]
@@ -34,12 +35,21 @@ class Minibatch:
     mask: Sequence[Tensor]
     cells: Cells
     parts: Sequence[Cells] | None = None
+    expert_labels: Sequence[Tensor] | None = None
 
 
 def in_rows(
-    part: Mapping[str, Tensor], rows: Sequence[Rows], weights: Tensor, cells: Cells, parts: Sequence[Cells] | None
+    part: Mapping[str, Tensor],
+    rows: Sequence[Rows],
+    weights: Tensor,
+    cells: Cells,
+    parts: Sequence[Cells] | None,
+    expert_labels: str | None = None,
 ) -> Minibatch:
-    """The columns of a minibatch, [b, s - 1], in the rows of its micro-batches; `weights` are in rows already, flat."""
+    """The columns of a minibatch, [b, s - 1], in the rows of its micro-batches; `weights` are in rows already, flat.
+
+    expert_labels   the column of the partitions of experts, where they are to be compared
+    """
     shapes = [entry.tokens.shape for entry in rows]
     weight = [
         piece.view(shape) for piece, shape in zip(weights.split([s.numel() for s in shapes]), shapes, strict=True)
@@ -55,6 +65,7 @@ def in_rows(
         mask=[entry.take(part["mask"], False) for entry in rows],
         cells=cells,
         parts=parts,
+        expert_labels=None if expert_labels is None else [entry.take(part[expert_labels]) for entry in rows],
     )
 
 
@@ -64,11 +75,11 @@ def shape_of(rows: Sequence[Rows]) -> tuple[int, int]:
 
 
 def take(column: Tensor, rows: Sequence[Rows]) -> Tensor:
-    """[b, s - 1] -> the flat tokens of all rows; 0 where no entry belongs."""
-    return torch.cat([entry.take(column).reshape(-1) for entry in rows])
+    """[b, s - 1, ...] -> the flat tokens of all rows, [T, ...]; 0 where no entry belongs."""
+    return torch.cat([entry.take(column).flatten(0, 1) for entry in rows])
 
 
 def flat(label: Tensor, mask: Tensor, rows: Sequence[Rows]) -> Tensor:
-    """Labels of samples, [b], or of their tokens, [b, s - 1] -> labels of the flat tokens of all rows."""
+    """Labels of samples, [b], or of their tokens, [b, s - 1, ...] -> labels of the flat tokens of all rows."""
     label = label.to(mask.device)
-    return take(label if label.dim() == 2 else label[:, None].expand(mask.shape), rows)
+    return take(label[:, None].expand(mask.shape) if label.dim() == 1 else label, rows)

@@ -2,62 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from omegaconf import DictConfig
+from torch import Tensor
 
 from nemo_fiberpo.megatron import cpu
+from nemo_fiberpo.objective.expert_partitions import COLUMN, ExpertPartitions
 
 
 def check_model(cfg: DictConfig) -> None:
     """ValueError naming the first field of the model config that the actor cannot run with, and what to use instead."""
+    for problem in model_problems(cfg, cpu.installed()):
+        raise ValueError(problem)
+
+
+def model_problems(cfg: DictConfig, on_cpu: bool) -> Iterator[str]:
+    """One message for every such field."""
     optimizer = cfg.get("optim", {}).get("name")
     if optimizer != "mcore_distributed_optim":
-        raise ValueError(
+        yield (
             f"model.optim.name: {optimizer!r}; use mcore_distributed_optim, whose gradient scale the exact step knows"
         )
     if not cfg.get("mcore_gpt", False):
-        raise ValueError("model.mcore_gpt: must be true; NeMo's own GPT without Megatron-core is not supported")
+        yield "model.mcore_gpt: must be true; NeMo's own GPT without Megatron-core is not supported"
     virtual = cfg.get("virtual_pipeline_model_parallel_size")
     if (virtual or 1) > 1:
-        raise ValueError(
+        yield (
             f"model.virtual_pipeline_model_parallel_size: {virtual}; NeMo cannot generate with virtual stages; set it "
             "to null and use pipeline_model_parallel_size alone"
         )
     tensor_parallel = (cfg.get("tensor_model_parallel_size") or 1) > 1
     if cfg.get("sequence_parallel") and not tensor_parallel:
-        raise ValueError(
+        yield (
             "model.sequence_parallel: true splits what tensor-parallel ranks hold in common, but "
             "tensor_model_parallel_size is 1; set it to false"
         )
     if cfg.get("num_moe_experts") and tensor_parallel and not cfg.get("sequence_parallel"):
-        raise ValueError(
+        yield (
             f"model.sequence_parallel: must be true with a mixture of experts and tensor_model_parallel_size = "
             f"{cfg.tensor_model_parallel_size}; Megatron-core trains experts with tensor parallelism in no other way"
         )
-    _check_dispatcher(cfg)
+    yield from _dispatcher_problems(cfg)
     if (cfg.get("context_parallel_size") or 1) > 1:
-        if not cfg.get("transformer_engine", True) and not cpu.installed():
-            raise ValueError(
-                f"model.context_parallel_size: {cfg.context_parallel_size} needs transformer_engine: true on a GPU"
-            )
+        if not cfg.get("transformer_engine", True) and not on_cpu:
+            yield (f"model.context_parallel_size: {cfg.context_parallel_size} needs transformer_engine: true on a GPU")
         if cfg.ppo.get("trt_llm", {}).get("enable"):
-            raise ValueError(
+            yield (
                 f"model.context_parallel_size: {cfg.context_parallel_size} does not go with generation by "
                 "TensorRT-LLM; set model.ppo.trt_llm.enable to false"
             )
     for name, off in (("offload_adam_states", False), ("entropy_bonus", 0.0)):
         if cfg.ppo.get(name):
-            raise ValueError(f"model.ppo.{name}: {cfg.ppo.get(name)} is not supported by this actor; set it to {off}")
+            yield f"model.ppo.{name}: {cfg.ppo.get(name)} is not supported by this actor; set it to {off}"
     neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
     for name, value in neutral.items():
         given = cfg.ppo.sampling_params.get(name, value)
         if given != value:
-            raise ValueError(
+            yield (
                 f"model.ppo.sampling_params.{name}: {given}; must be {value}: the ratios compare the policy with "
                 "itself, and responses sampled from another distribution are not its own"
             )
 
 
-def _check_dispatcher(cfg: DictConfig) -> None:
+def partition_table(partitions: ExpertPartitions, model: DictConfig) -> tuple[Tensor, tuple[str, ...]]:
+    """The partition of each expert of the policy, int64 [experts], and the partitions' names.
+
+    Raises ValueError naming the field for a dense policy, and as `ExpertPartitions.table`.
+    """
+    experts = model.get("num_moe_experts")
+    if not experts:
+        raise ValueError(
+            f"hierarchy: needs the column {COLUMN!r}, but the policy is dense (model.num_moe_experts is not set); take "
+            "a hierarchy without it"
+        )
+    return partitions.table(experts, model.get("expert_model_parallel_size") or 1)
+
+
+def _dispatcher_problems(cfg: DictConfig) -> Iterator[str]:
     """Megatron-core 0.11.0 sorts tokens back wrongly after the all-to-all where experts are split over TP and several
     are on a rank, unless Transformer Engine's permutation does it: the forward pass is silently another function."""
     experts, expert_parallel = cfg.get("num_moe_experts") or 0, cfg.get("expert_model_parallel_size") or 1
@@ -68,7 +90,7 @@ def _check_dispatcher(cfg: DictConfig) -> None:
         and 1 < expert_parallel < experts
         and not cfg.get("moe_permute_fusion")
     ):
-        raise ValueError(
+        yield (
             "model.moe_token_dispatcher_type: alltoall computes something else in megatron-core 0.11.0 with experts "
             f"split over {split} tensor-parallel ranks and expert_model_parallel_size = {expert_parallel}; use "
             "allgather"

@@ -55,6 +55,11 @@ class PromptRecord:
     response: str | None = None
     strata: dict[str, str] = field(default_factory=dict, repr=False)
 
+    @property
+    def line(self) -> int:
+        """Its line in the file, from 1."""
+        return int(self.where.rpartition(":")[2])
+
 
 def load_prompts(path: str | Path, own_graders: Collection[str] = ()) -> list[PromptRecord]:
     """Read and check a JSONL file of prompts (format at the top of this module).

@@ -18,6 +18,7 @@ from nemo_fiberpo.objective import OBJECTIVES, RatioGating
 from nemo_fiberpo.objective.hierarchy import positive_number
 from nemo_fiberpo.objective.surrogate import WEIGHTS
 from nemo_fiberpo.objective.wording import nearest
+from nemo_fiberpo.plan.assumptions import Assumptions
 
 ADVANTAGES = ("group_normalized", "rloo", "given")
 TRUNCATED = ("keep", "mask")
@@ -37,8 +38,10 @@ SECTIONS = (
     "exp_manager",
     "pretrained_checkpoint",
     "warm_start",
+    "cluster",
     "cpu",
     "collective_timeout",
+    "resume",
     "run_dir",
     "data_dir",
 )
@@ -279,6 +282,24 @@ def reward_settings(cfg: DictConfig) -> RewardSettings:
 def warm_start_settings(cfg: DictConfig) -> WarmStartSettings:
     """The `warm_start` section. Raises ValueError naming the field."""
     return _build(WarmStartSettings, _plain(cfg, "warm_start"), "warm_start")
+
+
+def cluster_settings(cfg: DictConfig) -> Assumptions:
+    """The `cluster` section, which `fiberpo plan` reads; its defaults where there is none. Raises ValueError naming the
+    field."""
+    return _build(Assumptions, _plain(cfg, "cluster") if cfg.get("cluster") else {}, "cluster")
+
+
+def check_resume(cfg: DictConfig) -> None:
+    """The `resume` section: `allow` lists the keys that may differ when a run goes on. ValueError names the field;
+    `resume.RunRecord` says which keys there are."""
+    if cfg.get("resume") is None:
+        return
+    values = _plain(cfg, "resume")
+    reject_unknown_keys(values, ("allow",), "resume")
+    allow = values.get("allow")
+    if not isinstance(allow, list) or not all(isinstance(key, str) and key for key in allow):
+        raise ValueError(f"resume.allow: must be a list of keys, such as [hierarchy, model.optim.lr], got {allow!r}")
 
 
 def _plain(cfg: DictConfig, section: str) -> dict[str, Any]:

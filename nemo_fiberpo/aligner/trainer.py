@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nemo_fiberpo.aligner.advantages import ESTIMATORS
 from nemo_fiberpo.aligner.evaluation import evaluate, mean_rewards
+from nemo_fiberpo.aligner.experts import routing_metrics
 from nemo_fiberpo.aligner.generation import deterministic
 from nemo_fiberpo.aligner.inference_layout import generation_axis
 from nemo_fiberpo.aligner.minibatch import Minibatch, flat, in_rows, shape_of, take
@@ -24,13 +25,15 @@ from nemo_fiberpo.aligner.prompts import PromptDataset
 from nemo_fiberpo.aligner.rewards import OK, reward_metrics
 from nemo_fiberpo.aligner.rollout import grouped_rollout, repeated_prompts, response_mask
 from nemo_fiberpo.aligner.settings import AlgorithmSettings
-from nemo_fiberpo.aligner.strata import check_strata, stratum_labels, stratum_names
+from nemo_fiberpo.aligner.strata import StrataLabels
 from nemo_fiberpo.megatron import cpu
 from nemo_fiberpo.megatron.groups import exchange, non_finite
 from nemo_fiberpo.megatron.one_pass import one_pass_cells
 from nemo_fiberpo.megatron.sequences import Rows
+from nemo_fiberpo.megatron.step import StepResult
 from nemo_fiberpo.objective import Cells, Hierarchy, check_gating, token_weights
 from nemo_fiberpo.objective.cells import build_cells
+from nemo_fiberpo.objective.expert_partitions import COLUMN
 
 
 class FiberPOTrainer(PPOTrainer):
@@ -63,8 +66,10 @@ class FiberPOTrainer(PPOTrainer):
                 f"algorithm.prompts_per_rollout: {settings.prompts_per_rollout}, but data.train has "
                 f"{len(prompts)} prompts"
             )
-        check_strata(hierarchy, prompts)
         check_gating(settings.gating, hierarchy)
+        experts = parent["model"].experts
+        self.strata = StrataLabels(hierarchy, prompts, () if experts is None else experts.names)
+        self.strata.check()
         super().__init__(**parent, batch_iterator_cls=repeated_prompts(settings.samples_per_prompt))
         if settings.packing and not self.model.cfg.get("transformer_engine", True) and not cpu.installed():
             raise ValueError("algorithm.packing: true needs model.transformer_engine: true on a GPU")
@@ -89,7 +94,8 @@ class FiberPOTrainer(PPOTrainer):
         )
         sequences = local["response_tokens"], local["response_lengths"], self.settings.packing
         with self.timer("logprobs"):
-            local["logprobs"] = self.model.old_log_probs(*sequences)
+            for name, column in self.model.old_policy(*sequences).items():
+                local[name] = column
         if self.compute_init_policy_kl and not is_validation:
             with self.timer("init_logprobs"):
                 local["init_logprobs"] = self.model.init_log_probs(*sequences)
@@ -176,16 +182,16 @@ class FiberPOTrainer(PPOTrainer):
             cells, trajectories = shared[2 * index : 2 * index + 2]
             weights = token_weights(trajectories, settings.weights, length=settings.fixed_length)
             parts = one_pass_cells(pieces[index], self.model.reducer.axes) if settings.passes == 1 else None
-            made.append(in_rows(part, of_part, weights, cells, parts))
+            made.append(in_rows(part, of_part, weights, cells, parts, self._compared_experts()))
         return made
 
+    def _compared_experts(self) -> str | None:
+        experts = self.model.experts
+        return COLUMN if experts is not None and experts.partitions.agreement else None
+
     def _hierarchy_cells(self, part: Mapping[str, Tensor], rows: Sequence[Rows]) -> Cells:
-        labels = {
-            name: flat(label, part["mask"], rows)
-            for name, label in stratum_labels(self.hierarchy, part, self.prompts).items()
-        }
-        names = stratum_names(self.hierarchy, self.prompts)
-        return self.hierarchy.cells(labels, take(part["mask"], rows), names=names, shape=shape_of(rows))
+        labels = {name: flat(label, part["mask"], rows) for name, label in self.strata.labels(part).items()}
+        return self.hierarchy.cells(labels, take(part["mask"], rows), names=self.strata.names, shape=shape_of(rows))
 
     def _trajectory_cells(self, part: Mapping[str, Tensor], rows: Sequence[Rows]) -> Cells:
         labels = {"trajectory": flat(part["trajectory"], part["mask"], rows)}
@@ -224,7 +230,7 @@ class FiberPOTrainer(PPOTrainer):
         self.scheduler.step()
         metrics = {"grad_norm": float(grad_norm), "lr": lr, "on_policy": float(result.report is None)}
         metrics |= {"gate_all_reduces": float(self.model.reducer.calls - calls)}
-        metrics |= self._over_ranks(result.extra_loss, result.recompute_error)
+        metrics |= self._over_ranks(result, minibatch)
         if minibatch.parts is not None:  # one pass has no other to differ from
             del metrics["recompute_error"]
         if result.loss is not None:
@@ -233,17 +239,25 @@ class FiberPOTrainer(PPOTrainer):
             metrics |= {f"gates/{name}": value for name, value in result.report.metrics().items()}
         return metrics
 
-    def _over_ranks(self, extra_loss: float, recompute_error: float) -> dict[str, float]:
-        """For the logs: the KL penalty summed over the ranks that hold tokens, the recompute error's maximum."""
-        axes = self.model.reducer.axes
-        own = torch.tensor(
-            [extra_loss if axes.represents else 0.0, recompute_error], device=torch.cuda.current_device()
-        )
+    def _over_ranks(self, result: StepResult, minibatch: Minibatch) -> dict[str, float]:
+        """For the logs, by one exchange: the recompute error's maximum, and over the ranks that hold tokens the sums of
+        the KL penalty and of the tokens that changed their experts."""
+        axes, experts = self.model.reducer.axes, self.model.experts
+        counts = torch.zeros(2, 0, dtype=torch.float64)
+        if minibatch.expert_labels is not None:
+            counts = experts.changed(minibatch)
+        sums = torch.cat([torch.tensor([result.extra_loss], dtype=torch.float64), counts.flatten()])
+        own = torch.cat([torch.tensor([result.recompute_error]).double(), sums * axes.represents])
+        own = own.to(torch.cuda.current_device())
         gathered = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(axes.group))]
         torch.distributed.all_gather(gathered, own, group=axes.group)
-        values = torch.stack(gathered)
-        metrics = {"recompute_error": values[:, 1].max().item()}
-        return metrics | ({"kl_penalty": values[:, 0].sum().item()} if self.settings.kl.coefficient > 0 else {})
+        values = torch.stack(gathered).cpu()
+        metrics = {"recompute_error": values[:, 0].max().item()}
+        if self.settings.kl.coefficient > 0:
+            metrics["kl_penalty"] = values[:, 1].sum().item()
+        if minibatch.expert_labels is not None:
+            metrics |= routing_metrics(values[:, 2:].sum(0).view_as(counts), experts.names)
+        return metrics
 
     def compute_rollout_metrics(self, rollout_batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """Of the whole rollout: rewards, lengths and truncation, in all and per domain, and failures of the graders.
@@ -251,6 +265,8 @@ class FiberPOTrainer(PPOTrainer):
         `rollout_size` counts prompts: NeMo-Aligner adds it to `consumed_samples`, by which the sampler reads prompts.
         """
         batch = {name: column.cpu() for name, column in rollout_batch.items()}
+        used = [self.prompts.records[index] for index in batch["prompt_index"].unique().tolist()]
+        self.logger.apply_fn("log_prompts", self.step, [record.line for record in used])
         length = (batch["response_lengths"] - batch["prompt_lengths"]).double()
         truncated = 1.0 - batch["is_end"].double()
         counted = batch["valid"].bool()
@@ -298,7 +314,10 @@ class FiberPOTrainer(PPOTrainer):
 
     @torch.no_grad()
     def run_validation(self) -> dict[str, Any]:
-        """Held-out rewards, as `fit` logs them every `val_check_interval` RL steps."""
+        """Held-out rewards, as `fit` logs them every `val_check_interval` RL steps. `fit` also asks where it stops
+        early; an evaluation that is not due would be in the metrics of interrupted runs only."""
+        if self.step % self.settings.val_check_interval and self.step != self.max_steps:
+            return {"table": {"reward": float("nan"), "prompt": "", "response": ""}}
         assert self.heldout is not None
         rows = self.evaluate_heldout()
         metrics: dict[str, Any] = {}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.aligner.launching import DENSE, WARM_START, launch
+from tests.aligner.launching import DENSE, TWO_EPOCHS, WARM_START, fresh, launch
 
 
 @pytest.fixture(scope="session")
@@ -23,4 +23,12 @@ def dense_start(tmp_path_factory) -> Path:
     """The same with a dense policy, made on two tensor-parallel ranks."""
     run_dir = tmp_path_factory.mktemp("dense")
     launch("warm_start.py", run_dir, *WARM_START, *DENSE, "model.tensor_model_parallel_size=2")
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(start, tmp_path_factory) -> Path:
+    """A run of four RL steps on two ranks that nothing interrupted."""
+    run_dir = fresh(start, tmp_path_factory.mktemp("uninterrupted"), "run")
+    launch("train_gpt_fiberpo.py", run_dir, *TWO_EPOCHS)
     return run_dir

@@ -63,6 +63,12 @@ def launch(script: str, run_dir: Path, *overrides: str, processes: int = 2) -> s
 
 WARM_START = ["warm_start.steps=2", "warm_start.batch_size=8", "warm_start.check_every=100"]
 DENSE = ["model.num_moe_experts=null"]
+TWO_EPOCHS = [
+    "algorithm.rl_steps=4",
+    "algorithm.save_interval=2",
+    "algorithm.epochs=2",
+    "algorithm.kl.coefficient=0.01",
+]
 
 
 def fresh(start: Path, tmp_path: Path, name: str) -> Path:

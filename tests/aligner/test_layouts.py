@@ -21,6 +21,13 @@ TENSOR = ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"]
 CONTEXT = ["model.context_parallel_size=2"]
 PIPELINE = ["model.pipeline_model_parallel_size=2"]
 PACKED = ["algorithm.packing=true"]
+# Labels of tokens that the routers give: the gradient agrees only where they do.
+EXPERTS = [
+    "hierarchy=expert_trajectory",
+    "hierarchy.expert_partitions.by=expert",
+    "hierarchy.strata.trajectory_expert.min_tokens=2",
+]
+SOFT = ["hierarchy.expert_partitions.membership=soft"]
 
 
 def rollout_and_steps(start: Path, tmp_path: Path, name: str, processes: int, *overrides: str):
@@ -36,11 +43,11 @@ def rollout_and_steps(start: Path, tmp_path: Path, name: str, processes: int, *o
 
 
 @pytest.mark.parametrize(
-    ("generating_ranks", "layouts"),
+    ("hierarchy", "layouts"),
     [
-        (1, {"one process": (1, []), "packed, tensor and sequence parallel": (2, [*PACKED, *TENSOR])}),
+        (EXPERTS, {"one process": (1, []), "packed, tensor and sequence parallel": (2, [*PACKED, *TENSOR])}),
         (
-            2,
+            [*EXPERTS, *SOFT],
             {
                 "data parallel": (2, []),
                 "packed, context parallel": (2, [*PACKED, *CONTEXT]),
@@ -49,9 +56,11 @@ def rollout_and_steps(start: Path, tmp_path: Path, name: str, processes: int, *o
         ),
     ],
 )
-def test_the_same_rollout_has_the_same_gradient_on_every_layout(start, tmp_path, generating_ranks, layouts):
+def test_the_same_rollout_has_the_same_gradient_on_every_layout(start, tmp_path, hierarchy, layouts):
     results = {
-        name: rollout_and_steps(start, tmp_path, name.replace(",", "").replace(" ", "-"), processes, *overrides)
+        name: rollout_and_steps(
+            start, tmp_path, name.replace(",", "").replace(" ", "-"), processes, *hierarchy, *overrides
+        )
         for name, (processes, overrides) in layouts.items()
     }
     first_rollout, first_steps = next(iter(results.values()))
@@ -64,6 +73,9 @@ def test_the_same_rollout_has_the_same_gradient_on_every_layout(start, tmp_path,
         drift, loss = "train_optim/gates/log_ratio/abs_mean", "train_optim/loss"
         assert steps[1][drift] == pytest.approx(first_steps[1][drift], rel=1e-3), name
         assert steps[1][loss] == pytest.approx(first_steps[1][loss], abs=1e-6), name
+        for step, other in zip(steps, first_steps, strict=True):
+            routing = {key: value for key, value in step.items() if "/routing/share/" in key or "/merged_" in key}
+            assert routing and routing == {key: other[key] for key in routing}, name
 
 
 def test_one_pass_is_two_passes_where_cells_allow_it(start, tmp_path):

@@ -5,33 +5,29 @@ What must hold: every parallel layout trains, a killed run resumes to the same m
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from tests.aligner.launching import DENSE, ROOT, command, environment, fresh, launch, metrics, optimizer_steps
+from tests.aligner.launching import (
+    DENSE,
+    ROOT,
+    TWO_EPOCHS,
+    command,
+    environment,
+    fresh,
+    launch,
+    metrics,
+    optimizer_steps,
+)
 
 pytestmark = pytest.mark.timeout(600)
-
-TWO_EPOCHS = [
-    "algorithm.rl_steps=4",
-    "algorithm.save_interval=2",
-    "algorithm.epochs=2",
-    "algorithm.kl.coefficient=0.01",
-]
-
-
-@pytest.fixture(scope="session")
-def uninterrupted(start, tmp_path_factory) -> Path:
-    run_dir = fresh(start, tmp_path_factory.mktemp("uninterrupted"), "run")
-    launch("train_gpt_fiberpo.py", run_dir, *TWO_EPOCHS)
-    return run_dir
 
 
 def test_a_run_leaves_metrics_checkpoints_and_a_policy(uninterrupted):
@@ -88,6 +84,10 @@ def test_a_run_killed_between_checkpoints_resumes_to_the_same_metrics(start, uni
     assert 8 < killed_at < 16
     launch("train_gpt_fiberpo.py", run_dir, *TWO_EPOCHS)
     assert metrics(run_dir) == metrics(uninterrupted)
+    used = (run_dir / "prompts.jsonl").read_text()
+    assert used == (uninterrupted / "prompts.jsonl").read_text(), "a prompt was skipped or used twice"
+    lines = [line for row in map(json.loads, used.splitlines()) for line in row["lines"]]
+    assert len(lines) == len(set(lines)) == 4 * 8, "within an epoch every prompt comes once"
 
 
 ONE_STEP = ["algorithm.rl_steps=1", "algorithm.save_interval=0"]

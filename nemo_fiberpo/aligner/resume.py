@@ -1,0 +1,278 @@
+"""Going on with a run: what makes it the run it is (`run.json`), and which checkpoint all ranks resume from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from nemo_fiberpo.aligner import manifest
+from nemo_fiberpo.aligner.manifest import Choice, Manifest, write_atomically
+from nemo_fiberpo.objective.wording import nearest
+
+# What may change whenever a run goes on: how long it runs, how often it is looked at and saved, and what grades faster.
+_MAY_CHANGE = (
+    "algorithm.rl_steps",
+    "algorithm.data_epochs",
+    "algorithm.val_check_interval",
+    "algorithm.save_interval",
+    "rewards.workers",
+    "rewards.memory_limit_mib",
+    "rewards.server",
+    "data.train",
+    "data.heldout",
+)
+# The layout: NeMo's checkpoints load into any of it. The sums of a step are then rounded otherwise and other random
+# numbers generate, so metrics are those of an uninterrupted run in distribution only; the change is written down.
+_LAYOUT = (
+    "model.tensor_model_parallel_size",
+    "model.pipeline_model_parallel_size",
+    "model.virtual_pipeline_model_parallel_size",
+    "model.context_parallel_size",
+    "model.expert_model_parallel_size",
+    "model.expert_tensor_parallel_size",
+    "model.sequence_parallel",
+    "ranks",
+)
+_SECTIONS = ("hierarchy", "algorithm", "data", "rewards", "model", "warm_start")
+_TRAINER = ("precision", "gradient_clip_val", "max_steps")
+_stores: list[Any] = []  # the first rank's serves the others until their process groups exist
+
+
+def _flat(where: str, value: Any) -> dict[str, Any]:
+    """Leaves by dotted key; the entries of a list of strata by their names."""
+    if isinstance(value, list) and value and all(isinstance(entry, dict) and "name" in entry for entry in value):
+        order = {f"{where}.order": [entry["name"] for entry in value]}
+        rest = {str(entry["name"]): {k: v for k, v in entry.items() if k != "name"} for entry in value}
+        return order | _flat(where, rest)
+    if not isinstance(value, dict) or not value:
+        return {where: value}
+    return {key: leaf for name, entry in value.items() for key, leaf in _flat(f"{where}.{name}", entry).items()}
+
+
+def _sha256(path: Any) -> str | None:
+    if path is None or not Path(path).is_file():
+        return None
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class RunRecord:
+    """`run.json` in `run_dir`: what the run is, what was changed when it went on, and its newest whole checkpoint.
+
+    {"identity": {key: value}, "changes": [{"rl_step", "changed": {key: [before, after]}}], "checkpoint": {"step",
+    "name"} or null}. The config is read when the object is made: NeMo writes into it later.
+    """
+
+    def __init__(self, cfg: DictConfig):
+        self.path = Path(cfg.run_dir) / "run.json"
+        self._run_dir = str(cfg.run_dir)
+        self._data = {name: cfg.data.get(name) for name in ("train", "heldout")}
+        self._allowed = _allowed(cfg)
+        self._identity: dict[str, Any] = {"seed": cfg.seed, "cpu": cfg.get("cpu", False)}
+        for section in _SECTIONS:
+            if cfg.get(section) is not None:
+                values = OmegaConf.to_container(cfg[section], resolve=True)
+                self._identity |= _flat(section, values)
+        for name in _TRAINER:
+            self._identity[f"trainer.{name}"] = cfg.trainer.get(name) if "trainer" in cfg else None
+        if cfg.algorithm.get("kl", {}).get("coefficient"):  # the policy that the penalty refers to
+            path = cfg.pretrained_checkpoint.restore_from_path
+            self._identity["pretrained_checkpoint.restore_from_path"] = path
+        self._identity["ranks"] = int(os.environ.get("WORLD_SIZE", "1"))
+        for key in [key for key in self._identity if _under(key, _MAY_CHANGE)]:
+            del self._identity[key]
+        self._check_allowed()
+
+    def _check_allowed(self) -> None:
+        sections = {key.rsplit(".", number)[0] for key in self._identity for number in range(key.count(".") + 1)}
+        files = [f"data.{name}{end}" for name in self._data for end in ("", ".sha256")]
+        known = [*self._identity, *sections, *files]
+        for key in self._allowed:
+            if key not in known:
+                raise ValueError(f"resume.allow: {key!r} is no key that must stay the same{nearest(key, known)}")
+
+    def identity(self) -> dict[str, Any]:
+        """Now, with the digests of the data files (null where there is none yet), as JSON has it."""
+        digests = {f"data.{name}.sha256": _sha256(path) for name, path in self._data.items()}
+        plain: dict[str, Any] = json.loads(json.dumps(self._identity | digests))
+        return plain
+
+    def _stored(self) -> dict[str, Any] | None:
+        if not self.path.exists():
+            return None
+        try:
+            stored = json.loads(self.path.read_text())
+            return stored if isinstance(stored["identity"], dict) else None
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.path}: not the record of a run ({error}); give a run_dir of its own, such as "
+                f"run_dir={self._run_dir}-2"
+            ) from None
+
+    def _changed(self, stored: Mapping[str, Any]) -> dict[str, list[Any]]:
+        before, now = stored["identity"], self.identity()
+        return {key: [before.get(key), now.get(key)] for key in {**now, **before} if before.get(key) != now.get(key)}
+
+    def check(self) -> None:
+        """ValueError naming the first key by which `run_dir` holds another run, unless it is of the layout or
+        `resume.allow` has it or what it is part of: the run would go on as a mixture of both."""
+        stored = self._stored()
+        for key, (before, now) in (self._changed(stored) if stored else {}).items():
+            if not _under(key, (*_LAYOUT, *self._allowed)):
+                raise ValueError(
+                    f"{key}: {now!r}, but the run in {self._run_dir} has {before!r}; give a run_dir of its own, such "
+                    f"as run_dir={self._run_dir}-2, or go on with the change by resume.allow=[{key}]"
+                )
+
+    def remember(self, rl_step: int) -> dict[str, list[Any]]:
+        """Write down what the run is from this RL step on; {key: [before, after]} of what has changed since it was
+        last trained. First rank."""
+        stored = self._stored() or {"changes": [], "checkpoint": None, "identity": self.identity()}
+        changed = self._changed(stored) if rl_step > 0 else {}
+        if changed:
+            stored["changes"].append({"rl_step": rl_step, "changed": changed})
+        self._write(stored | {"identity": self.identity()})
+        return changed
+
+    @property
+    def checkpoint(self) -> dict[str, Any] | None:
+        """Name and RL step of the newest checkpoint that was whole, None if none ever was."""
+        stored = self._stored()
+        return stored.get("checkpoint") if stored else None
+
+    def note_checkpoint(self, name: str, state: Mapping[str, int]) -> None:
+        """A checkpoint is whole. First rank."""
+        stored = self._stored()
+        assert stored is not None, "remember() comes first"
+        self._write(stored | {"checkpoint": {"name": name, "step": state["step"]}})
+
+    def _write(self, stored: Mapping[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, json.dumps(stored, indent=1) + "\n")
+
+
+def _allowed(cfg: DictConfig) -> tuple[str, ...]:
+    section = cfg.get("resume")
+    return tuple(section.get("allow") or ()) if section is not None else ()
+
+
+def _under(key: str, prefixes: tuple[str, ...]) -> bool:
+    return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
+
+
+def checkpoint_directory(cfg: DictConfig) -> Path:
+    """Where NeMo saves. ValueError if the config leaves that to NeMo: it would be another directory at every start."""
+    own = cfg.exp_manager.get("checkpoint_callback_params", {}).get("dirpath")
+    if own is None and cfg.exp_manager.get("explicit_log_dir") is None:
+        raise ValueError("exp_manager.explicit_log_dir: is required, so that a resumed run finds its checkpoints")
+    return Path(own) if own is not None else Path(cfg.exp_manager.explicit_log_dir) / "checkpoints"
+
+
+def find_checkpoint(cfg: DictConfig, record: RunRecord) -> tuple[Path, Manifest] | None:
+    """The newest whole checkpoint, the same on every rank, before process groups exist; None to begin at RL step 0.
+
+    The first rank goes through the candidates, newest first, every rank reads its share of the files of each. What is
+    not whole is said in a line each and cleared away. ValueError if none is whole although there was one.
+    """
+    directory, ranks = checkpoint_directory(cfg), int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks == 1:
+        return _settled(_choose(cfg, directory, record))
+    timeout = timedelta(seconds=cfg.collective_timeout)
+    base, rank, _ = next(rendezvous("env://", timeout=timeout))
+    _stores.append(base)
+    store = PrefixStore("fiberpo/resume", base)
+    store.set_timeout(timeout)
+    if rank == 0:
+        return _lead(cfg, directory, record, store, ranks)
+    return _follow(store, rank, ranks)
+
+
+def _choose(cfg: DictConfig, directory: Path, record: RunRecord, verify: manifest.Verify = manifest.problems) -> Choice:
+    if cfg.exp_manager.get("resume_from_checkpoint"):
+        raise ValueError(
+            "exp_manager.resume_from_checkpoint: a run goes on from its own checkpoints; a new one begins from "
+            "pretrained_checkpoint.restore_from_path"
+        )
+    choice = manifest.choose(directory, record.checkpoint, verify)
+    if choice.checkpoint is not None and not cfg.exp_manager.get("resume_if_exists", True):
+        raise ValueError(
+            f"exp_manager.resume_if_exists: false, but {directory} has checkpoints; give a run_dir of its own"
+        )
+    return choice
+
+
+def _settled(choice: Choice) -> tuple[Path, Manifest] | None:
+    for line in manifest.clear_away(choice):
+        print(f"checkpoint {line}", flush=True)
+    if choice.checkpoint is None or choice.manifest is None:
+        return None
+    print(f"going on from {choice.checkpoint.name}: RL step {choice.manifest.state['step']}", flush=True)
+    return choice.checkpoint, choice.manifest
+
+
+def _lead(cfg: DictConfig, directory: Path, record: RunRecord, store: Any, ranks: int) -> tuple[Path, Manifest] | None:
+    rounds = 0
+
+    def tell(**message: Any) -> None:
+        nonlocal rounds
+        store.set(f"round/{rounds}", json.dumps(message))
+        rounds += 1
+
+    def verify(path: Path, wanted: Manifest) -> list[str]:
+        number = rounds
+        tell(verify=str(path))
+        found = manifest.problems(path, wanted, _share(wanted, 0, ranks))
+        for rank in range(1, ranks):
+            found += json.loads(store.get(f"found/{number}/{rank}"))
+        return found
+
+    try:
+        settled = _settled(_choose(cfg, directory, record, verify))
+    except BaseException as error:  # told to the others: they wait for it
+        tell(error=str(error) or type(error).__name__)
+        raise
+    tell(choice=None if settled is None else str(settled[0]))
+    return settled
+
+
+def _follow(store: Any, rank: int, ranks: int) -> tuple[Path, Manifest] | None:
+    rounds = 0
+    while True:
+        message = json.loads(store.get(f"round/{rounds}"))
+        if "verify" in message:
+            path = Path(message["verify"])
+            found = _read_share(path, rank, ranks)
+            store.set(f"found/{rounds}/{rank}", json.dumps(found))
+            rounds += 1
+            continue
+        if "error" in message:
+            raise ValueError(message["error"])
+        if message["choice"] is None:
+            return None
+        chosen = Path(message["choice"])
+        read = manifest.read(chosen)
+        assert read is not None, "the first rank has just read it"
+        return chosen, read
+
+
+def _read_share(path: Path, rank: int, ranks: int) -> list[str]:
+    try:
+        wanted = manifest.read(path)
+        return manifest.problems(path, wanted, _share(wanted, rank, ranks)) if wanted else [f"{manifest.NAME}: missing"]
+    except (OSError, ValueError) as error:
+        return [f"rank {rank} cannot read it: {error}"]
+
+
+def _share(wanted: Manifest, rank: int, ranks: int) -> list[str]:
+    """The files of one rank, as much of every size on each."""
+    by_size = sorted(wanted.files, key=lambda name: (-wanted.files[name]["size"], name))
+    return by_size[rank::ranks]

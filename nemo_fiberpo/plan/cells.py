@@ -1,0 +1,184 @@
+"""The cells of an optimizer step and the bytes of its reductions, by running the objective on stand-in tokens.
+
+Every sample is one token (or one for each partition of experts, or each position where states are a stratum) on every
+context-parallel rank. That is enough for cells, censuses and the sizes of buffers to be those of a run; how many cells
+there are is the most that there can be, where data decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_fiberpo.objective.cells import Cells, build_cells
+from nemo_fiberpo.objective.expert_partitions import COLUMN, soft_membership
+from nemo_fiberpo.objective.hierarchy import Hierarchy
+from nemo_fiberpo.objective.ratio_gating import RatioGating
+from nemo_fiberpo.objective.regimes import merge_parts
+from nemo_fiberpo.objective.surrogate import surrogate
+
+OF_ROLLOUT = ("prompt_group", "trajectory", "state")
+AGREEMENT = 4
+"""Numbers that `megatron.agreement` adds to the first reduction of a step."""
+
+
+@dataclass(frozen=True)
+class PromptLabels:
+    """Labels of prompts: column -> label of each prompt, -1 for none; and the names of label values."""
+
+    labels: Mapping[str, Sequence[int]]
+    names: Mapping[str, Sequence[str]]
+    counted: bool
+
+    @classmethod
+    def assumed(cls, hierarchy: Hierarchy, prompts: int, counts: Mapping[str, int]) -> PromptLabels:
+        """Of `prompts` prompts with `counts` label values per column, 8 where it says nothing: every column of the
+        chain nests in the one before it, and those of joins and branches meet every combination there is room for."""
+        own = [name for name in hierarchy.columns if name not in (*OF_ROLLOUT, COLUMN)]
+        chain = [stratum.name for stratum in hierarchy.active if not stratum.join and stratum not in hierarchy.branches]
+        labels: dict[str, list[int]] = {}
+        names: dict[str, list[str]] = {}
+        combinations = 1
+        for name in sorted(own, key=lambda name: name not in chain):
+            wanted = _wanted(hierarchy, name)
+            count = max(counts.get(name, 8), len(wanted))
+            if name in chain:
+                combinations *= -(-count // combinations)
+                count, labels[name] = combinations, [prompt % combinations for prompt in range(prompts)]
+            else:
+                labels[name] = [prompt // combinations % count for prompt in range(prompts)]
+                combinations *= count
+            names[name] = [*wanted, *(f"{name} {number}" for number in range(len(wanted), count))]
+        return cls(labels, names, counted=False)
+
+    def most_varied(self, prompts: int) -> list[int]:
+        """`prompts` prompts of the data set with as many combinations of labels as there are."""
+        columns = list(self.labels.values())
+        total = len(columns[0]) if columns else prompts
+        first: dict[tuple[int, ...], int] = {}
+        for prompt in range(total):
+            first.setdefault(tuple(column[prompt] for column in columns), prompt)
+        chosen = list(first.values())[:prompts]
+        return chosen + [chosen[index % len(chosen)] for index in range(prompts - len(chosen))]
+
+
+def _wanted(hierarchy: Hierarchy, column: str) -> list[str]:
+    """Names of label values that the hierarchy itself uses."""
+    found: dict[str, None] = {}
+    for stratum in hierarchy.active:
+        found |= dict.fromkeys(stratum.only.get(column, ()))
+        if stratum.name == column:
+            found |= dict.fromkeys(stratum.budgets)
+        elif column in stratum.join:
+            parts = [name.split("/") for name in stratum.budgets]
+            place = stratum.join.index(column)
+            found |= {part[place]: None for part in parts if len(part) == len(stratum.join)}
+    return list(found)
+
+
+@dataclass(frozen=True)
+class Partitions:
+    """Partitions of experts: their names, and whether a token belongs to all of them by mass."""
+
+    names: Sequence[str]
+    soft: bool = False
+
+
+@dataclass(frozen=True)
+class StepCells:
+    """Cells of one optimizer step.
+
+    strata     stratum -> (cells over all ranks, those that several ranks hold)
+    calls      reductions of a step that is not on-policy;  bytes: of all their buffers, as `groups.Reducer` counts
+    exchanged  bytes of the censuses of one rank, for one step
+    """
+
+    strata: dict[str, tuple[int, int]]
+    calls: int
+    bytes: int
+    exchanged: int
+
+
+def step_cells(
+    hierarchy: Hierarchy,
+    prompts: PromptLabels,
+    *,
+    prompts_per_step: int,
+    group: int,
+    dp: int,
+    cp: int,
+    positions: int,
+    partitions: Partitions | None = None,
+    gating: RatioGating | None = None,
+    passes: int = 2,
+) -> StepCells:
+    """Of one optimizer step of whole prompt groups, dealt to the ranks as `aligner.rollout.deal_groups` deals them.
+
+    positions   tokens of a response, where states are a stratum
+    """
+    chosen = prompts.most_varied(prompts_per_step)
+    samples = torch.arange(prompts_per_step * group)
+    of_ranks = [samples.chunk(dp)[rank] if passes == 1 else samples[rank::dp] for rank in range(dp)]
+    shards = [own for own in of_ranks for _ in range(cp)]
+    made = [_cells(hierarchy, prompts, chosen, own, group, positions, partitions) for own in shards[:: max(1, cp)]]
+    censuses = [cells.census() for cells in made for _ in range(cp)]
+    cells = made[0].share(censuses, 0)
+    table = torch.cat(censuses)
+    strata = {}
+    for index, level in enumerate(cells.levels):
+        _, holders = table[table[:, 0] == index, 1].unique(return_counts=True)
+        strata[level.name] = level.num_cells, int((holders > 1).sum())
+    calls, numbers = _reductions(hierarchy, cells, gating, passes)
+    trajectories = build_cells(["trajectory"], {"trajectory": shards[0]}).census()
+    return StepCells(strata, calls, 8 * numbers, 8 * (censuses[0].numel() + trajectories.numel()))
+
+
+def _cells(
+    hierarchy: Hierarchy,
+    prompts: PromptLabels,
+    chosen: Sequence[int],
+    samples: Tensor,
+    group: int,
+    positions: int,
+    partitions: Partitions | None,
+) -> Cells:
+    """The cells of one rank's samples."""
+    repeats = 1
+    if "state" in hierarchy.columns:
+        repeats = positions
+    elif partitions is not None and not partitions.soft:
+        repeats = len(partitions.names)
+    sample = samples.repeat_interleave(repeats)
+    within = torch.arange(repeats).repeat(len(samples))
+    prompt = sample // group
+    known = {"prompt_group": prompt, "trajectory": sample, "state": prompt * repeats + within}
+    labels, names = {}, dict(prompts.names)
+    for name in hierarchy.columns:
+        if name == COLUMN:
+            assert partitions is not None
+            names[name] = list(partitions.names)
+            even = torch.ones(len(sample), len(partitions.names))
+            labels[name] = soft_membership(even) if partitions.soft else within % len(partitions.names)
+        elif name in known:
+            labels[name] = known[name]
+        else:
+            labels[name] = torch.tensor(prompts.labels[name])[torch.tensor(chosen)[prompt]]
+    return hierarchy.cells(labels, names={name: names[name] for name in labels if name in names})
+
+
+def _reductions(hierarchy: Hierarchy, cells: Cells, gating: RatioGating | None, passes: int) -> tuple[int, int]:
+    """Reductions of one step, and the numbers in their buffers."""
+    if passes == 1:
+        return 1, 2 + sum(part.numel() for part in merge_parts([], cells))
+    sizes: list[int] = []
+
+    def reduce(buffer: Tensor) -> Tensor:
+        sizes.append(buffer.numel())
+        return buffer
+
+    nothing = torch.zeros(cells.num_tokens)
+    surrogate(nothing, nothing, cells, hierarchy, reduce, gating)
+    return len(sizes), sum(sizes) + AGREEMENT

@@ -1,0 +1,162 @@
+"""Memory of the fullest rank, item by item: what stays, the peak of training, the peak of generation.
+
+Per parameter: its weight, its gradient in float32, and Adam's state with the float32 copy of the weight, which
+Megatron's distributed optimizer shards over data x context parallel ranks (dense), or over the ranks that hold the same
+experts. Activations: see `layer_bytes`. What is not counted item by item is in `Assumptions.reserve_gib`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .layout import Layout
+from .shape import ModelShape
+
+GIB = 2**30
+LOGIT_CHUNK = 3 * 4 * 2**24  # what `logprobs.vocab_parallel_log_probs` works on at a time, in float32
+GUARD_ROWS = 2  # rows that keep expert-parallel ranks in lockstep while responses are generated
+
+
+@dataclass(frozen=True)
+class Run:
+    """What memory depends on beside shape and layout.
+
+    prompt, response   lengths in tokens, at most;  rows: samples per micro-batch;  generated: per generation batch, 0
+                       where another program generates
+    microbatches       per optimizer step and data-parallel rank
+    weight_bytes       of one parameter;  gradient_bytes, optimizer_bytes: likewise
+    recompute          layers of a stage whose activations are computed again; -1 for all
+    checkpoint_every   layers per checkpoint
+    flash              attention never holds [s, s] scores
+    allgather          the dispatcher of tokens to experts gathers all of them
+    """
+
+    prompt: int
+    response: int
+    rows: int
+    generated: int
+    microbatches: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    recompute: int
+    checkpoint_every: int
+    flash: bool
+    allgather: bool
+
+    @classmethod
+    def from_config(
+        cls, model: Mapping[str, Any], precision: Any, prompt: int, response: int, rows: int, generated: int, micro: int
+    ) -> Run:
+        """From NeMo's `model` section; `micro` is the number of micro-batches."""
+        half = str(precision) in ("bf16", "bf16-mixed", "16", "16-mixed")
+        o2 = half and bool(model.get("megatron_amp_O2", False))
+        full = model.get("activations_checkpoint_granularity") == "full"
+        every = model.get("activations_checkpoint_num_layers") or 1
+        block = model.get("activations_checkpoint_method") == "block"
+        return cls(
+            prompt=prompt,
+            response=response,
+            rows=rows,
+            generated=generated,
+            microbatches=micro,
+            weight_bytes=2 if o2 else 4,
+            gradient_bytes=2 if (model.get("optim") or {}).get("grad_sync_dtype", "fp32") == "bf16" else 4,
+            optimizer_bytes=12 if o2 else 8,
+            recompute=(every if block else -1) if full else 0,
+            checkpoint_every=1 if block else every,
+            flash=bool(model.get("transformer_engine", True)),
+            allgather=model.get("moe_token_dispatcher_type", "allgather") == "allgather",
+        )
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.response
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the fullest rank, which is on pipeline stage `stage`.
+
+    static, training, generation   by item; training and generation alternate, static stays
+    """
+
+    stage: int
+    static: dict[str, int]
+    training: dict[str, int]
+    generation: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.static.values()) + max(sum(self.training.values()), sum(self.generation.values()))
+
+
+def layer_bytes(shape: ModelShape, layout: Layout, run: Run, tokens: float, imbalance: float, split: bool) -> float:
+    """Activations that one layer keeps for its backward pass, for `tokens` of this rank's tensor-parallel group.
+
+    split   whether sequence parallelism splits what tensor-parallel ranks would hold in common
+
+    In elements per token: inputs and outputs of two norms 4 h; q, k, v (a + 2 g) d and the context a d, over t; a dense
+    MLP 3 f / t, gated (2 f without a gate). Of experts, for each of the k copies of a token and `imbalance` times the
+    mean: input and output 2 h and the MLP's 3 f_e / t_e; with the all-gather dispatcher the tokens of all
+    expert-parallel ranks. Without a flash kernel the scores and probabilities a s, twice, over t.
+    """
+    h, t = shape.hidden, layout.tp
+    common = 4 * h / (t if split else 1)
+    attention = (2 * shape.heads + 2 * shape.groups) * shape.head_dim / t
+    if not run.flash:
+        attention += 2 * shape.heads * run.length / t
+    wide = 3 if shape.gated else 2
+    if not shape.experts:
+        mlp = wide * shape.ffn / t
+    else:
+        copies = shape.topk * imbalance * layout.etp / t
+        mlp = copies * (2 * h + wide * shape.expert_ffn / layout.etp) + wide * shape.shared_ffn / t
+        mlp += h * layout.ep if run.allgather and layout.ep * layout.etp > 1 else 0
+    return tokens * (common + attention + mlp) * max(2, run.weight_bytes)
+
+
+def memory(shape: ModelShape, layout: Layout, run: Run, imbalance: float) -> Memory:
+    """Of the rank, among one of each pipeline stage, that needs most."""
+    stages = [_stage(shape, layout, run, imbalance, stage) for stage in range(layout.pp)]
+    return max(stages, key=lambda entry: entry.peak)
+
+
+def _stage(shape: ModelShape, layout: Layout, run: Run, imbalance: float, stage: int) -> Memory:
+    own = shape.stage(stage, layout.pp, layout.tp, layout.ep, layout.etp)
+    layers, element = shape.layers_of(stage, layout.pp), max(2, run.weight_bytes)
+    length = math.ceil(run.length / layout.length_multiple) * layout.length_multiple
+    tokens = run.rows * length / layout.cp
+    split = layout.tp if layout.sequence_parallel else 1
+    static = {
+        "weights": own.total * run.weight_bytes,
+        "gradients": own.total * run.gradient_bytes,
+        "optimizer": round(run.optimizer_bytes * (own.dense / (layout.dp * layout.cp) + own.expert / layout.expert_dp)),
+    }
+    flight = float(min(layout.pp - stage, run.microbatches))
+    if layout.vpp > 1:
+        flight *= 1 + (layout.pp - 1) / (layout.pp * layout.vpp)
+    one = layer_bytes(shape, layout, run, tokens, imbalance, layout.sequence_parallel)
+    again = layers if run.recompute < 0 else min(run.recompute, layers)
+    checkpoints = flight * again / run.checkpoint_every * tokens * shape.hidden * element / split
+    training = {
+        "activation checkpoints": round(checkpoints),
+        "activations kept": round(flight * (layers - again) * one),
+        # The layers between two checkpoints computed again, and gradients of one layer beside them.
+        "a layer's backward pass": round((run.checkpoint_every if again else 0) * one + one),
+    }
+    if stage == layout.pp - 1:
+        logits = tokens * shape.vocab / layout.tp
+        training["logits and their gradient"] = round(8 * logits + min(LOGIT_CHUNK, 12 * logits))
+    if not run.generated:
+        return Memory(stage, static, training, {})
+    rows = run.generated + (GUARD_ROWS if layout.ep > 1 else 0)
+    cache = 2 * rows * run.length * shape.groups * shape.head_dim / layout.tp * layers * element
+    prefill = layer_bytes(shape, layout, run, rows * run.prompt, imbalance, False)
+    generation = {"keys and values": round(cache), "prompts through a layer": round(prefill)}
+    if stage == layout.pp - 1:
+        generation["logits of the prompts"] = round(rows * run.prompt * shape.vocab / layout.tp * 6)
+    return Memory(stage, static, training, generation)

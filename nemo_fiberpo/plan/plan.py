@@ -1,0 +1,219 @@
+"""All that `fiberpo plan` says about a run, and everything that is wrong with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_fiberpo.objective.hierarchy import Hierarchy
+from nemo_fiberpo.objective.ratio_gating import RatioGating
+
+from .assumptions import Assumptions
+from .batches import Batches
+from .cells import Partitions, PromptLabels, StepCells, step_cells
+from .estimate import Times, times
+from .layout import Layout
+from .memory import GIB, Memory, Run, memory
+from .shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Request:
+    """The parts of a run's configuration, resolved; what could not be read is None and said in the problems already.
+
+    kl  whether the initial policy is needed;  epochs: passes over a rollout;  passes: forward passes of a step
+    cpu  a run without GPUs, of which no times are estimated
+    """
+
+    name: str
+    model: Mapping[str, Any]
+    trainer: Mapping[str, Any]
+    assumptions: Assumptions
+    batches: Batches | None
+    prompt_length: int
+    hierarchy: Hierarchy | None
+    prompts: PromptLabels | None = None
+    partitions: Partitions | None = None
+    gating: RatioGating | None = None
+    kl: bool = False
+    epochs: int = 1
+    passes: int = 2
+    cpu: bool = False
+
+    @property
+    def response_length(self) -> int:
+        """Longest response in tokens."""
+        return int(self.model["ppo"]["length_params"]["max_length"])
+
+
+@dataclass
+class Plan:
+    """What is known, None where a problem kept it from being computed; problems refuse the run, warnings do not."""
+
+    name: str
+    assumptions: Assumptions
+    layout: Layout | None = None
+    shape: ModelShape | None = None
+    batches: Batches | None = None
+    run: Run | None = None
+    memory: Memory | None = None
+    host_bytes: int = 0
+    cells: StepCells | None = None
+    counted: bool = False
+    off_policy_steps: int = 0
+    times: Times | None = None
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the fields, and what follows from them."""
+        out: dict[str, Any] = {"name": self.name, "runs": not self.problems}
+        out |= {"problems": self.problems, "warnings": self.warnings}
+        for name in ("layout", "shape", "batches", "memory", "cells", "times", "assumptions"):
+            value = getattr(self, name)
+            out[name] = None if value is None else dataclasses.asdict(value)
+        if self.layout is not None:
+            out["layout"] |= {"world": self.layout.world, "dp": self.layout.dp, "expert_dp": self.layout.expert_dp}
+            groups = self.layout.groups()
+            out["groups"] = {axis: {"size": len(found[0]), "number": len(found)} for axis, found in groups.items()}
+        if self.shape is not None:
+            out["parameters"] = {"total": self.shape.total.total, "active": self.shape.active}
+        if self.memory is not None:
+            out["memory"]["peak"] = self.memory.peak
+        if self.times is not None:
+            out["times"]["share"] = self.times.share
+        return out | {"off_policy_steps": self.off_policy_steps, "host_bytes": self.host_bytes}
+
+
+def make_plan(request: Request, problems: list[str]) -> Plan:
+    """The plan of a run; `problems` of its configuration are known already and come first."""
+    plan = Plan(request.name, request.assumptions, problems=list(problems))
+    layout = _tried(plan, lambda: Layout.from_config(request.model, request.trainer))
+    if layout is None:
+        return plan
+    plan.layout, before = layout, len(plan.problems)
+    vocabulary = request.assumptions.vocab_size
+    plan.shape = _tried(plan, lambda: ModelShape.from_config(request.model, vocabulary, layout.tp))
+    plan.problems += layout.problems(plan.shape)
+    plan.warnings += layout.warnings()
+    plan.batches = request.batches
+    if layout.world % (layout.tp * layout.pp * layout.cp) or request.batches is None:
+        return plan
+    plan.problems += request.batches.problems(layout.dp, layout.cp)
+    plan.problems += _lengths(request, layout)
+    if len(plan.problems) > before or plan.shape is None:
+        return plan
+    _add_memory(plan, request, layout, plan.shape, request.batches)
+    if request.hierarchy is not None and request.prompts is not None:
+        _add_cells(plan, request, layout, plan.shape, request.batches, request.hierarchy, request.prompts)
+    return plan
+
+
+def _tried(plan: Plan, make: Any) -> Any:
+    """The result, or None and its ValueError among the problems."""
+    try:
+        return make()
+    except ValueError as error:
+        plan.problems.append(str(error))
+        return None
+
+
+def _lengths(request: Request, layout: Layout) -> list[str]:
+    length = request.prompt_length + request.response_length
+    sum_ = f"data.max_prompt_length + model.ppo.length_params.max_length = {length}"
+    found = []
+    for name in ("encoder_seq_length", "max_position_embeddings"):
+        limit = request.model.get(name)
+        if limit and length > limit:
+            found.append(f"model.{name}: {limit} is less than {sum_}; make it at least that, or the lengths shorter")
+    multiple, widest = layout.length_multiple, request.model.get("encoder_seq_length")
+    if widest and widest % multiple:
+        found.append(
+            f"model.encoder_seq_length: {widest} is not a multiple of {multiple} (2 x context parallel, x tensor "
+            "parallel with sequence parallelism), which the lengths of rows are rounded up to"
+        )
+    return found
+
+
+def _add_memory(plan: Plan, request: Request, layout: Layout, shape: ModelShape, batches: Batches) -> None:
+    precision, number = request.trainer.get("precision", "bf16"), batches.microbatches(layout.dp)
+    lengths = request.prompt_length, request.response_length
+    given = request.assumptions
+    generated = batches.generation if given.host == "nemo_aligner" else 0
+    run = Run.from_config(request.model, precision, *lengths, batches.micro, generated, number)
+    plan.run, plan.memory = run, memory(shape, layout, run, given.expert_imbalance)
+    limit = given.gpu_memory_gib - given.reserve_gib
+    peak = plan.memory.peak / GIB
+    if peak > limit:
+        plan.problems.append(
+            f"cluster.gpu_memory_gib: a rank of pipeline stage {plan.memory.stage} needs {peak:.1f} GiB, and "
+            f"{given.gpu_memory_gib:g} - reserve {given.reserve_gib:g} = {limit:.1f} GiB are there; "
+            + _remedy(plan.memory)
+        )
+    elif peak > 0.92 * limit:
+        plan.warnings.append(
+            f"cluster.gpu_memory_gib: {peak:.1f} of {limit:.1f} GiB; the estimate is no finer than that"
+        )
+    if request.kl:
+        plan.host_bytes = plan.memory.static["weights"] * min(layout.devices, layout.world)
+        if plan.host_bytes > given.host_memory_gib * GIB:
+            plan.problems.append(
+                f"cluster.host_memory_gib: the initial policy of {layout.devices} ranks is "
+                f"{plan.host_bytes / GIB:.0f} GiB on a node of {given.host_memory_gib:g}; set "
+                "algorithm.kl.coefficient to 0, or shard the policy further"
+            )
+
+
+def _remedy(found: Memory) -> str:
+    """By what is largest."""
+    static, training, generation = (sum(part.values()) for part in (found.static, found.training, found.generation))
+    if static >= max(training, generation):
+        return (
+            "most of it are weights, gradients and optimizer: raise model.tensor_, pipeline_ or "
+            "expert_model_parallel_size, or trainer.num_nodes"
+        )
+    if training >= generation:
+        return (
+            "most of it are activations: lower model.micro_batch_size, raise model.context_parallel_size, or set "
+            "model.activations_checkpoint_granularity to full"
+        )
+    return "most of it is generation: lower model.ppo.rollout_micro_batch_size"
+
+
+def _add_cells(
+    plan: Plan,
+    request: Request,
+    layout: Layout,
+    shape: ModelShape,
+    batches: Batches,
+    hierarchy: Hierarchy,
+    prompts: PromptLabels,
+) -> None:
+    plan.counted = prompts.counted
+    cells = _tried(
+        plan,
+        lambda: step_cells(
+            hierarchy,
+            prompts,
+            prompts_per_step=batches.prompts // batches.steps,
+            group=batches.group,
+            dp=layout.dp,
+            cp=layout.cp,
+            positions=request.response_length,
+            partitions=request.partitions,
+            gating=request.gating,
+            passes=request.passes,
+        ),
+    )
+    if cells is None:
+        return
+    plan.cells = cells
+    # The first optimizer step after a rollout is on-policy: its reductions are skipped, but not those of one pass.
+    plan.off_policy_steps = batches.steps * request.epochs - (1 if request.passes == 2 else 0)
+    if request.cpu:
+        return
+    length = request.prompt_length + request.response_length
+    sizes = cells.calls, cells.bytes
+    plan.times = times(shape, layout, batches.per_step, length, request.passes, *sizes, request.assumptions)

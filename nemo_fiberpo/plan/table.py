@@ -1,0 +1,110 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .layout import Layout
+from .memory import GIB, Memory
+from .plan import Plan
+
+MEANING = {
+    "tensor": "copies of the tokens",
+    "context": "parts of the sequences",
+    "data": "samples of their own",
+    "pipeline": "layers of their own",
+    "expert tensor": "parts of the same experts",
+    "expert": "experts of their own",
+    "expert data": "the same experts",
+}
+
+
+def format_plan(plan: Plan) -> str:
+    """The table that `fiberpo plan` prints."""
+    lines = [plan.name]
+    if plan.layout is not None:
+        lines += ["", *_ranks(plan.layout)]
+    if plan.shape is not None and plan.layout is not None:
+        lines += ["", *_parameters(plan)]
+    if plan.memory is not None:
+        lines += ["", *_memory(plan, plan.memory)]
+    if plan.batches is not None and plan.cells is not None:
+        lines += ["", *_cells(plan)]
+    lines += [""] + [f"warning: {warning}" for warning in plan.warnings] if plan.warnings else []
+    if plan.problems:
+        return "\n".join(lines)
+    return "\n".join([*lines, "", "This run fits, as far as arithmetic can tell."])
+
+
+def _ranks(layout: Layout) -> Iterator[str]:
+    yield f"{layout.world} {'rank' if layout.world == 1 else 'ranks'}: {layout.nodes} x {layout.devices}"
+    for axis, found in layout.groups().items():
+        number = "1 group" if len(found) == 1 else f"{len(found)} groups"
+        yield f"  {axis:<14}{number:>11} of {len(found[0]):<5}{MEANING[axis]:<28}{_shown(found[0])}"
+
+
+def _shown(ranks: list[int]) -> str:
+    if len(ranks) < 2:
+        return ""
+    if ranks[-1] - ranks[0] == len(ranks) - 1:
+        return f"{ranks[0]}-{ranks[-1]}, ..."
+    return ", ".join(map(str, ranks if len(ranks) < 5 else [*ranks[:2], ".."])) + (
+        f", {ranks[-1]}, ..." if len(ranks) >= 5 else ", ..."
+    )
+
+
+def _parameters(plan: Plan) -> Iterator[str]:
+    assert plan.shape is not None and plan.layout is not None
+    shape, layout = plan.shape, plan.layout
+    yield f"{'parameters':<24}{_billions(shape.total.total)}, {_billions(shape.active)} active"
+    layers, stages = shape.even(layout.pp)
+    if stages > 0 and layers % stages == 0:
+        for stage in sorted({0, layout.pp // 2, layout.pp - 1}):
+            own = shape.stage(stage, layout.pp, layout.tp, layout.ep, layout.etp)
+            experts = f", {_billions(own.expert)} of experts" if own.expert else ""
+            yield f"  {f'rank of stage {stage}':<22}{_billions(own.total)}{experts}"
+
+
+def _billions(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e8 else f"{number / 1e6:.2f} M"
+
+
+def _memory(plan: Plan, memory: Memory) -> Iterator[str]:
+    given = plan.assumptions
+    yield f"memory of the fullest rank (stage {memory.stage}), GiB, estimate"
+    for title, part in (("", memory.static), ("training", memory.training), ("generation", memory.generation)):
+        for name, size in part.items():
+            yield f"  {title:<12}{name:<28}{size / GIB:8.2f}"
+    limit = given.gpu_memory_gib - given.reserve_gib
+    yield f"  {'peak':<40}{memory.peak / GIB:8.2f}   of {given.gpu_memory_gib:g} - {given.reserve_gib:g} = {limit:.1f}"
+    if plan.host_bytes:
+        host = plan.host_bytes / GIB
+        yield f"  {'initial policy, host memory of a node':<40}{host:8.2f}   of {given.host_memory_gib:g}"
+
+
+def _cells(plan: Plan) -> Iterator[str]:
+    assert plan.batches is not None and plan.cells is not None and plan.layout is not None
+    batches, cells, layout = plan.batches, plan.cells, plan.layout
+    yield (
+        f"a rollout: {batches.prompts} prompts x {batches.group} = {batches.rollout} samples, {batches.steps} "
+        f"optimizer steps of {batches.per_step}; {batches.microbatches(layout.dp)} micro-batches of {batches.micro} "
+        "per step and rank"
+    )
+    yield f"  {'stratum':<24}{'cells of a step':>16}{'on several ranks':>18}" + (
+        "" if plan.counted else "   at most, with cluster.labels"
+    )
+    for name, (number, shared) in cells.strata.items():
+        yield f"  {name:<24}{number:>16,}{shared:>18,}"
+    yield f"reductions of an optimizer step: {cells.calls}, {cells.bytes:,} bytes; none where it is on-policy"
+    yield f"of a rollout: {plan.off_policy_steps * cells.calls}, {plan.off_policy_steps * cells.bytes:,} bytes"
+    yield (
+        f"exchange of cells, once per rollout: up to {batches.steps * cells.exchanged:,} bytes from each rank that "
+        "holds tokens of its own"
+    )
+    if plan.times is not None:
+        given = plan.assumptions
+        yield (
+            f"estimate: a step takes {plan.times.step:.3g} s ({given.peak_tflops:g} TFLOPS x MFU {given.mfu:g}, "
+            f"longest rows), reductions {1e3 * plan.times.reductions:.3g} ms ({given.latency_us:g} us a hop, "
+            f"{given.bandwidth_gb_per_s:g} GB/s): {plan.times.share:.4%} of it"
+        )

@@ -1,0 +1,225 @@
+"""Hugging Face models into the actor's checkpoint and back: logits, bits, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from nemo_fiberpo.aligner import huggingface, huggingface_files
+from nemo_fiberpo.aligner.huggingface import huggingface_config, model_config, to_huggingface, to_megatron
+from tests.aligner.launching import ROOT, environment
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    "rope_theta": 5000.0, "attn_implementation": "eager",
+}  # fmt: skip
+LLAMA31 = {"rope_type": "llama3", **huggingface.LLAMA3_SCALING}
+MODELS: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
+    "llama with Llama 3.1's positions": (
+        transformers.LlamaConfig,
+        transformers.LlamaForCausalLM,
+        {"rope_scaling": LLAMA31, "rope_theta": 500000.0, "max_position_embeddings": 16384},
+    ),
+    "llama with wide heads": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {"head_dim": 16}),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
+    "qwen2, tied": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {"tie_word_embeddings": True}),
+    "mixtral": (
+        transformers.MixtralConfig,
+        transformers.MixtralForCausalLM,
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    ),
+}
+
+
+def make(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A model with weights large enough, and biases and norms far enough from their defaults, that each matters."""
+    config, kind, changes = MODELS[name]
+    torch.manual_seed(4)
+    model = kind(config(**(SIZES | changes)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.2)
+    return model.to(dtype).eval()
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers(name: str):
+    model = make(name)
+    config = model_config(model.config.to_dict() | {"architectures": [type(model).__name__]})
+    tokens = torch.randint(0, SIZES["vocab_size"], (2, 17), generator=torch.Generator().manual_seed(1))
+    with huggingface_files.megatron_alone(), torch.no_grad():
+        gpt = huggingface_files.build_gpt(config, torch.float32).eval()
+        huggingface_files.load_into(gpt, to_megatron(dict(model.state_dict()).__getitem__, config))
+        causal = torch.ones(17, 17, dtype=torch.bool).triu(1)[None, None]
+        found = gpt(tokens, torch.arange(17).expand(2, -1), causal)
+        wanted = model(tokens).logits
+    assert wanted.abs().max() > 0.5
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_files_there_and_back_have_the_same_bits(name: str, dtype: torch.dtype, tmp_path: Path):
+    model = make(name, dtype)
+    model.save_pretrained(tmp_path / "hf")
+    huggingface_files.import_huggingface(tmp_path / "hf", tmp_path / "policy.nemo")
+    huggingface_files.export_huggingface(tmp_path / "policy.nemo", tmp_path / "back")
+    before, after = stored(tmp_path / "hf"), stored(tmp_path / "back")
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert tensor.dtype == after[key].dtype and torch.equal(tensor, after[key]), key
+    tokens = torch.arange(12)[None]
+    first, again = (
+        transformers.AutoModelForCausalLM.from_pretrained(
+            folder, torch_dtype="auto", attn_implementation="eager"
+        ).eval()
+        for folder in (tmp_path / "hf", tmp_path / "back")
+    )
+    with torch.no_grad():
+        assert torch.equal(first(tokens).logits, again(tokens).logits)
+
+
+def test_queries_keys_and_values_lie_by_group():
+    """Two groups of two queries, heads one wide: by hand."""
+    config = {
+        "num_layers": 1,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "share_embeddings_and_output_weights": True,
+    }
+    q, k, v = torch.tensor([[1.0], [2], [3], [4]]), torch.tensor([[5.0], [6]]), torch.tensor([[7.0], [8]])
+    source = {
+        f"model.layers.0.self_attn.{name}_proj.weight": value for name, value in zip("qkv", (q, k, v), strict=True)
+    }
+    made = dict(to_megatron(lambda name: source.get(name, torch.zeros(2, 1)), config))
+    assert made["decoder.layers.0.self_attention.linear_qkv.weight"].flatten().tolist() == [1, 2, 5, 7, 3, 4, 6, 8]
+    back = dict(to_huggingface(made, config))
+    assert all(torch.equal(back[name], value) for name, value in source.items())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_configuration_comes_back(name: str):
+    before = make(name).config.to_dict() | {"architectures": [MODELS[name][1].__name__]}
+    after = MODELS[name][0](**(huggingface_config(model_config(before)) | {"vocab_size": 50})).to_dict()
+    skipped = {"torch_dtype", "_attn_implementation_autoset", "bos_token_id", "eos_token_id", "transformers_version"}
+    skipped |= {"sliding_window", "max_window_layers"} if name.startswith("qwen2") else set()
+    assert {k: v for k, v in after.items() if k not in skipped} == {k: v for k, v in before.items() if k not in skipped}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "architectures: 'GPT2LMHeadModel' is not one of"),
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
+        ({"attention_bias": True}, "attention_bias: True"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling: "),
+        ({"rope_scaling": LLAMA31 | {"factor": 32.0}}, "rope_scaling: "),
+        ({"sliding_window": 4096}, "sliding_window: 4096"),
+    ],
+)
+def test_what_nemo_cannot_follow_is_refused_by_its_field(change: dict[str, Any], said: str):
+    config = make("llama").config.to_dict() | {"architectures": ["LlamaForCausalLM"]} | change
+    with pytest.raises(ValueError) as error:
+        model_config(config)
+    assert said in str(error.value)
+
+
+def test_pickles_missing_superfluous_and_misshapen_tensors_are_refused(tmp_path: Path):
+    source, target = tmp_path / "hf", tmp_path / "policy.nemo"
+    make("llama").save_pretrained(source)
+    file = source / "model.safetensors"
+    whole = load_file(file)
+
+    def refused(tensors: dict[str, torch.Tensor]) -> str:
+        save_file(tensors, file)
+        with pytest.raises(ValueError) as error:
+            huggingface_files.import_huggingface(source, target)
+        assert not target.exists()
+        return str(error.value)
+
+    norm = "model.norm.weight"
+    assert f"has no tensor {norm}" in refused({key: value for key, value in whole.items() if key != norm})
+    assert "rotary.strange is a tensor that this family does not have" in refused(
+        whole | {"rotary.strange": torch.ones(1)}
+    )
+    assert "shape (33,), but config.json says (32,)" in refused(whole | {norm: torch.ones(33)})
+    file.unlink()
+    torch.save(whole, source / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is a pickle"):
+        huggingface_files.import_huggingface(source, target)
+
+
+def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(huggingface_files, "SHARD_BYTES", 20_000)
+    model = make("llama")
+    huggingface_files._write_shards(iter(model.state_dict().items()), tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    assert set(index["weight_map"]) == set(model.state_dict()) == huggingface_files._Weights(tmp_path).names
+
+
+OFF = (
+    "transformer_engine",
+    "megatron_amp_O2",
+    "persist_layer_norm",
+    "gradient_accumulation_fusion",
+    "apply_rope_fusion",
+)
+OFF += ("masked_softmax_fusion", "bias_activation_fusion", "bias_dropout_add_fusion")
+CPU = ["++model.use_cpu_initialization=true", *(f"++model.{name}=false" for name in OFF)]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Of fewer tokens than the model has rows, as Qwen2's."""
+    words = tokenizers.models.WordLevel({f"<{number}>": number for number in range(45)}, unk_token="<0>")
+    made = tokenizers.Tokenizer(words)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<0>", eos_token="<1>", pad_token="<2>"
+    ).save_pretrained(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["qwen2, tied", "mixtral"])
+def test_the_actor_gives_an_imported_policy_the_log_probs_of_transformers(name: str, tmp_path: Path):
+    """And what the actor saves is exported with the bits it was imported with."""
+    from tests.aligner.hf_log_probs import TOKENS
+
+    model = make(name)
+    model.save_pretrained(tmp_path / "hf")
+    write_tokenizer(tmp_path / "hf")
+    policy, out = tmp_path / "policy.nemo", tmp_path / "out.pt"
+    huggingface_files.import_huggingface(tmp_path / "hf", policy)
+    (tmp_path / "out").mkdir()
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"),
+            str(ROOT / "tests" / "aligner" / "hf_log_probs.py"),
+            *(str(ROOT / "conf"), str(out), f"run_dir={tmp_path}/run", "data.train=none"),
+            *(f"pretrained_checkpoint.restore_from_path={policy}", "model=policy", "model.micro_batch_size=2", *CPU),
+        ],
+        cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:]
+    with torch.no_grad():
+        wanted = model(TOKENS).logits.log_softmax(-1)[:, :-1].gather(-1, TOKENS[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(torch.load(out, weights_only=True), wanted, rtol=1e-5, atol=1e-5)
+    huggingface_files.export_huggingface(tmp_path / "out" / "again.nemo", tmp_path / "back")
+    before, after = stored(tmp_path / "hf"), stored(tmp_path / "back")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back").vocab_size == 45

@@ -1,0 +1,122 @@
+"""SIGUSR1 and SIGTERM: what a process does with them, and what its helpers do."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nemo_fiberpo.aligner import preemption
+from nemo_fiberpo.aligner.grader_pool import GraderPool
+from tests import distributed
+from tests.aligner.launching import environment
+from tests.aligner.test_failures import alive
+
+CATCH = """
+import os, signal, time
+from nemo_fiberpo.aligner import preemption
+preemption.SAME_SIGTERM = {same}
+preemption.install()
+for name in {sent}:
+    os.kill(os.getpid(), getattr(signal, name))
+    time.sleep(0.05)
+print("received", signal.Signals(preemption._received).name, flush=True)
+"""
+
+
+def caught(*sent: str, same: float = 5.0) -> subprocess.CompletedProcess:
+    script = CATCH.format(same=same, sent=sent)
+    return subprocess.run([sys.executable, "-c", script], env=environment(), text=True, capture_output=True)
+
+
+@pytest.mark.parametrize("sent", [("SIGUSR1",), ("SIGTERM",), ("SIGUSR1", "SIGTERM"), ("SIGUSR1", "SIGUSR1")])
+def test_a_signal_only_sets_a_flag_and_the_first_is_the_reason(sent):
+    done = caught(*sent)
+    assert (done.returncode, done.stdout) == (0, f"received {sent[0]}\n"), done.stderr
+
+
+def test_a_sigterm_that_a_launcher_repeats_is_one_sigterm():
+    assert caught("SIGTERM", "SIGTERM").returncode == 0
+
+
+def test_a_second_sigterm_ends_the_process_at_once():
+    done = caught("SIGTERM", "SIGTERM", same=0.0)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "")
+
+
+def agree_worker(rank: int, world: int) -> list[str | None]:
+    before = preemption.agreed_reason()
+    late = preemption.agreed_reason(time_is_up=True) if rank else preemption.agreed_reason()
+    on_time = preemption.agreed_reason(time_is_up=rank == 0)
+    if rank == world - 1:
+        preemption.install()
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return [before, late, on_time, preemption.agreed_reason()]
+
+
+@pytest.mark.distributed
+def test_one_ranks_signal_is_every_ranks_and_the_first_ranks_clock_counts():
+    for answers in distributed.run(agree_worker, 2):
+        assert answers == [None, None, "its time limit, exp_manager.max_time_per_run,", "SIGUSR1"]
+
+
+def test_a_process_begun_while_signals_are_held_back_starts_with_them_held_back():
+    show = "import signal; print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
+    with preemption.held_back():
+        inside = subprocess.check_output([sys.executable, "-c", show], text=True)
+    outside = subprocess.check_output([sys.executable, "-c", show], text=True)
+    assert inside.count("SIGUSR1") == inside.count("SIGTERM") == 1 and outside == "[]\n"
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("when", ["while they start", "while they grade"])
+def test_graders_outlive_the_signals_of_a_whole_job(when):
+    items = [("checksum", {}, f"answer {number}") for number in range(20)]
+    with GraderPool({"checksum": "tests.aligner.checksum_grader:grade"}, [("checksum", {})], workers=2) as pool:
+        supervisors = [slot.process.pid for slot in pool._slots]
+        if when == "while they grade":
+            pool.wait_until_ready()
+        for _ in range(20):
+            for supervisor in supervisors:
+                for pid in (supervisor, *children(supervisor)):
+                    os.kill(pid, signal.SIGUSR1)
+                    os.kill(pid, signal.SIGTERM)
+            time.sleep(0.02)
+        pool.wait_until_ready()
+        workers = [slot.pid for slot in pool._slots]
+        assert all(outcome.failure is None for outcome in pool.grade(items))
+        assert [slot.process.pid for slot in pool._slots] == supervisors
+        assert [slot.pid for slot in pool._slots] == workers
+
+
+def test_a_helper_that_multiprocessing_starts_ends_with_its_parent(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, os, signal, time\n"
+        "from nemo_fiberpo.aligner import preemption\n"
+        "preemption.install(__name__)\n"
+        "if __name__ == '__main__':\n"
+        "    manager = multiprocessing.get_context('spawn').Manager()\n"
+        "    print(manager._process.pid, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with (tmp_path / "output").open("w") as output:  # a pipe would stay open with the helper
+        status = subprocess.call([sys.executable, str(script)], env=environment(), stdout=output)
+    assert status == -signal.SIGKILL
+    pid, until = int((tmp_path / "output").read_text()), time.monotonic() + 20
+    try:
+        while alive(pid):
+            assert time.monotonic() < until, "the helper is still there"
+            time.sleep(0.05)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,215 @@
+"""What makes a run the run it is, and how all ranks come to resume from the same checkpoint."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from nemo_fiberpo.aligner import resume
+from nemo_fiberpo.aligner.resume import RunRecord
+from nemo_fiberpo.aligner.settings import check_resume
+from tests.aligner.test_checkpoints import checkpoints, flip_middle, name_of, save  # noqa: F401
+
+CONFIG = {
+    "run_dir": "",
+    "seed": 3,
+    "collective_timeout": 20,
+    "resume": {"allow": []},
+    "hierarchy": {
+        "token_clip": 0.2,
+        "strata": [
+            {"name": "domain", "budget": {"pos": 0.04, "neg": 0.03}},
+            {"name": "trajectory", "budget": {"pos": 0.24, "neg": 0.12}},
+        ],
+    },
+    "algorithm": {"prompts_per_rollout": 8, "rl_steps": 4, "save_interval": 2, "kl": {"coefficient": 0.0}},
+    "data": {"train": "", "heldout": None},
+    "rewards": {"workers": 1, "score": "threshold"},
+    "model": {"micro_batch_size": 4, "optim": {"lr": 1e-3}, "tensor_model_parallel_size": 1},
+    "trainer": {"precision": 32, "gradient_clip_val": 1.0, "max_steps": -1},
+    "pretrained_checkpoint": {"restore_from_path": "start.nemo"},
+    "exp_manager": {"explicit_log_dir": ""},
+}
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    made = OmegaConf.create(CONFIG)
+    made.run_dir = str(tmp_path)
+    made.exp_manager.explicit_log_dir = str(tmp_path / "nemo")
+    made.data.train = str(tmp_path / "train.jsonl")
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1"}\n')
+    return made
+
+
+def changed(cfg, *changes: str):
+    return OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(changes)))
+
+
+def budget(cfg, value: float):
+    out = cfg.copy()
+    out.hierarchy.strata[0].budget.pos = value
+    return out
+
+
+REFUSED = {
+    "seed=4": "seed",
+    "algorithm.prompts_per_rollout=16": "algorithm.prompts_per_rollout",
+    "model.micro_batch_size=2": "model.micro_batch_size",
+    "model.optim.lr=0.1": "model.optim.lr",
+    "rewards.score=raw": "rewards.score",
+    "trainer.precision=bf16": "trainer.precision",
+    "algorithm.kl.coefficient=0.1": "algorithm.kl.coefficient",
+    "hierarchy.token_clip=0.3": "hierarchy.token_clip",
+}
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_a_changed_run_is_refused_by_the_name_of_the_key(cfg, change):
+    RunRecord(cfg).remember(0)
+    RunRecord(cfg).check()
+    with pytest.raises(ValueError, match=rf"^{REFUSED[change]}: .*resume\.allow=\[{REFUSED[change]}\]"):
+        RunRecord(changed(cfg, change)).check()
+
+
+def test_a_changed_budget_is_named_by_its_stratum(cfg):
+    RunRecord(cfg).remember(0)
+    with pytest.raises(ValueError, match=r"^hierarchy\.strata\.domain\.budget\.pos: 0\.05, but .* has 0\.04"):
+        RunRecord(budget(cfg, 0.05)).check()
+
+
+def test_other_strata_are_refused(cfg):
+    RunRecord(cfg).remember(0)
+    other = cfg.copy()
+    del other.hierarchy.strata[0]
+    with pytest.raises(ValueError, match=r"^hierarchy\.strata\.order: \['trajectory'\]"):
+        RunRecord(other).check()
+
+
+def test_other_prompts_in_the_same_file_are_refused(cfg, tmp_path):
+    RunRecord(cfg).remember(0)
+    (tmp_path / "train.jsonl").write_text('{"prompt": "2"}\n')
+    with pytest.raises(ValueError, match=r"^data\.train\.sha256: "):
+        RunRecord(cfg).check()
+
+
+def test_the_same_prompts_in_another_place_are_the_same(cfg, tmp_path):
+    RunRecord(cfg).remember(0)
+    (tmp_path / "train.jsonl").rename(tmp_path / "moved.jsonl")
+    RunRecord(changed(cfg, f"data.train={tmp_path}/moved.jsonl")).check()
+
+
+@pytest.mark.parametrize("change", ["algorithm.rl_steps=9", "algorithm.save_interval=1", "rewards.workers=8"])
+def test_how_long_and_how_fast_may_change(cfg, change):
+    RunRecord(cfg).remember(0)
+    RunRecord(changed(cfg, change)).check()
+
+
+@pytest.mark.parametrize("allow", ["hierarchy", "hierarchy.strata.domain", "hierarchy.strata.domain.budget.pos"])
+def test_an_allowed_change_is_written_down_with_its_rl_step(cfg, tmp_path, allow):
+    RunRecord(cfg).remember(0)
+    record = RunRecord(changed(budget(cfg, 0.05), f"resume.allow=[{allow}]"))
+    record.check()
+    assert record.remember(2) == {"hierarchy.strata.domain.budget.pos": [0.04, 0.05]}
+    RunRecord(budget(cfg, 0.05)).check()  # from now on this is the run
+    stored = json.loads((tmp_path / "run.json").read_text())
+    assert stored["changes"] == [{"rl_step": 2, "changed": {"hierarchy.strata.domain.budget.pos": [0.04, 0.05]}}]
+
+
+def test_allowing_one_key_does_not_allow_another(cfg):
+    RunRecord(cfg).remember(0)
+    with pytest.raises(ValueError, match=r"^hierarchy\.strata\.domain\.budget\.pos"):
+        RunRecord(changed(budget(cfg, 0.05), "resume.allow=[hierarchy.token_clip]")).check()
+
+
+def test_a_mistyped_key_in_allow_is_refused(cfg):
+    with pytest.raises(ValueError, match=r"^resume\.allow: 'hierarchie' .*did you mean 'hierarchy'"):
+        RunRecord(changed(cfg, "resume.allow=[hierarchie]"))
+
+
+@pytest.mark.parametrize("value", [{"allow": "hierarchy"}, {"allow": [1]}, {"alow": []}])
+def test_a_resume_section_that_makes_no_sense_is_refused(cfg, value):
+    cfg.resume = value
+    with pytest.raises(ValueError, match=r"^resume\."):
+        check_resume(cfg)
+
+
+def test_another_layout_goes_on_and_is_written_down(cfg, monkeypatch):
+    RunRecord(cfg).remember(0)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    record = RunRecord(changed(cfg, "model.tensor_model_parallel_size=2"))
+    record.check()
+    assert record.remember(2) == {"model.tensor_model_parallel_size": [1, 2], "ranks": [1, 4]}
+
+
+def test_a_whole_checkpoint_is_remembered_through_a_restart(cfg):
+    record = RunRecord(cfg)
+    assert record.checkpoint is None
+    record.remember(0)
+    record.note_checkpoint("fiberpo-step=2", {"step": 2, "consumed_samples": 16})
+    RunRecord(cfg).remember(2)
+    assert RunRecord(cfg).checkpoint == {"name": "fiberpo-step=2", "step": 2}
+
+
+def test_a_damaged_record_of_the_run_is_an_error_that_names_it(cfg, tmp_path):
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json: not the record of a run"):
+        RunRecord(cfg).check()
+
+
+def agree(cfg, directory, ranks: int) -> list:
+    """What every rank resumes from, each in a thread, over one store."""
+    store, found = dist.HashStore(), [None] * ranks
+
+    def run(rank: int) -> None:
+        try:
+            if rank == 0:
+                found[0] = resume._lead(cfg, directory, RunRecord(cfg), store, ranks)
+            else:
+                found[rank] = resume._follow(store, rank, ranks)
+        except ValueError as error:
+            found[rank] = str(error)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return found
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", "common.pt", "model/shard_0.pt", ".metadata"])
+def test_all_ranks_resume_from_the_same_checkpoint_whichever_reads_the_damaged_file(cfg, checkpoints, name, capsys):  # noqa: F811
+    flip_middle(checkpoints / name_of(4) / name)
+    found = agree(cfg, checkpoints, 3)
+    assert {path for path, _ in found} == {checkpoints / name_of(2)}
+    assert {state["step"] for state in (manifest.state for _, manifest in found)} == {2}
+    assert f"checkpoint {name_of(4)}: damaged: {name}: its SHA-256 differs" in capsys.readouterr().out
+
+
+def test_all_ranks_begin_at_step_0_where_there_is_no_checkpoint(cfg, tmp_path):
+    assert agree(cfg, tmp_path / "none", 2) == [None, None]
+
+
+def test_all_ranks_stop_where_no_checkpoint_is_whole(cfg, checkpoints):  # noqa: F811
+    for step in (2, 4):
+        flip_middle(checkpoints / name_of(step) / "common.pt")
+    first, second = agree(cfg, checkpoints, 2)
+    assert first == second and "no checkpoint is whole" in first
+
+
+def test_every_file_is_read_by_exactly_one_rank(checkpoints):  # noqa: F811
+    wanted = resume.manifest.read(checkpoints / name_of(4))
+    shares = [resume._share(wanted, rank, 3) for rank in range(3)]
+    assert sorted(name for share in shares for name in share) == sorted(wanted.files)
+
+
+def test_resuming_is_not_switched_off_where_there_are_checkpoints(cfg, checkpoints):  # noqa: F811
+    cfg.exp_manager.explicit_log_dir = str(checkpoints.parent)
+    cfg.exp_manager.resume_if_exists = False
+    with pytest.raises(ValueError, match=r"^exp_manager\.resume_if_exists: false, but .* give a run_dir"):
+        resume.find_checkpoint(cfg, RunRecord(cfg))

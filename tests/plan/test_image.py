@@ -1,0 +1,51 @@
+"""The check of the container that the Dockerfile's gpu target stands on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from types import ModuleType
+
+from tests.plan.configs import ROOT
+
+
+def check_image() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("check_image", ROOT / "requirements" / "check_image.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+VERSIONS = {
+    "nemo_toolkit": "2.2.0",
+    "nemo_aligner": "0.7.0rc0",
+    "megatron_core": "0.11.0",
+    "transformer_engine": "2.1.0+abc",
+    "apex": "0.1",
+    "torch": "2.7.0a0",
+    "hydra-core": "1.3.2",
+}
+
+
+def problems_of(versions: dict[str, str]) -> list[str]:
+    def version(name: str) -> str:
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    return check_image().problems(version)
+
+
+def test_the_versions_of_release_25_02_belong_together():
+    assert problems_of(VERSIONS) == []
+
+
+def test_another_release_and_a_missing_package_are_named():
+    changed = {name: version for name, version in VERSIONS.items() if name != "apex"} | {"megatron_core": "0.12.0"}
+    assert problems_of(changed) == [
+        "megatron_core: is 0.12.0 in this image, but 0.11 is needed",
+        "apex: is not in this image",
+    ]
+    # 0.1 is not the beginning of 0.11.
+    assert len(problems_of(VERSIONS | {"nemo_toolkit": "2.20.0"})) == 1

@@ -1,0 +1,92 @@
+"""Memory arithmetic against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from nemo_fiberpo.plan.layout import Layout
+from nemo_fiberpo.plan.memory import GIB, Run, layer_bytes, memory
+from nemo_fiberpo.plan.shape import ModelShape
+from tests.plan.configs import plan_of
+
+SHAPE = ModelShape(layers=4, hidden=64, heads=4, groups=2, head_dim=16, ffn=128, vocab=256)
+RUN = Run(
+    prompt=8, response=24, rows=2, generated=4, microbatches=8, weight_bytes=2, gradient_bytes=4, optimizer_bytes=12,
+    recompute=-1, checkpoint_every=1, flash=True, allgather=False,
+)  # fmt: skip
+
+
+def test_weights_gradients_and_optimizer_by_hand():
+    found = memory(SHAPE, Layout(1, 4, tp=2), RUN, 1.0)
+    layer = (64 * (64 + 64) + 64 * 64 + 3 * 64 * 128) // 2 + 2 * 64
+    own = 4 * layer + 2 * 256 // 2 * 64 + 64
+    assert found.static == {"weights": 2 * own, "gradients": 4 * own, "optimizer": 12 * own // 2}
+
+
+def test_the_optimizer_of_experts_is_sharded_over_the_ranks_that_hold_the_same_ones():
+    """8 ranks, 4 experts over 4: 8 share what is dense, 2 the same expert."""
+    moe = dataclasses.replace(SHAPE, experts=4, topk=2, expert_ffn=128)
+    found = memory(moe, Layout(1, 8, ep=4), RUN, 1.0)
+    expert = 4 * 3 * 64 * 128
+    dense = moe.stage(0, 1, ep=4).dense
+    assert found.static["optimizer"] == 12 * dense // 8 + 12 * expert // 2
+
+
+def test_activations_by_hand():
+    """Per token, in bf16: 4 h for the norms, (2 a + 2 g) d for attention, 3 f for the gated MLP."""
+    assert layer_bytes(SHAPE, Layout(1, 1), RUN, 10, 1.0, False) == 10 * 2 * (4 * 64 + (8 + 4) * 16 + 3 * 128)
+    split = layer_bytes(SHAPE, Layout(1, 2, tp=2), RUN, 10, 1.0, True)
+    assert split == 10 * 2 * (4 * 64 / 2 + (8 + 4) * 16 / 2 + 3 * 128 / 2)
+
+
+def test_a_pipeline_keeps_as_many_microbatches_as_stages_follow():
+    found = [memory(dataclasses.replace(SHAPE, vocab=1), Layout(1, 4, pp=pp), RUN, 1.0) for pp in (2, 4)]
+    for pp, one in zip((2, 4), found, strict=True):
+        stage_zero = pp * (4 // pp) * 2 * 32 * 64 * 2
+        assert one.training["activation checkpoints"] <= stage_zero
+    everything = dataclasses.replace(RUN, recompute=0)
+    assert memory(SHAPE, Layout(1, 1), everything, 1.0).training["activations kept"] == 4 * layer_bytes(
+        SHAPE, Layout(1, 1), RUN, 64, 1.0, False
+    )
+
+
+def test_keys_and_values_by_hand():
+    found = memory(SHAPE, Layout(1, 1), RUN, 1.0)
+    assert found.generation["keys and values"] == 2 * 4 * 32 * 2 * 16 * 4 * 2
+    assert not memory(SHAPE, Layout(1, 1), dataclasses.replace(RUN, generated=0), 1.0).generation
+
+
+def test_training_and_generation_alternate():
+    found = memory(SHAPE, Layout(1, 1), RUN, 1.0)
+    parts = sum(found.training.values()), sum(found.generation.values())
+    assert found.peak == sum(found.static.values()) + max(parts)
+
+
+def test_a_model_that_does_not_fit_is_refused_and_told_what_would_help():
+    plan = plan_of("cluster/mixtral_8x7b", "model.expert_model_parallel_size=1", "trainer.num_nodes=1")
+    assert len(plan.problems) == 1
+    assert plan.problems[0].startswith("cluster.gpu_memory_gib: a rank of pipeline stage")
+    assert "raise model.tensor_, pipeline_ or expert_model_parallel_size" in plan.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        (("model.activations_checkpoint_granularity=null", "model.micro_batch_size=8"), "lower model.micro_batch_size"),
+        (("model.ppo.rollout_micro_batch_size=256",), "lower model.ppo.rollout_micro_batch_size"),
+    ],
+)
+def test_the_remedy_is_for_what_is_largest(changes: tuple[str, ...], remedy: str):
+    plan = plan_of("cluster/llama3_1_8b", *changes)
+    assert [remedy in problem for problem in plan.problems] == [True]
+
+
+def test_the_initial_policy_lies_in_host_memory_where_a_penalty_needs_it():
+    assert plan_of("cluster/llama3_1_8b").host_bytes == 0
+    plan = plan_of("cluster/llama3_1_8b", "algorithm.kl.coefficient=0.01")
+    assert plan.memory is not None
+    assert plan.host_bytes == 8 * plan.memory.static["weights"] and plan.host_bytes > 59 * GIB
+    refused = plan_of("cluster/llama3_1_8b", "algorithm.kl.coefficient=0.01", "cluster.host_memory_gib=32")
+    assert "cluster.host_memory_gib" in refused.problems[0]
