@@ -27,7 +27,6 @@ from nemo_fiberpo.aligner.model_checks import partition_table
 from nemo_fiberpo.aligner.resume import RunRecord, find_checkpoint
 from nemo_fiberpo.aligner.settings import algorithm_settings, data_settings, reward_settings
 from nemo_fiberpo.objective import check_gating
-from nemo_fiberpo.objective.expert_partitions import COLUMN
 
 launch.register_resolvers()
 preemption.install(__name__)
@@ -39,9 +38,8 @@ def run(cfg: DictConfig) -> None:
     hierarchy, partitions = launch.check_sections(cfg)
     launch.check_host(cfg)
     settings, data, reward = algorithm_settings(cfg), data_settings(cfg), reward_settings(cfg)
-    soft = (COLUMN,) if partitions is not None and partitions.membership == "soft" else ()
-    check_gating(settings.gating, hierarchy, soft)
-    settings.check_passes([stratum.name for stratum in hierarchy.active], cfg.model.micro_batch_size)
+    check_gating(settings.gating, hierarchy, partitions.soft_columns if partitions is not None else ())
+    settings.check_passes(hierarchy.active, cfg.model.micro_batch_size)
     if partitions is not None and "num_moe_experts" in cfg.model:
         partition_table(partitions, cfg.model)
     record = RunRecord(cfg)

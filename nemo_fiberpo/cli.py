@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tarfile
 from collections.abc import Callable, Sequence
@@ -23,7 +24,14 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_fiberpo.aligner import launch
 from nemo_fiberpo.aligner.model_checks import model_problems, partition_table
 from nemo_fiberpo.aligner.prompts import load_prompts
-from nemo_fiberpo.aligner.settings import AlgorithmSettings, algorithm_settings, cluster_settings, reward_settings
+from nemo_fiberpo.aligner.settings import (
+    AlgorithmSettings,
+    DataSettings,
+    algorithm_settings,
+    cluster_settings,
+    data_settings,
+    reward_settings,
+)
 from nemo_fiberpo.objective import ExpertPartitions, Hierarchy, check_gating
 from nemo_fiberpo.objective.expert_partitions import COLUMN
 from nemo_fiberpo.plan.assumptions import Assumptions
@@ -127,15 +135,30 @@ def plan_of(cfg: DictConfig, name: str) -> Plan:
     hierarchy, partitions = launch_checked or (None, None)
     assumptions = tried(lambda: cluster_settings(cfg)) or _fallback(cfg)
     settings = tried(lambda: algorithm_settings(cfg))
+    data = tried(lambda: _data(cfg))
     tried(lambda: reward_settings(cfg))
     tried(lambda: _add_checkpoint(cfg))
     if assumptions.host == "nemo_aligner":
         problems += model_problems(cfg.model, bool(cfg.cpu))
     if settings is not None and hierarchy is not None:
-        tried(lambda: check_gating(settings.gating, hierarchy))
-        strata = [stratum.name for stratum in hierarchy.active]
-        tried(lambda: settings.check_passes(strata, cfg.model.micro_batch_size))
-    return make_plan(_request(cfg, name, assumptions, settings, hierarchy, partitions, tried), problems)
+        soft = partitions.soft_columns if partitions is not None else ()
+        tried(lambda: check_gating(settings.gating, hierarchy, soft))
+        tried(lambda: settings.check_passes(hierarchy.active, cfg.model.micro_batch_size))
+    plan = make_plan(_request(cfg, name, assumptions, settings, data, hierarchy, partitions, tried), problems)
+    if OmegaConf.is_interpolation(cfg.trainer, "devices") and "LOCAL_WORLD_SIZE" not in os.environ:
+        plan.warnings.append(
+            f"trainer.devices: {cfg.trainer.devices}, since LOCAL_WORLD_SIZE is not set, which the launcher sets to "
+            "the ranks of a node; give trainer.devices"
+        )
+    return plan
+
+
+def _data(cfg: DictConfig) -> DataSettings:
+    """The `data` section; a layout that ships names no prompts."""
+    cfg = cfg.copy()
+    if OmegaConf.is_missing(cfg.data, "train"):
+        cfg.data.train = "train.jsonl"
+    return data_settings(cfg)
 
 
 def _fallback(cfg: DictConfig) -> Assumptions:
@@ -153,6 +176,7 @@ def _request(
     name: str,
     assumptions: Assumptions,
     settings: AlgorithmSettings | None,
+    data: DataSettings | None,
     hierarchy: Hierarchy | None,
     partitions: ExpertPartitions | None,
     tried: Callable[[Callable[[], Any]], Any],
@@ -175,7 +199,7 @@ def _request(
         trainer=trainer,
         assumptions=assumptions,
         batches=launch.batch_sizes(cfg) if settings is not None else None,
-        prompt_length=cfg.data.get("max_prompt_length", 512),
+        prompt_length=(data or DataSettings("train.jsonl")).max_prompt_length,
         hierarchy=hierarchy,
         prompts=prompts,
         partitions=table,

@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
 # Sets everything up and runs the tests.
-#   bash tests/run.sh                    every stage, in order; stops at the first that fails
-#   bash tests/run.sh lint types         only these stages: lint, types, unit, mcore, matrix
+#   bash tests/run.sh                    lint, types, unit and mcore, in order; stops at the first that fails
+#   bash tests/run.sh lint types         only these stages: lint, types, unit, mcore, slurm, matrix
 #   bash tests/run.sh unit -- -k gates   what follows -- goes to pytest
-# unit is all of tests/ on the main environment; mcore is the objective and the Megatron seam again, on the newest
-# megatron-core. matrix, which runs only where it is named, compares every layout of up to 8 ranks with one process on both
-# (about 40 minutes on two cores) and writes docs/layouts.md.
+# unit is all of tests/ on the main environment; mcore is the Megatron seam again, on the newest megatron-core.
+# Only where they are named: slurm is tests/slurm/run.sh, which starts a SLURM where it is root on Debian, and says so if
+# it cannot; matrix compares every layout of up to 8 ranks with one process on both versions of megatron-core (about an
+# hour on two cores) and writes docs/layouts.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-lint() { ruff check . && ruff format --check .; }
+lint() { ruff check . && ruff format --check . && hadolint Dockerfile; }
 types() { mypy; }
 unit() { python -m pytest tests "$@"; }
 mcore() {
     local side="$PWD/.venv/mcore-newest"
     echo "megatron-core $(PYTHONPATH=$side python -W ignore -c 'import megatron.core as core; print(core.__version__, core.__path__[0])')"
-    PYTHONPATH="$side" python -m pytest tests/objective tests/megatron "$@"
+    PYTHONPATH="$side" python -m pytest tests/megatron "$@"
 }
+slurm() { bash tests/slurm/run.sh; }
 matrix() {
     python -m tests.megatron.layouts --write docs/layouts.md
     PYTHONPATH="$PWD/.venv/mcore-newest" python -m tests.megatron.layouts --write docs/layouts.md
@@ -24,8 +26,8 @@ matrix() {
 stages=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case "$1" in
-        lint | types | unit | mcore | matrix) stages+=("$1") ;;
-        *) echo "error: unknown stage '$1'; there are: lint types unit mcore matrix" >&2; exit 2 ;;
+        lint | types | unit | mcore | slurm | matrix) stages+=("$1") ;;
+        *) echo "error: unknown stage '$1'; there are: lint types unit mcore slurm matrix" >&2; exit 2 ;;
     esac
     shift
 done

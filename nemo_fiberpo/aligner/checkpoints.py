@@ -113,10 +113,7 @@ class WholeCheckpoints(NeMoModelCheckpoint):
         """Write the .nemo file of the last RL step if it is missing or cut short: a run can be killed between its last
         checkpoint and that file. Collective."""
         policy = Path(self._format_nemo_checkpoint_name())
-        seal, whole = _seal_of(policy), False
-        if trainer.is_global_zero and seal.exists() and policy.exists():
-            sealed = manifest.parse(seal.read_bytes())
-            whole = sealed.state == dict(self.trainer_state()) and not manifest.problems(policy.parent, sealed)
+        whole = trainer.is_global_zero and manifest.holds(_seal_of(policy), self.trainer_state())
         if self.save_nemo_on_train_end and not trainer.strategy.broadcast(whole):
             pl_module.prepare_for_training()
             with patch.object(trainer, "val_check_interval", 0):  # as NeMo-Aligner has it: no further `-last` copy

@@ -49,6 +49,7 @@ class ExpertLabels:
         SPMD: collective over tp, pp and cp; the result is the same on all of them.
         """
         masses = self._capture.masses()
+        self._capture.release()
         found = {COLUMN: [hard_labels(mass) for mass in masses]}
         if self.partitions.membership == "soft":
             found[MEMBERSHIP] = [soft_membership(mass) for mass in masses]
@@ -63,6 +64,7 @@ class ExpertLabels:
             old, new = old[mask].long().cpu(), hard_labels(mass).to(mask.device)[mask].long().cpu()
             counts[0] += torch.bincount(old, minlength=len(self.names))
             counts[1] += torch.bincount(old[old != new], minlength=len(self.names))
+        self._capture.release()
         return counts
 
 

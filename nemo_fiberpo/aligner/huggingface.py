@@ -43,6 +43,7 @@ def model_config(hf: Mapping[str, Any]) -> dict[str, Any]:
     family = FAMILIES.get(names[0])
     if family is None:
         raise ValueError(f"architectures: {names[0]!r} is not one of {', '.join(FAMILIES)}")
+    hf = _with_positions(hf)
     _refuse(hf, family)
     heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
     out = {
@@ -83,6 +84,16 @@ def model_config(hf: Mapping[str, Any]) -> dict[str, Any]:
             "moe_grouped_gemm": False,
         }
     return out
+
+
+def _with_positions(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With `rope_theta` and `rope_scaling`, of which transformers makes one `rope_parameters` from version 5 on."""
+    given = dict(hf.get("rope_parameters") or {})
+    scaling = hf.get("rope_scaling") or {name: value for name, value in given.items() if name != "rope_theta"}
+    if scaling.get("rope_type", scaling.get("type", "default")) == "default":
+        scaling = None
+    own = {name: given[name] for name in ("rope_theta", "partial_rotary_factor") if name in given}
+    return {**hf, **own, "rope_scaling": scaling}
 
 
 def _refuse(hf: Mapping[str, Any], family: str) -> None:

@@ -27,7 +27,10 @@ from nemo_fiberpo.aligner.huggingface import huggingface_config, model_config, n
 from nemo_fiberpo.config import mapping
 
 SHARD_BYTES = 5 * 2**30
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken")
+TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken"),
+    *("chat_template*", "generation_config.json"),  # how a conversation is written, and which tokens end a response
+)
 _NORM_BESIDE_EXPERTS = "decoder.layers.pre_mlp_layernorm.weight", "decoder.layers.mlp.linear_fc1.layer_norm_weight"
 """Names of the norm before experts in a checkpoint: with Transformer Engine's layer spec, and with the local one."""
 
@@ -248,8 +251,21 @@ def _unpacked(source: Path) -> Iterator[Path]:
     if not source.is_file() or not tarfile.is_tarfile(source):
         raise ValueError(f"{source}: is no .nemo file or folder")
     with tempfile.TemporaryDirectory(dir=source.parent) as folder, tarfile.open(source) as archive:
-        archive.extractall(folder, filter="data")
+        _extract(archive, Path(folder).resolve())
         yield Path(folder)
+
+
+def _extract(archive: tarfile.TarFile, folder: Path) -> None:
+    """Files and folders that lie inside `folder`; ValueError for anything else. The standard library's own filter came
+    with Python 3.11.4."""
+    for member in archive:
+        target = (folder / member.name).resolve()
+        if (target != folder and folder not in target.parents) or not (member.isfile() or member.isdir()):
+            raise ValueError(f"{archive.name!s}: {member.name!r} is no plain file inside the archive")
+        (target if member.isdir() else target.parent).mkdir(parents=True, exist_ok=True)
+        if (content := archive.extractfile(member)) is not None:
+            with content, open(target, "wb") as file:
+                shutil.copyfileobj(content, file)
 
 
 def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:

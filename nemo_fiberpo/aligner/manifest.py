@@ -134,6 +134,16 @@ def problems(checkpoint: Path, manifest: Manifest, names: Iterable[str] | None =
         return [line for line in pool.map(problem, manifest.files if names is None else names) if line]
 
 
+def holds(seal: Path, state: Mapping[str, int]) -> bool:
+    """Whether a manifest that stands beside its files is of this state of the trainer, and they are as it says. False
+    too where one of them is missing or damaged."""
+    try:
+        found = parse(seal.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return found.state == dict(state) and not problems(seal.parent, found)
+
+
 @dataclass
 class Choice:
     """The newest whole checkpoint (None: there is none and never was), and what is to be said and cleared away."""
@@ -196,7 +206,7 @@ def choose(directory: Path, recorded: Mapping[str, Any] | None, verify: Verify =
             manifest, wrong = None, [str(error)]
         if manifest is not None and not wrong:
             out.checkpoint, out.manifest = path, manifest
-        elif marked:
+        elif marked and not (path / NAME).exists():
             out.lines.append(f"{path.name}: unfinished: {wrong[0]}")
             out.unfinished.append(path)
         else:
@@ -209,6 +219,9 @@ def choose(directory: Path, recorded: Mapping[str, Any] | None, verify: Verify =
             f"{directory}: no checkpoint is whole ({'; '.join(out.lines) or 'there is none'}){known}. Put a whole one "
             "back, or begin again with a run_dir of its own"
         )
+    found = out.manifest.state["step"] if out.manifest is not None else -1
+    if recorded and found < recorded["step"] and not (directory / recorded["name"]).exists():
+        out.lines.append(f"{recorded['name']}: gone, although it was whole")
     return out
 
 
@@ -216,13 +229,14 @@ def clear_away(choice: Choice) -> list[str]:
     """Move damaged checkpoints out of NeMo's sight, remove unfinished ones and stale markers; a line for each."""
     said = list(choice.lines)
     for path in choice.damaged:
-        aside = path.parent.parent / DAMAGED
+        aside = path.parent.resolve().parent / DAMAGED  # of the same file system, where `checkpoints` is a link too
         aside.mkdir(exist_ok=True)
         target = aside / path.name
         number = 1
         while target.exists():
             target, number = aside / f"{path.name}.{number}", number + 1
         path.rename(target)
+        marker_of(path).unlink(missing_ok=True)
         said.append(f"{path.name}: moved to {target}")
     for path in choice.unfinished:
         shutil.rmtree(path)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 from omegaconf import DictConfig
 from torch import Tensor
 
 from nemo_fiberpo.megatron import cpu
+from nemo_fiberpo.megatron.routing import chosen_layers
 from nemo_fiberpo.objective.expert_partitions import COLUMN, ExpertPartitions
 
 
@@ -68,7 +70,8 @@ def model_problems(cfg: DictConfig, on_cpu: bool) -> Iterator[str]:
 def partition_table(partitions: ExpertPartitions, model: DictConfig) -> tuple[Tensor, tuple[str, ...]]:
     """The partition of each expert of the policy, int64 [experts], and the partitions' names.
 
-    Raises ValueError naming the field for a dense policy, and as `ExpertPartitions.table`.
+    Raises ValueError naming the field for a dense policy, as `ExpertPartitions.table`, and, where the config says how
+    many layers there are, as `chosen_layers`.
     """
     experts = model.get("num_moe_experts")
     if not experts:
@@ -76,6 +79,9 @@ def partition_table(partitions: ExpertPartitions, model: DictConfig) -> tuple[Te
             f"hierarchy: needs the column {COLUMN!r}, but the policy is dense (model.num_moe_experts is not set); take "
             "a hierarchy without it"
         )
+    if model.get("num_layers"):
+        fields = {"num_moe_experts": experts, "moe_layer_freq": model.get("moe_layer_freq") or 1}
+        chosen_layers(SimpleNamespace(num_layers=model.num_layers, **fields), partitions.layers)
     return partitions.table(experts, model.get("expert_model_parallel_size") or 1)
 
 

@@ -93,9 +93,11 @@ class RunRecord:
         self._check_allowed()
 
     def _check_allowed(self) -> None:
-        sections = {key.rsplit(".", number)[0] for key in self._identity for number in range(key.count(".") + 1)}
+        stored = self._stored()
+        keys = {**self._identity, **(stored["identity"] if stored else {})}  # what was taken out is a change too
+        sections = {key.rsplit(".", number)[0] for key in keys for number in range(key.count(".") + 1)}
         files = [f"data.{name}{end}" for name in self._data for end in ("", ".sha256")]
-        known = [*self._identity, *sections, *files]
+        known = [*keys, *sections, *files]
         for key in self._allowed:
             if key not in known:
                 raise ValueError(f"resume.allow: {key!r} is no key that must stay the same{nearest(key, known)}")
@@ -112,7 +114,7 @@ class RunRecord:
         try:
             stored = json.loads(self.path.read_text())
             return stored if isinstance(stored["identity"], dict) else None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:  # neither JSON nor text, or another structure
             raise ValueError(
                 f"{self.path}: not the record of a run ({error}); give a run_dir of its own, such as "
                 f"run_dir={self._run_dir}-2"

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_fiberpo.config import mapping, reject_unknown_keys
-from nemo_fiberpo.objective import OBJECTIVES, RatioGating
+from nemo_fiberpo.objective import OBJECTIVES, RatioGating, Stratum
 from nemo_fiberpo.objective.hierarchy import positive_number
 from nemo_fiberpo.objective.surrogate import WEIGHTS
 from nemo_fiberpo.objective.wording import nearest
@@ -155,9 +155,10 @@ class AlgorithmSettings:
             rl_steps = min(rl_steps, self.rl_steps)
         return rl_steps * self.optimizer_steps * self.epochs
 
-    def check_passes(self, strata: Sequence[str], micro_batch_size: int) -> None:
+    def check_passes(self, strata: Sequence[Stratum], micro_batch_size: int) -> None:
         """ValueError where one pass cannot be exact whatever the rollout; the rest shows in its cells."""
-        coarser = [name for name in strata if name != "trajectory"]
+        # A join with the trajectory lies inside it.
+        coarser = [stratum.name for stratum in strata if "trajectory" not in stratum.columns]
         if self.passes == 2 or not coarser:
             return
         if self.packing:

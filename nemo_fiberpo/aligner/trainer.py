@@ -66,8 +66,8 @@ class FiberPOTrainer(PPOTrainer):
                 f"algorithm.prompts_per_rollout: {settings.prompts_per_rollout}, but data.train has "
                 f"{len(prompts)} prompts"
             )
-        check_gating(settings.gating, hierarchy)
         experts = parent["model"].experts
+        check_gating(settings.gating, hierarchy, () if experts is None else experts.partitions.soft_columns)
         self.strata = StrataLabels(hierarchy, prompts, () if experts is None else experts.names)
         self.strata.check()
         super().__init__(**parent, batch_iterator_cls=repeated_prompts(settings.samples_per_prompt))

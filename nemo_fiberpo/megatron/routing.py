@@ -73,7 +73,7 @@ class RoutingCapture:
         self._axes = axes or TokenAxes.from_parallel_state()
         routers = (module for chunk in chunks for module in chunk.modules() if isinstance(module, TopKRouter))
         self._routers = [router for router in routers if router.layer_number in self.layers]
-        self._device = next((parameter.device for chunk in chunks for parameter in chunk.parameters()), None)
+        self._device: torch.device | None = None  # a host may move the model before it runs
         self._records: list[_Record] = []
         self._shape: tuple[int, int] = (0, 0)
         self._running: _Record | None = None
@@ -87,9 +87,10 @@ class RoutingCapture:
         Further passes over a micro-batch are not read, nor is a recomputation of activations in the backward pass. What
         an earlier `watch` has read is gone.
 
-        Memory: 8 bytes per token and partition until the next `watch`.
+        Memory: 8 bytes per token and partition until `release`, or the next `watch`.
         """
         self._records = [_Record() for _ in microbatches]
+        self._device = next((parameter.device for chunk in policy.chunks for parameter in chunk.parameters()), None)
         self._num_chunks, self._sequence_parallel = len(policy.chunks), bool(self._config.sequence_parallel)
         split = self._axes.axis("cp").size * (self._axes.axis("tp").size if self._sequence_parallel else 1)
         self._shape = policy.seq_length // split, policy.micro_batch_size
@@ -135,6 +136,10 @@ class RoutingCapture:
             if len(record.chunks) != self._num_chunks:
                 raise ValueError(f"routing: micro-batch {index} has not run under `watch`; run a pass over it first")
         return [self._reduced(index, record) for index, record in enumerate(self._records)]
+
+    def release(self) -> None:
+        """Let go of what was read: 8 bytes per token and partition."""
+        self._records = []
 
     def _reading(self, layer: int, gating: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def read(*args: Any, **kwargs: Any) -> Tensor:

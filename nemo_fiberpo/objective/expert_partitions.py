@@ -67,6 +67,11 @@ class ExpertPartitions:
         if not isinstance(self.agreement, bool):
             raise ValueError(f"agreement: must be true or false, got {self.agreement!r}")
 
+    @property
+    def soft_columns(self) -> tuple[str, ...]:
+        """The columns in which tokens have memberships instead of a label, see `check_gating`."""
+        return (COLUMN,) if self.membership == "soft" else ()
+
     def table(self, num_experts: int, expert_parallel_size: int = 1) -> tuple[Tensor, tuple[str, ...]]:
         """The partition of each expert, int64 [num_experts], and the names of the partitions.
 
@@ -102,6 +107,10 @@ def _checked_map(by: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
     place: dict[int, str] = {}
     for key, value in by.items():
         name = str(key)
+        if not name or set(name) & set("./= "):
+            raise ValueError(
+                f"by: {name!r} is no name for a partition: metrics and overrides need one without . / = or space"
+            )
         checked[name] = _integers(value, f"by.{name}", "a list of experts, numbered from 0")
         if not checked[name]:
             raise ValueError(f"by.{name}: names no expert; leave the partition out")

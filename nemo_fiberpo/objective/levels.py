@@ -58,8 +58,9 @@ class Level:
     names          names of the label values: value v is names[v]
     traits         see `Traits`
     unit           1; with soft membership the number of parts that a token is divided into
-    small_C        indices of the cells that are merged into their parents, which no rank owns. None where there is no
-                   floor, and before `Cells.share`, which alone can tell
+    small_C        indices of the cells that are merged into their parents, which no rank owns, and of those that repeat
+                   such a parent where the stratum is missing. None where there is no floor, here or above a stratum
+                   that is missing somewhere, and before `Cells.share`, which alone can tell
     merged         over all ranks, how many cells those are, and how many tokens they have
     tally          by `parts`, float64 [2, names], over all ranks: live tokens, and cells that are not merged
     """

@@ -35,10 +35,11 @@ def share(cells: Cells, censuses: Sequence[Tensor], rank: int) -> Cells:
         raise ValueError(f"censuses[{rank}]: is not the census of these cells; they must be in rank order")
     table = torch.cat([census.cpu() for census in censuses])
     rank_N = torch.cat([torch.full((len(census),), index) for index, census in enumerate(censuses)])
-    levels, next_slot = [], 0
+    levels: list[Level] = []
+    next_slot = 0
     for index, level in enumerate(cells.levels):
         of_level = table[:, 0] == index
-        above = cells.levels[index - 1] if index else None
+        above = levels[-1] if levels else None
         shared, next_slot = _share_level(level, above, table[of_level], rank_N[of_level], rank, next_slot)
         levels.append(shared)
     return replace(cells, levels=tuple(levels), rank=rank, world_size=len(censuses), num_shared=next_slot)
@@ -47,7 +48,8 @@ def share(cells: Cells, censuses: Sequence[Tensor], rank: int) -> Cells:
 def _share_level(
     level: Level, above: Level | None, table: Tensor, rank_N: Tensor, rank: int, next_slot: int
 ) -> tuple[Level, int]:
-    """One level, from the rows of all ranks about it; also the first slot that is still free."""
+    """One level, from the rows of all ranks about it and the shared level above it; also the first slot that is still
+    free."""
     label_G, cell_N = torch.unique(table[:, 1], return_inverse=True)
     num = label_G.numel()
     parent_G = torch.zeros(num, dtype=torch.int64).index_copy_(0, cell_N, table[:, 2])
@@ -79,12 +81,22 @@ def _share_level(
             slot_C=slot_G[at_C][shared_C].to(device),
             num_cells=int(real_G.sum()),
             num_tokens=int(count_G.sum()) // level.unit,
-            small_C=small_G[at_C].nonzero().squeeze(1).to(device) if level.traits.min_tokens else None,
+            small_C=_small(level, above, small_G[at_C].to(device)),
             merged=(int(small_G.sum()), int(count_G[small_G].sum()) / level.unit),
             tally=tallies(level.parts, label_G, count_G, acting_G, level.unit),
         ),
         next_slot + int(is_shared_G.sum()),
     )
+
+
+def _small(level: Level, above: Level | None, small_C: Tensor) -> Tensor | None:
+    """`Level.small_C` from the cells that are below the floor. Where the stratum is missing, a cell repeats its parent:
+    it follows where that one goes."""
+    if level.traits.partial and above is not None and above.small_C is not None:
+        small_C = small_C | ((level.label_C < 0) & torch.isin(level.up_C, above.small_C))
+    elif not level.traits.min_tokens:
+        return None
+    return small_C.nonzero().squeeze(1)
 
 
 def exchange(head: Tensor, values: list[Tensor], cells: Cells, reduce: Reduce | None) -> tuple[Tensor, list[Tensor]]:

@@ -47,9 +47,12 @@ class Batches:
             ("model.ppo.forward_micro_batch_size", self.forward),
             ("model.ppo.rollout_micro_batch_size", self.generation),
         )
-        for name, size in sizes:
-            if size < 1:
-                yield f"{name}: must be a whole number of at least 1, got {size}"
+        wrong = [
+            entry for entry in sizes if isinstance(entry[1], bool) or not isinstance(entry[1], int) or entry[1] < 1
+        ]
+        yield from (f"{name}: must be a whole number of at least 1, got {size!r}" for name, size in wrong)
+        if wrong:
+            return
         wanted = (
             ("model.ppo.rollout_micro_batch_size", self.generation, self.group, "algorithm.samples_per_prompt"),
             (
@@ -72,5 +75,5 @@ class Batches:
             ),
         )
         for name, value, divisor, meaning in wanted:
-            if divisor >= 1 and value % divisor:
+            if value % divisor:
                 yield f"{name}: {value} is not a multiple of {meaning} = {divisor}"

@@ -52,6 +52,11 @@ class Layout:
         return self.nodes * self.devices
 
     @property
+    def whole(self) -> bool:
+        """Whether the ranks make groups of these sizes."""
+        return not (self.world % (self.tp * self.pp * self.cp) or self.world % (self.etp * self.ep * self.pp))
+
+    @property
     def dp(self) -> int:
         """Data-parallel ranks, context parallelism not counted."""
         return max(1, self.world // (self.tp * self.pp * self.cp))

@@ -1,4 +1,4 @@
-"""Memory of the fullest rank, item by item: what stays, the peak of training, the peak of generation.
+"""Memory of the fullest rank, item by item: what stays, the peaks of training, of old log-probs and of generation.
 
 Per parameter: its weight, its gradient in float32, and Adam's state with the float32 copy of the weight, which
 Megatron's distributed optimizer shards over data x context parallel ranks (dense), or over the ranks that hold the same
@@ -24,8 +24,8 @@ GUARD_ROWS = 2  # rows that keep expert-parallel ranks in lockstep while respons
 class Run:
     """What memory depends on beside shape and layout.
 
-    prompt, response   lengths in tokens, at most;  rows: samples per micro-batch;  generated: per generation batch, 0
-                       where another program generates
+    prompt, response   lengths in tokens, at most;  rows: samples per micro-batch;  forward: per micro-batch of old
+                       log-probs;  generated: per generation batch, 0 where another program generates
     microbatches       per optimizer step and data-parallel rank
     weight_bytes       of one parameter;  gradient_bytes, optimizer_bytes: likewise
     recompute          layers of a stage whose activations are computed again; -1 for all
@@ -37,6 +37,7 @@ class Run:
     prompt: int
     response: int
     rows: int
+    forward: int
     generated: int
     microbatches: int
     weight_bytes: int
@@ -49,7 +50,15 @@ class Run:
 
     @classmethod
     def from_config(
-        cls, model: Mapping[str, Any], precision: Any, prompt: int, response: int, rows: int, generated: int, micro: int
+        cls,
+        model: Mapping[str, Any],
+        precision: Any,
+        prompt: int,
+        response: int,
+        rows: int,
+        forward: int,
+        generated: int,
+        micro: int,
     ) -> Run:
         """From NeMo's `model` section; `micro` is the number of micro-batches."""
         half = str(precision) in ("bf16", "bf16-mixed", "16", "16-mixed")
@@ -61,6 +70,7 @@ class Run:
             prompt=prompt,
             response=response,
             rows=rows,
+            forward=forward,
             generated=generated,
             microbatches=micro,
             weight_bytes=2 if o2 else 4,
@@ -81,17 +91,21 @@ class Run:
 class Memory:
     """Bytes of the fullest rank, which is on pipeline stage `stage`.
 
-    static, training, generation   by item; training and generation alternate, static stays
+    static      by item: what stays
+    training, log_probs, generation   by item: they take turns. log_probs, the pass of old ones, is empty where its
+                micro-batches are no larger than those of training, which needs more then
     """
 
     stage: int
     static: dict[str, int]
     training: dict[str, int]
+    log_probs: dict[str, int]
     generation: dict[str, int]
 
     @property
     def peak(self) -> int:
-        return sum(self.static.values()) + max(sum(self.training.values()), sum(self.generation.values()))
+        phases = self.training, self.log_probs, self.generation
+        return sum(self.static.values()) + max(sum(part.values()) for part in phases)
 
 
 def layer_bytes(shape: ModelShape, layout: Layout, run: Run, tokens: float, imbalance: float, split: bool) -> float:
@@ -151,12 +165,20 @@ def _stage(shape: ModelShape, layout: Layout, run: Run, imbalance: float, stage:
     if stage == layout.pp - 1:
         logits = tokens * shape.vocab / layout.tp
         training["logits and their gradient"] = round(8 * logits + min(LOGIT_CHUNK, 12 * logits))
+    scoring = {}
+    if run.forward > run.rows:
+        tokens = run.forward * length / layout.cp
+        one = layer_bytes(shape, layout, run, tokens, imbalance, layout.sequence_parallel)
+        scoring["a layer's activations"] = round(one)
+        if stage == layout.pp - 1:
+            logits = tokens * shape.vocab / layout.tp
+            scoring["logits"] = round(4 * logits + min(LOGIT_CHUNK, 12 * logits))
     if not run.generated:
-        return Memory(stage, static, training, {})
+        return Memory(stage, static, training, scoring, {})
     rows = run.generated + (GUARD_ROWS if layout.ep > 1 else 0)
     cache = 2 * rows * run.length * shape.groups * shape.head_dim / layout.tp * layers * element
     prefill = layer_bytes(shape, layout, run, rows * run.prompt, imbalance, False)
     generation = {"keys and values": round(cache), "prompts through a layer": round(prefill)}
     if stage == layout.pp - 1:
         generation["logits of the prompts"] = round(rows * run.prompt * shape.vocab / layout.tp * 6)
-    return Memory(stage, static, training, generation)
+    return Memory(stage, static, training, scoring, generation)

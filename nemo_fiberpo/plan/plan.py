@@ -44,8 +44,13 @@ class Request:
 
     @property
     def response_length(self) -> int:
-        """Longest response in tokens."""
-        return int(self.model["ppo"]["length_params"]["max_length"])
+        """Longest response in tokens. ValueError if that is no number of tokens."""
+        length = self.model["ppo"]["length_params"]["max_length"]
+        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+            raise ValueError(
+                f"model.ppo.length_params.max_length: must be a whole number of at least 1, got {length!r}"
+            )
+        return length
 
 
 @dataclass
@@ -76,7 +81,7 @@ class Plan:
             out[name] = None if value is None else dataclasses.asdict(value)
         if self.layout is not None:
             out["layout"] |= {"world": self.layout.world, "dp": self.layout.dp, "expert_dp": self.layout.expert_dp}
-            groups = self.layout.groups()
+            groups = self.layout.groups() if self.layout.whole else {}
             out["groups"] = {axis: {"size": len(found[0]), "number": len(found)} for axis, found in groups.items()}
         if self.shape is not None:
             out["parameters"] = {"total": self.shape.total.total, "active": self.shape.active}
@@ -97,12 +102,12 @@ def make_plan(request: Request, problems: list[str]) -> Plan:
     vocabulary = request.assumptions.vocab_size
     plan.shape = _tried(plan, lambda: ModelShape.from_config(request.model, vocabulary, layout.tp))
     plan.problems += layout.problems(plan.shape)
-    plan.warnings += layout.warnings()
+    plan.warnings += layout.warnings() if layout.whole else ()
     plan.batches = request.batches
     if layout.world % (layout.tp * layout.pp * layout.cp) or request.batches is None:
         return plan
     plan.problems += request.batches.problems(layout.dp, layout.cp)
-    plan.problems += _lengths(request, layout)
+    plan.problems += _tried(plan, lambda: _lengths(request, layout)) or []
     if len(plan.problems) > before or plan.shape is None:
         return plan
     _add_memory(plan, request, layout, plan.shape, request.batches)
@@ -142,7 +147,7 @@ def _add_memory(plan: Plan, request: Request, layout: Layout, shape: ModelShape,
     lengths = request.prompt_length, request.response_length
     given = request.assumptions
     generated = batches.generation if given.host == "nemo_aligner" else 0
-    run = Run.from_config(request.model, precision, *lengths, batches.micro, generated, number)
+    run = Run.from_config(request.model, precision, *lengths, batches.micro, batches.forward, generated, number)
     plan.run, plan.memory = run, memory(shape, layout, run, given.expert_imbalance)
     limit = given.gpu_memory_gib - given.reserve_gib
     peak = plan.memory.peak / GIB
@@ -168,12 +173,16 @@ def _add_memory(plan: Plan, request: Request, layout: Layout, shape: ModelShape,
 
 def _remedy(found: Memory) -> str:
     """By what is largest."""
-    static, training, generation = (sum(part.values()) for part in (found.static, found.training, found.generation))
-    if static >= max(training, generation):
+    static, training, log_probs, generation = (
+        sum(part.values()) for part in (found.static, found.training, found.log_probs, found.generation)
+    )
+    if static >= max(training, log_probs, generation):
         return (
             "most of it are weights, gradients and optimizer: raise model.tensor_, pipeline_ or "
             "expert_model_parallel_size, or trainer.num_nodes"
         )
+    if log_probs > max(training, generation):
+        return "most of it is the pass of old log-probs: lower model.ppo.forward_micro_batch_size"
     if training >= generation:
         return (
             "most of it are activations: lower model.micro_batch_size, raise model.context_parallel_size, or set "

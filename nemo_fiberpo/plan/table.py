@@ -38,9 +38,9 @@ def format_plan(plan: Plan) -> str:
 
 def _ranks(layout: Layout) -> Iterator[str]:
     yield f"{layout.world} {'rank' if layout.world == 1 else 'ranks'}: {layout.nodes} x {layout.devices}"
-    for axis, found in layout.groups().items():
+    for axis, found in layout.groups().items() if layout.whole else ():
         number = "1 group" if len(found) == 1 else f"{len(found)} groups"
-        yield f"  {axis:<14}{number:>11} of {len(found[0]):<5}{MEANING[axis]:<28}{_shown(found[0])}"
+        yield f"  {axis:<14}{number:>11} of {len(found[0]):<5}{MEANING[axis]:<28}{_shown(found[0])}".rstrip()
 
 
 def _shown(ranks: list[int]) -> str:
@@ -72,7 +72,8 @@ def _billions(number: int) -> str:
 def _memory(plan: Plan, memory: Memory) -> Iterator[str]:
     given = plan.assumptions
     yield f"memory of the fullest rank (stage {memory.stage}), GiB, estimate"
-    for title, part in (("", memory.static), ("training", memory.training), ("generation", memory.generation)):
+    phases = ("training", memory.training), ("log-probs", memory.log_probs), ("generation", memory.generation)
+    for title, part in (("", memory.static), *phases):
         for name, size in part.items():
             yield f"  {title:<12}{name:<28}{size / GIB:8.2f}"
     limit = given.gpu_memory_gib - given.reserve_gib

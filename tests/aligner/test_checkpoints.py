@@ -137,6 +137,48 @@ def test_a_whole_checkpoint_whose_marker_was_left_is_used_and_kept(checkpoints):
     assert choice.checkpoint == newest and newest.exists() and not manifest.marker_of(newest).exists()
 
 
+def test_a_checkpoint_that_was_once_whole_is_never_deleted_unless_a_newer_one_is_whole(checkpoints):
+    """It has a manifest and a marker: killed between the two, and then read badly."""
+    newest = checkpoints / name_of(4)
+    manifest.marker_of(newest).touch()
+    truncate(newest / "common.pt")
+    choice = choose(checkpoints, None)
+    clear_away(choice)
+    assert choice.checkpoint == checkpoints / name_of(2) and choice.unfinished == []
+    assert (checkpoints.parent / DAMAGED / newest.name / "common.pt").exists()
+    assert not manifest.marker_of(newest).exists()
+
+
+def test_a_newer_checkpoint_that_is_not_there_any_more_is_named(checkpoints):
+    choice = choose(checkpoints, {"step": 6, "name": name_of(6)})
+    assert choice.checkpoint == checkpoints / name_of(4)
+    assert choice.lines == [f"{name_of(6)}: gone, although it was whole"]
+    assert choose(checkpoints, {"step": 2, "name": name_of(1)}).lines == []
+
+
+def test_what_is_damaged_stays_on_the_file_system_of_the_checkpoints(checkpoints, tmp_path):
+    real = tmp_path / "scratch" / "checkpoints"
+    real.parent.mkdir()
+    checkpoints.rename(real)
+    checkpoints.symlink_to(real)
+    truncate(checkpoints / name_of(4) / "common.pt")
+    clear_away(choose(checkpoints, None))
+    assert (real.parent / DAMAGED / name_of(4)).is_dir()
+
+
+@pytest.mark.parametrize("damage", [None, *DAMAGES])
+@pytest.mark.parametrize("file", ["policy.nemo", "policy.nemo.manifest.json"])
+def test_a_sealed_file_holds_only_while_neither_it_nor_its_seal_changes(tmp_path, file, damage):
+    state = {"step": 4, "consumed_samples": 32}
+    policy, seal = tmp_path / "policy.nemo", tmp_path / "policy.nemo.manifest.json"
+    policy.write_bytes(bytes(range(200)))
+    seal.write_text(Manifest(manifest.entries(tmp_path, [policy.name]), state).text())
+    if damage is not None:
+        damage(tmp_path / file)
+    assert manifest.holds(seal, state) == (damage is None)
+    assert not manifest.holds(seal, state | {"step": 5})
+
+
 def test_a_run_that_was_killed_in_its_first_save_begins_again(tmp_path):
     path = save(tmp_path, 2, finished=False)
     manifest.marker_of(path).touch()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,21 @@ def test_logits_are_those_of_transformers(name: str):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("scaling", [{"rope_type": "default"}, LLAMA31])
+def test_newer_spelling_of_positions_means_the_same(scaling: dict[str, Any]):
+    """`rope_parameters`, which transformers writes from version 5 on, in place of `rope_theta` and `rope_scaling`."""
+    old = make("llama").config.to_dict() | {"architectures": ["LlamaForCausalLM"], "rope_theta": 500000.0}
+    new = {name: value for name, value in old.items() if name not in ("rope_theta", "rope_scaling")}
+    new["rope_parameters"] = scaling | {"rope_theta": 500000.0}
+    assert model_config(new) == model_config(old | {"rope_scaling": scaling})
+    new["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 500000.0, "factor": 4.0}
+    with pytest.raises(ValueError, match=r"^rope_scaling: .*yarn"):
+        model_config(new)
+    new["rope_parameters"] = {"rope_type": "default", "rope_theta": 500000.0, "partial_rotary_factor": 0.5}
+    with pytest.raises(ValueError, match=r"^partial_rotary_factor: 0.5"):
+        model_config(new)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_files_there_and_back_have_the_same_bits(name: str, dtype: torch.dtype, tmp_path: Path):
@@ -83,6 +99,8 @@ def test_files_there_and_back_have_the_same_bits(name: str, dtype: torch.dtype, 
     assert before.keys() == after.keys()
     for key, tensor in before.items():
         assert tensor.dtype == after[key].dtype and torch.equal(tensor, after[key]), key
+    what_ends_a_response = [(tmp_path / name / "generation_config.json").read_text() for name in ("hf", "back")]
+    assert what_ends_a_response[0] == what_ends_a_response[1]
     tokens = torch.arange(12)[None]
     first, again = (
         transformers.AutoModelForCausalLM.from_pretrained(
@@ -195,7 +213,7 @@ def write_tokenizer(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["qwen2, tied", "mixtral"])
+@pytest.mark.parametrize("name", ["mixtral"])
 def test_the_actor_gives_an_imported_policy_the_log_probs_of_transformers(name: str, tmp_path: Path):
     """And what the actor saves is exported with the bits it was imported with."""
     from tests.aligner.hf_log_probs import TOKENS
@@ -223,3 +241,16 @@ def test_the_actor_gives_an_imported_policy_the_log_probs_of_transformers(name: 
     before, after = stored(tmp_path / "hf"), stored(tmp_path / "back")
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back").vocab_size == 45
+
+
+@pytest.mark.parametrize("wrong", ["above", "link"])
+def test_an_archive_that_reaches_outside_itself_is_refused(tmp_path: Path, wrong: str):
+    path = tmp_path / "policy.nemo"
+    with tarfile.open(path, "w") as archive:
+        member = tarfile.TarInfo("../outside" if wrong == "above" else "model_weights")
+        if wrong == "link":
+            member.type, member.linkname = tarfile.SYMTYPE, str(tmp_path)
+        archive.addfile(member)
+    with pytest.raises(ValueError, match=r"policy\.nemo: .* is no plain file inside the archive"):
+        huggingface_files.export_huggingface(path, tmp_path / "hf")
+    assert not (tmp_path / "outside").exists()

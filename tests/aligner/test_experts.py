@@ -52,6 +52,16 @@ def test_blocks_of_experts_follow_the_expert_parallel_size_of_the_model():
     assert table.tolist() == [0, 0, 1, 1] and len(names) == 2
 
 
+@pytest.mark.parametrize(
+    ("layers", "frequency", "said"),
+    [([1, 9], None, "no layer 9; .* 1-4"), ([1], [0, 1, 0, 1], "layer 1 is dense; .* 2, 4")],
+)
+def test_a_layer_that_has_no_experts_is_refused_before_the_model_is_built(layers, frequency, said):
+    model = OmegaConf.create({"num_moe_experts": 4, "num_layers": 4, "moe_layer_freq": frequency})
+    with pytest.raises(ValueError, match=rf"expert_partitions\.layers: .*{said}"):
+        partition_table(ExpertPartitions("expert", layers), model)
+
+
 def test_a_hierarchy_with_experts_is_checked_against_the_prompts_before_there_is_a_rollout():
     StrataLabels(HIERARCHY, Prompts(), ("low", "high")).check()
     wrong = {"token_clip": 0.1, "strata": [{"name": "expert_partition", "budget": BUDGET, "budgets": {"hgih": BUDGET}}]}
@@ -94,6 +104,9 @@ def test_tokens_that_changed_their_partition_are_counted_by_the_one_they_had():
     class Capture:
         def masses(self):
             return [torch.tensor([[[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.7, 0.3]]], dtype=torch.float64)]
+
+        def release(self):
+            pass
 
     experts = ExpertLabels.__new__(ExpertLabels)
     experts.names, experts._capture = ("low", "high"), Capture()

@@ -70,6 +70,8 @@ def test_the_same_rollout_has_the_same_gradient_on_every_layout(start, tmp_path,
         for step, other in zip(steps, first_steps, strict=True):
             assert step["train_optim/grad_norm"] == pytest.approx(other["train_optim/grad_norm"], rel=2e-5), name
             assert step["train_optim/recompute_error"] < 1e-5, name
+        # Nothing has moved: a label that is not at its token would differ from the routing there.
+        assert steps[0]["train_optim/on_policy"] == 1.0 and steps[0]["train_optim/routing/changed"] < 0.01, name
         drift, loss = "train_optim/gates/log_ratio/abs_mean", "train_optim/loss"
         assert steps[1][drift] == pytest.approx(first_steps[1][drift], rel=1e-3), name
         assert steps[1][loss] == pytest.approx(first_steps[1][loss], abs=1e-6), name

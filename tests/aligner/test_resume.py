@@ -90,6 +90,24 @@ def test_other_strata_are_refused(cfg):
         RunRecord(other).check()
 
 
+def test_the_keys_of_a_stratum_that_was_taken_out_can_be_allowed_one_by_one(cfg):
+    """Every key that an error names is one that `resume.allow` takes."""
+    RunRecord(cfg).remember(0)
+    other = cfg.copy()
+    del other.hierarchy.strata[0]
+    for _ in range(9):
+        try:
+            RunRecord(other).check()
+            break
+        except ValueError as error:
+            other.resume.allow.append(str(error).partition(":")[0])
+    assert sorted(other.resume.allow) == [
+        "hierarchy.strata.domain.budget.neg",
+        "hierarchy.strata.domain.budget.pos",
+        "hierarchy.strata.order",
+    ]
+
+
 def test_other_prompts_in_the_same_file_are_refused(cfg, tmp_path):
     RunRecord(cfg).remember(0)
     (tmp_path / "train.jsonl").write_text('{"prompt": "2"}\n')
@@ -155,8 +173,9 @@ def test_a_whole_checkpoint_is_remembered_through_a_restart(cfg):
     assert RunRecord(cfg).checkpoint == {"name": "fiberpo-step=2", "step": 2}
 
 
-def test_a_damaged_record_of_the_run_is_an_error_that_names_it(cfg, tmp_path):
-    (tmp_path / "run.json").write_text("{")
+@pytest.mark.parametrize("content", [b"{", b"\xff{}", b"[]"])
+def test_a_damaged_record_of_the_run_is_an_error_that_names_it(cfg, tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"run\.json: not the record of a run"):
         RunRecord(cfg).check()
 

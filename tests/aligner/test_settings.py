@@ -5,6 +5,7 @@ from omegaconf import OmegaConf
 
 from nemo_fiberpo.aligner.launch import apply_stratum_overrides, check_batches, check_sections, overrides
 from nemo_fiberpo.aligner.settings import algorithm_settings, data_settings, reward_settings
+from nemo_fiberpo.objective import Budget, Stratum
 
 ALGORITHM = {"samples_per_prompt": 8, "prompts_per_rollout": 96, "optimizer_steps": 4}
 HIERARCHY = {
@@ -28,12 +29,14 @@ def settings(**changes):
     ],
 )
 def test_one_pass_that_cannot_be_exact_is_refused_at_once(changes, strata, size, words):
+    chain = [Stratum(name, Budget(0.1, 0.1)) for name in strata]
     with pytest.raises(ValueError) as error:
-        settings(**changes).check_passes(strata, size)
+        settings(**changes).check_passes(chain, size)
     for word in words:
         assert word in str(error.value)
-    settings(**changes | {"passes": 2}).check_passes(strata, size)
-    settings(**changes).check_passes(["trajectory"], size)
+    settings(**changes | {"passes": 2}).check_passes(chain, size)
+    inside = Stratum("trajectory_expert", Budget(0.1, 0.1), join=("trajectory", "expert_partition"))
+    settings(**changes).check_passes([chain[-1], inside], size)
 
 
 def test_sizes_follow():

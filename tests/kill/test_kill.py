@@ -13,13 +13,9 @@ from tests.aligner.launching import ROOT, environment
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [("--sigusr1", "0.3"), ("--save-last",)],
-    ids=["kills and signals", "with -last copies"],
-)
-def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path, options):
-    arguments = ["--kills", "3", "--steps", "4", "--seed", "1", "--directory", str(tmp_path), *options]
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path):
+    arguments = ["--kills", "3", "--steps", "4", "--seed", "1", "--directory", str(tmp_path)]
+    arguments += ["--sigusr1", "0.3", "--save-last"]
     done = subprocess.run(
         [sys.executable, "-m", "tests.kill", *arguments],
         cwd=ROOT,

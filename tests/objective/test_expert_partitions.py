@@ -53,6 +53,7 @@ def test_a_partition_that_does_not_fit_the_model_is_refused(by, experts: int, ra
     [
         ({"by": "expert_paralel"}, r"by: must be .*did you mean 'expert_parallel'"),
         ({"by": {"a": [0, 1], "b": [1]}}, r"by\.b: expert 1 is in 'a' already"),
+        ({"by": {"a/b": [0], "c": [1]}}, r"by: 'a/b' is no name"),
         ({"by": {"a": [0, 0]}}, r"by\.a: expert 0 is named twice"),
         ({"by": {"a": []}}, r"by\.a: names no expert"),
         ({"by": {"a": 1}}, r"by\.a: must be a list of experts"),

@@ -109,11 +109,14 @@ def test_small_cells_beside_branches_equal_the_slow_loops(
         assert of_rank.report.metrics() == pytest.approx(result.report.metrics(), abs=1e-12)
 
 
-def test_a_stratum_missing_in_a_domain_may_have_a_floor_as_well():
-    case = make_case("P1", 4, 0.06, floor=4)
+@KINDS
+@pytest.mark.parametrize(("floor", "finest"), [(4, 4), (7, 7), (7, None)])
+def test_a_stratum_missing_in_a_domain_may_have_a_floor_as_well(floor: int, finest: int | None, soft: bool):
+    """Where the finest stratum is missing, and the trajectory is merged, it follows the trajectory's parent."""
+    case = make_case("P1", 4, 0.06, soft, floor=floor)
     strata = list(case.hierarchy.strata)
     strata[1] = replace(strata[1], only={"domain": ["math"]})
-    strata[3] = replace(strata[3], only={"domain": ["code"]})
+    strata[3] = replace(strata[3], only={"domain": ["code"]}, min_tokens=finest)
     case.hierarchy = replace(case.hierarchy, strata=tuple(strata))
     chain = []
     for stratum, kept in zip(strata, (None, 1, None, 0), strict=True):
@@ -125,13 +128,15 @@ def test_a_stratum_missing_in_a_domain_may_have_a_floor_as_well():
 
         pair = stratum.budget.pos, stratum.budget.neg
         chain.append(expert_reference.Level(cell, pair, stratum.slope, stratum.min_tokens or 0))  # type: ignore[arg-type]
-    share = (case.share / 255.0).tolist()
+    share = (case.share.double() / 255.0).tolist()
     given = case.log_ratio.tolist(), case.weight.tolist(), case.mask.tolist()
     value, coefficients, _ = expert_reference.objective(*given, share, chain, None, EPS)
     result = case.surrogate()
     assert result.value == pytest.approx(value, abs=1e-13)
     torch.testing.assert_close(result.coefficients, torch.tensor(coefficients, dtype=F64), rtol=1e-12, atol=1e-12)
-    assert [entry.merged is None for entry in result.report.strata] == [True, False, False, False]
+    assert [entry.merged is None for entry in result.report.strata] == [True, False, False, finest is None]
+    of_trajectory = case.labels["trajectory"][case.mask & (case.labels["domain"] == 1)].unique(return_counts=True)[1]
+    assert (floor == 7) == bool((of_trajectory < floor).any()), "no merged trajectory without a finer stratum"
 
 
 def two_partitions(**kwargs: Any) -> fpo.Hierarchy:

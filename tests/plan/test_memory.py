@@ -13,8 +13,8 @@ from tests.plan.configs import plan_of
 
 SHAPE = ModelShape(layers=4, hidden=64, heads=4, groups=2, head_dim=16, ffn=128, vocab=256)
 RUN = Run(
-    prompt=8, response=24, rows=2, generated=4, microbatches=8, weight_bytes=2, gradient_bytes=4, optimizer_bytes=12,
-    recompute=-1, checkpoint_every=1, flash=True, allgather=False,
+    prompt=8, response=24, rows=2, forward=2, generated=4, microbatches=8, weight_bytes=2, gradient_bytes=4,
+    optimizer_bytes=12, recompute=-1, checkpoint_every=1, flash=True, allgather=False,
 )  # fmt: skip
 
 
@@ -52,6 +52,15 @@ def test_a_pipeline_keeps_as_many_microbatches_as_stages_follow():
     )
 
 
+def test_the_pass_of_old_log_probs_by_hand():
+    """Its own number of rows: one layer's activations at a time, bf16 logits and a copy of them."""
+    found = memory(SHAPE, Layout(1, 1), dataclasses.replace(RUN, forward=16), 1.0)
+    tokens = 16 * 32
+    one = layer_bytes(SHAPE, Layout(1, 1), RUN, tokens, 1.0, False)
+    assert found.log_probs == {"a layer's activations": one, "logits": (4 + 12) * tokens * 256}
+    assert found.peak == sum(found.static.values()) + sum(found.log_probs.values())
+
+
 def test_keys_and_values_by_hand():
     found = memory(SHAPE, Layout(1, 1), RUN, 1.0)
     assert found.generation["keys and values"] == 2 * 4 * 32 * 2 * 16 * 4 * 2
@@ -76,6 +85,7 @@ def test_a_model_that_does_not_fit_is_refused_and_told_what_would_help():
     [
         (("model.activations_checkpoint_granularity=null", "model.micro_batch_size=8"), "lower model.micro_batch_size"),
         (("model.ppo.rollout_micro_batch_size=256",), "lower model.ppo.rollout_micro_batch_size"),
+        (("model.ppo.forward_micro_batch_size=64",), "lower model.ppo.forward_micro_batch_size"),
     ],
 )
 def test_the_remedy_is_for_what_is_largest(changes: tuple[str, ...], remedy: str):

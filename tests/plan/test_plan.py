@@ -113,7 +113,21 @@ def test_everything_that_is_wrong_is_said_at_once():
         (["model.expert_model_parallel_size=16"], "model.expert_model_parallel_size: 16 does not divide"),
         (["algorithm.passes=1"], "model.micro_batch_size: 1 is not a multiple of algorithm.samples_per_prompt"),
         (["algorithm.promts_per_rollout=4"], "algorithm.promts_per_rollout: unknown key"),
+        (
+            [
+                "hierarchy=expert_trajectory",
+                "hierarchy.expert_partitions.membership=soft",
+                "algorithm.objective=gspo",
+                "+algorithm.gating={low: 0.1, high: 0.1, stratum: trajectory_expert}",
+            ],
+            "gating.stratum: 'trajectory_expert' spreads a token over several cells",
+        ),
         (["trainer.num_nodes=3", "trainer.devices=7"], "trainer.num_nodes x devices: 3 x 7 = 21 ranks"),
+        (["data.max_promt_length=4"], "data.max_promt_length: unknown key; did you mean 'max_prompt_length'"),
+        (["data.max_prompt_length=0"], "data.max_prompt_length: must be a whole number of at least 1, got 0"),
+        (["model.micro_batch_size=two"], "model.micro_batch_size: must be a whole number of at least 1, got 'two'"),
+        (["model.ppo.length_params.max_length=-5"], "length_params.max_length: must be a whole number of at least 1"),
+        (["model.ppo.length_params.max_length=x"], "length_params.max_length: must be a whole number of at least 1"),
     ],
 )
 def test_what_cannot_run_is_refused_by_its_field(overrides: list[str], said: str):
@@ -128,6 +142,22 @@ def test_the_command_prints_a_table_and_fails_with_all_problems(run: Run):
     status, _, said = run("cluster/mixtral_8x7b", "model.micro_batch_size=3", "model.optim.name=adam")
     assert status == 1
     assert len(said.splitlines()) == 3 and all(line.startswith("error: ") for line in said.splitlines())
+
+
+def test_ranks_that_the_launcher_would_say_are_a_warning_until_they_are_given(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert "warning: trainer.devices: 1, since LOCAL_WORLD_SIZE is not set" in run("quickstart")[1]
+    assert "trainer.devices" not in run("quickstart", "trainer.devices=2")[1]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert "trainer.devices" not in run("quickstart")[1] and "4 ranks: 1 x 4" in run("quickstart")[1]
+
+
+def test_groups_of_ranks_that_cannot_form_are_not_shown(run: Run):
+    status, printed, said = run("cluster/llama3_1_8b", "trainer.devices=3")
+    assert status == 1 and "3 ranks are not a multiple of" in said
+    assert "3 ranks: 1 x 3" in printed and "groups of" not in printed
 
 
 def test_json_has_what_the_table_has(run: Run):

@@ -1,0 +1,157 @@
+# shellcheck shell=bash
+# Sourced by the sbatch scripts beside it: starts the ranks, passes warnings on, and decides what becomes of the job.
+#
+# What the training step ends with        what becomes of the job
+#   0                                     COMPLETED; what is left of a job array is cancelled
+#   75: a checkpoint is saved, go on      requeued; in a job array, left to the next array task
+#   anything else, and a node is lost     requeued: SLURM may take minutes to notice a node's death, the ranks do not
+#   anything else                         FAILED with that status, and not started again
+#   scancel, or the time limit itself     ends as SLURM says, and not started again
+resumable=75
+ended_by_usr1=$((128 + $(kill -l USR1))) # a warning that came before a rank ignored it, or while it was leaving
+restarts=${SLURM_RESTART_COUNT:-0}
+leader=${SLURM_HET_JOB_ID:-$SLURM_JOB_ID}
+warned=0
+warned_after=
+interrupted=0
+ended=0
+ranks_pid=
+warner=
+watcher=
+served_by=
+
+say() { echo "[$(date +%FT%T) job $leader restart $restarts] $*"; }
+
+# NodeAddr is the address that SLURM itself uses for the node; for most sites that is its host name.
+address_of() { # NODELIST: of its first node
+    scontrol show node --oneliner "$(scontrol show hostnames "$1" | head -n 1)" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p'
+}
+
+# USR1 comes to this shell (--signal=B:USR1@SECONDS, or `scancel --signal=USR1 --batch JOB`). srun passes USR1 on to
+# every process of its step; repeated, because a rank that is still starting ignores it.
+warn_ranks() {
+    interrupted=1
+    [ "$warned" = 0 ] || return 0
+    warned=1
+    warned_after=$SECONDS
+    say "warned: the ranks are asked to save and to stop"
+    (while [ -z "$ranks_pid" ] || kill -USR1 "$ranks_pid" 2>/dev/null; do sleep 10; done) &
+    warner=$!
+}
+# TERM comes to this shell and to the ranks from scancel and at the time limit, KillWait seconds before KILL.
+stop_waiting() { interrupted=1 ended=1; }
+trap warn_ranks USR1
+trap stop_waiting TERM
+
+case "$LAUNCHER" in srun | torchrun) ;; *) say "error: LAUNCHER: '$LAUNCHER' is not srun or torchrun" && exit 2 ;; esac
+
+# ranks_options NODES: options of the ranks' srun, one a line. All numbers are said: srun would take those that are not
+# from the job. A rank that dies does not take the others with it at once (their own error message, or their status 75,
+# is worth waiting for), but it does after $STRAGGLER_SECONDS.
+ranks_options() {
+    local tasks=$RANKS_PER_NODE
+    [ "$LAUNCHER" = srun ] || tasks=1 # a torchrun
+    printf '%s\n' --nodes="$1" --ntasks="$(($1 * tasks))" --ntasks-per-node="$tasks" --cpu-bind="$CPU_BIND" \
+        --kill-on-bad-exit=0 --wait="$STRAGGLER_SECONDS" --label
+    container_options
+}
+container_options() { # pyxis
+    [ -z "$CONTAINER_IMAGE" ] || printf '%s\n' --container-image="$CONTAINER_IMAGE" \
+        --container-mounts="$CONTAINER_MOUNTS" --container-workdir="$REPO"
+}
+
+# start_ranks COMMAND...: in the background, so that this shell can take signals meanwhile.
+start_ranks() {
+    if [ "$restarts" -gt "$MAX_RESTARTS" ]; then # SLURM requeued it
+        say "error: MAX_RESTARTS=$MAX_RESTARTS is reached: not started again"
+        exit 1
+    fi
+    "$@" &
+    ranks_pid=$!
+}
+
+# end_with PID NAME: once that process of this shell ends, the ranks are ended: they would wait for it for ever.
+end_with() {
+    (
+        tail --pid="$1" --follow /dev/null
+        say "$2 has ended: the ranks are ended"
+        kill -TERM "$ranks_pid"
+    ) &
+    watcher=$!
+    served_by=$1
+}
+
+# wait_for_ranks: sets `status`, that of the ranks' srun: the highest of its tasks'.
+wait_for_ranks() {
+    local result helper
+    status=127
+    while true; do
+        interrupted=0
+        wait "$ranks_pid"
+        result=$?
+        # A signal to this shell ends `wait` too; 127: there is nothing left to wait for
+        [ "$result" -eq 127 ] && [ "$status" -ne 127 ] && break
+        status=$result
+        [ "$interrupted" = 1 ] || break
+    done
+    for helper in $warner $watcher; do kill "$helper" 2>/dev/null; done
+    if [ -n "$served_by" ]; then
+        kill -TERM "$served_by" 2>/dev/null
+        wait "$served_by"
+    fi
+}
+
+# probe NODES [SRUN_OPTIONS...]: whether so many nodes of the job still start a task. srun asks the nodes themselves;
+# slurmctld may not know yet.
+probe() {
+    timeout "$PROBE_SECONDS" srun --overlap --nodes="$1" --ntasks="$1" --ntasks-per-node=1 "${@:2}" true >/dev/null 2>&1
+}
+
+# finish_job: acts on `status`, see the table above. The script that sources this defines `nodes_answer`, by `probe`.
+finish_job() {
+    local why lost=0
+    if [ "$status" -ne 0 ] && [ "$status" -ne "$resumable" ] && [ "$ended" = 0 ]; then
+        nodes_answer || lost=1
+    fi
+    if [ "$ended" = 1 ]; then
+        say "ended from outside (scancel, the time limit, a lost node); the ranks' status is $status"
+        exit 143
+    elif [ "$status" -eq 0 ]; then
+        say "done"
+        [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"
+        exit 0
+    elif [ "$status" -eq "$resumable" ] || { [ "$warned" = 1 ] && [ "$status" -eq "$ended_by_usr1" ]; }; then
+        why="the run can go on"
+        # SLURM looks at time limits every 30 s. Where --time leaves no time before the warning, no start gets further.
+        if [ "$restarts" -eq 1 ] && [ "${warned_after:-60}" -lt 45 ]; then
+            say "error: warned $warned_after s after the start: --time must be longer than the seconds of --signal"
+            exit "$status"
+        fi
+        leave_to_the_next "$why"
+    elif [ "$lost" = 1 ]; then
+        why="the ranks ended with status $status and a node does not answer"
+    else
+        say "error: the ranks ended with status $status; not started again"
+        [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"
+        exit "$status"
+    fi
+    if [ "$restarts" -ge "$MAX_RESTARTS" ]; then
+        say "error: $why, but MAX_RESTARTS=$MAX_RESTARTS is reached: not started again"
+        exit "$status"
+    fi
+    say "$why: requeued"
+    scontrol requeue "$SLURM_JOB_ID" || exit "$status"
+    sleep infinity & # SLURM ends this shell
+    wait
+}
+
+# In a job array the next task goes on, if this is not the last one.
+leave_to_the_next() {
+    [ -n "${SLURM_ARRAY_JOB_ID:-}" ] || return 0
+    if [ "$SLURM_ARRAY_TASK_ID" = "$SLURM_ARRAY_TASK_MAX" ]; then
+        say "$1, and no array task is left"
+        exit "$resumable"
+    fi
+    say "$1: the next array task goes on"
+    exit 0
+}

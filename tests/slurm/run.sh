@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Tests of examples/slurm on a real SLURM: two nodes on this machine, with ports, keys and folders of their own.
+#   bash tests/slurm/run.sh                    everything, about 10 minutes on two cores
+#   bash tests/slurm/run.sh -k cancelled       what is given goes to pytest
+# Installs Debian's slurm-wlm and munge where it is root and they are absent, and PyTriton into .venv/pytriton. Says why
+# and passes where no SLURM can be started: not root, no Debian packages, or a SLURM of the system's own.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+skip() { echo "== SKIPPED, no test of tests/slurm was run: $*"; exit 0; }
+missing() {
+    local program
+    for program in slurmctld slurmd sbatch munged; do
+        [ -n "$(PATH="$PATH:/usr/sbin" command -v "$program")" ] || echo "$program"
+    done
+}
+
+[ "$(id -u)" = 0 ] || skip "slurmd and slurmctld must run as root"
+[ ! -e /etc/slurm/slurm.conf ] || skip "/etc/slurm/slurm.conf: this machine belongs to a cluster"
+for name in /proc/[0-9]*/comm; do
+    case "$(cat "$name" 2>/dev/null)" in slurmd | slurmctld) skip "a SLURM is running on this machine" ;; esac
+done
+if [ -n "$(missing)" ]; then
+    [ -n "$(command -v apt-get)" ] || skip "no apt-get to install slurm-wlm and munge with; absent: $(missing | xargs)"
+    log=$(mktemp)
+    echo "== apt-get install slurm-wlm munge"
+    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm munge; } \
+        >"$log" 2>&1 </dev/null || {
+        tail -n 20 "$log"
+        [ "${CI:-}" != true ] || { echo "error: CI has to run these tests"; exit 1; }
+        skip "apt-get could not install slurm-wlm and munge"
+    }
+    rm -f "$log"
+    [ -z "$(missing)" ] || skip "still absent: $(missing | xargs)"
+fi
+PATH="$PATH:/usr/sbin"
+echo "== $(slurmctld -V), $(munged --version | head -n 1)"
+
+bash requirements/setup.sh test
+source requirements/env.sh
+export PYTHONWARNINGS=ignore # NeMo's imports warn a lot
+pytriton=.venv/pytriton
+pins=$(cksum <tests/slurm/pytriton.lock)
+if [ "$(cat $pytriton/pins 2>/dev/null)" != "$pins" ]; then
+    echo "== PyTriton"
+    rm -rf $pytriton
+    python -m venv $pytriton
+    $pytriton/bin/python -m pip --disable-pip-version-check --no-input install --quiet --no-deps \
+        --only-binary :all: -r tests/slurm/pytriton.lock
+    echo "$pins" >$pytriton/pins
+fi
+
+folder=$(mktemp -d "${TMPDIR:-/tmp}/fiberpo-slurm.XXXXXX")
+# The tests end what they start. This is for tests that are killed themselves.
+tear_down() {
+    local pid
+    while read -r pid; do
+        case "$(cat "/proc/$pid/comm" 2>/dev/null)" in slurmd | slurmctld | munged) kill -9 "$pid" ;; esac
+    done < <(cat "$folder/cluster/pids" 2>/dev/null)
+    for pid in $(cd /proc && echo [0-9]*); do
+        tr '\0' '\n' 2>/dev/null <"/proc/$pid/environ" | grep -qxF "SLURM_CONF=$folder/cluster/slurm.conf" || continue
+        kill -9 "$pid" 2>/dev/null || true
+    done
+    rm -rf "$folder"
+}
+trap tear_down EXIT
+trap 'exit 130' INT TERM
+FIBERPO_SLURM="$folder/cluster" FIBERPO_PYTRITON="$PWD/$pytriton/bin/python" \
+    python -m pytest tests/slurm --timeout 1200 "$@"

@@ -1,0 +1,153 @@
+"""The scripts of examples/slurm on a real SLURM of two nodes: submit, watch, lose a node, preempt, cancel, fail.
+
+What must hold: an interrupted run goes on by itself, and its metrics equal those of an uninterrupted one bit for bit;
+what cannot go on is not started again; nothing is left running.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import SlurmError, wait_for
+from tests.slurm.jobs import ONE_RANK_EACH, PATIENCE, Job, report, same_metrics, seconds_since
+
+ENDLESS = ["algorithm.rl_steps=1000", "algorithm.data_epochs=1000"]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1200)]
+
+
+@pytest.fixture
+def job(cluster, start, tmp_path) -> Job:
+    return Job(cluster, start, tmp_path)
+
+
+def test_the_shipped_script_trains_on_two_nodes(uninterrupted):
+    fields, said = uninterrupted.fields(), uninterrupted.output()
+    assert fields["NumNodes"] == "2" and fields["Restarts"] == "0" and fields["ExitCode"] == "0:0"
+    assert "GLOBAL_RANK: 0, MEMBER: 1/2" in said and "GLOBAL_RANK: 1, MEMBER: 2/2" in said
+    assert "nodes n[1-2], 1 ranks each by srun" in said
+
+
+def test_a_job_outlives_the_death_of_each_of_its_nodes(cluster, job, uninterrupted, record_property):
+    """First the node of one rank, of which the other rank hears before SLURM does; then the node of the batch script,
+    whose death only SLURM can notice."""
+    job.submit()
+    for restart, (node, rows) in enumerate((("n2", 5), ("n1", 9)), start=1):
+        job.wait_for_rows(rows)
+        before, begun = job.rows(), time.monotonic()
+        assert cluster.kill_node(node) >= 3, "slurmd, slurmstepd and a rank at least"
+        job.wait_for_restart(restart)
+        noticed = seconds_since(begun)
+        cluster.start_node(node)
+        job.wait_for_new_step(before)
+        figures = {f"{node}_requeued_after_s": noticed, f"{node}_training_again_after_s": seconds_since(begun)}
+        report(**figures)
+        for name, value in figures.items():
+            record_property(name, value)
+    job.ends_as("COMPLETED")
+    said = job.output()
+    by = {"the script": "and a node does not answer: requeued" in said, "SLURM": "DUE TO NODE FAILURE" in said}
+    print("requeued by", [name for name, did in by.items() if did])
+    assert any(by.values()) and "MAX_RESTARTS" not in said
+    same_metrics(job, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "array"), [("srun", False), ("torchrun", True)], ids=["srun-requeue", "torchrun-array"]
+)
+def test_a_warned_job_saves_and_goes_on(cluster, job, uninterrupted, launcher: str, array: bool):
+    """By requeue, or as the next task of an array. The signal is that of --signal=B:USR1@SECONDS, sent the same way."""
+    job.submit(env={"LAUNCHER": launcher}, options=[*ONE_RANK_EACH, *(["--array=1-3%1"] if array else [])])
+    first = f"{job.id}_1" if array else job.id
+    array_job, job.id = job.id, first
+    job.wait_for_rows(3)
+    begun = time.monotonic()
+    with contextlib.suppress(SlurmError):  # for a task of an array, SLURM 22.05 signals and yet reports no success
+        cluster.command("scancel", "--signal=USR1", "--batch", job.id)
+    if array:
+        job.ends_as("COMPLETED")
+        job.id = f"{array_job}_2"
+    else:
+        job.wait_for_restart(1)
+    report(stopped_after_s=seconds_since(begun))
+    job.wait_for_rows(job.rows() + 1)
+    report(training_again_after_s=seconds_since(begun))
+    job.ends_as("COMPLETED")
+    said = job.output()
+    assert "the ranks are asked to save and to stop" in said
+    assert ("the next array task goes on" if array else "the run can go on: requeued") in said
+    if array:
+        assert "CANCELLED" in cluster.job(f"{array_job}_3")["JobState"], "there was nothing left to do"
+    same_metrics(job, uninterrupted)
+
+
+def test_a_cancelled_job_ends_and_leaves_no_process(cluster, job):
+    job.submit(*ENDLESS)
+    job.wait_for_rows(3)
+    assert len(cluster.job_processes()) >= 4, "the batch script, srun and two ranks at least"
+    cluster.command("scancel", job.id)
+    fields = job.ends_as("CANCELLED")
+    wait_for(lambda: not cluster.job_processes(), PATIENCE, "the end of all processes of the job")
+    assert fields["Restarts"] == "0"
+    assert cluster.job(job.id)["JobState"] == "CANCELLED", "it is not requeued, though its ranks could go on"
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_an_error_is_in_the_output_and_the_job_is_not_started_again(job, launcher: str):
+    """With two ranks a node, of which srun starts every one, or a torchrun both."""
+    options = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0"]
+    job.submit("algorithm.prompts_per_rolout=8", options=options, env={"LAUNCHER": launcher})
+    fields = job.ends_as("FAILED")
+    said = job.output()
+    assert "error: algorithm.prompts_per_rolout: unknown" in said, said
+    assert "error: the ranks ended with status 1; not started again" in said
+    assert fields["Restarts"] == "0" and fields["ExitCode"] == "1:0"
+    tasks = {int(task) for task in re.findall(r"^(\d+): ", said, re.MULTILINE)}
+    assert tasks == set(range(4 if launcher == "srun" else 2))
+
+
+def test_a_limit_shorter_than_its_warning_is_an_error_at_the_second_start(job):
+    """Warned at once, the run could never take a step, however often it is started."""
+    job.submit(*ENDLESS, options=[*ONE_RANK_EACH, "--time=10", "--signal=B:USR1@600"])
+    fields = job.ends_as("FAILED")
+    assert "--time must be longer than the seconds of --signal" in job.output()
+    assert fields["Restarts"] == "1"
+
+
+def test_container_options_reach_srun(job):
+    """The test cluster has no pyxis: srun itself must name the option it does not know."""
+    job.submit(env={"CONTAINER_IMAGE": "/images/nemo.sqsh"})
+    job.ends_as("FAILED")
+    assert "unrecognized option '--container-image=/images/nemo.sqsh'" in job.output()
+
+
+@pytest.fixture(scope="session")
+def pytriton() -> Path:
+    """The Python of an environment with PyTriton."""
+    if not os.environ.get("FIBERPO_PYTRITON"):
+        pytest.skip("needs PyTriton, which `bash tests/slurm/run.sh` installs")
+    return Path(os.environ["FIBERPO_PYTRITON"])
+
+
+def test_a_heterogeneous_job_trains_on_rewards_from_its_server(cluster, job, pytriton):
+    packages = next((pytriton.parents[1] / "lib").glob("python3*/site-packages"))
+    library = f"{os.path.dirname(os.path.realpath(pytriton))}/../lib"  # libpython, which PyTriton's back end loads
+    server = Path(__file__).with_name("reward_server.py")
+    job.submit(
+        "algorithm.rl_steps=2",
+        script="train_with_reward_server.sbatch",
+        options=[*(option.replace("=2", "=1") for option in ONE_RANK_EACH), ":", *ONE_RANK_EACH[1:], "--nodes=1"],
+        env={
+            "REWARD_SERVER": f"env -u PYTHONPATH LD_LIBRARY_PATH={library} {pytriton} {server}",
+            "PYTHONPATH": f"{cluster.environment['PYTHONPATH']}:{packages}",
+        },
+    )
+    job.ends_as("COMPLETED")
+    wait_for(lambda: not cluster.job_processes(), PATIENCE, "the end of the reward server")
+    rewards = [row["train_rollouts/rewards"] for row in job.metrics() if "train_rollouts/rewards" in row]
+    assert len(rewards) == 2 and all(0.0 < reward < 1.0 for reward in rewards)
