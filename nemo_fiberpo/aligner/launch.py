@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_fiberpo.aligner.preemption import NOT_FINISHED, Stopped
+from nemo_fiberpo.aligner.preemption import NOT_FINISHED, Stopped, finish
 from nemo_fiberpo.aligner.settings import SECTIONS, check_resume, cluster_settings
 from nemo_fiberpo.config import load_expert_partitions, load_hierarchy, reject_unknown_keys
 from nemo_fiberpo.megatron.timeouts import limit_collectives
@@ -276,6 +276,7 @@ def explain(main: Callable[[], None]) -> None:
         main()
     except Stopped:
         leave()
+        finish()
         sys.exit(NOT_FINISHED)
     except ValueError as error:
         trace = error.__traceback__

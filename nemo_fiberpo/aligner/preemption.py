@@ -59,6 +59,13 @@ def _note(number: int, _frame: FrameType | None) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def finish() -> None:
+    """Let the signals pass from now on. The run is over; the interpreter gives them back their default action while it
+    ends, and would be ended by them with another status."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def held_back() -> Iterator[None]:
     """Both signals wait in this thread meanwhile. A process that is started inside starts with them held back, and can

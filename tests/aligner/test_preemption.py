@@ -50,6 +50,31 @@ def test_a_second_sigterm_ends_the_process_at_once():
     assert (done.returncode, done.stdout) == (-signal.SIGTERM, "")
 
 
+SIGNALLED_WHILE_IT_ENDS = """
+import os, signal
+from nemo_fiberpo.aligner import launch, preemption
+preemption.install()
+rank = os.getpid()
+if os.fork() == 0:
+    os.closerange(0, 3)
+    try:
+        while True:
+            os.kill(rank, signal.{name})
+    except ProcessLookupError:
+        os._exit(0)
+def main():
+    raise preemption.Stopped
+launch.explain(main)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+def test_no_signal_changes_the_status_of_a_run_that_ends(name):
+    script = SIGNALLED_WHILE_IT_ENDS.format(name=name)
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True)
+    assert done.returncode == preemption.NOT_FINISHED, done.stderr
+
+
 def agree_worker(rank: int, world: int) -> list[str | None]:
     before = preemption.agreed_reason()
     late = preemption.agreed_reason(time_is_up=True) if rank else preemption.agreed_reason()
