@@ -35,7 +35,10 @@ warn_ranks() {
     warned=1
     warned_after=$SECONDS
     say "warned: the ranks are asked to save and to stop"
-    (while [ -z "$ranks_pid" ] || kill -USR1 "$ranks_pid" 2>/dev/null; do sleep 10; done) &
+    [ -z "$ranks_pid" ] || keep_warning
+}
+keep_warning() {
+    (while kill -USR1 "$ranks_pid" 2>/dev/null; do sleep 10; done) &
     warner=$!
 }
 # TERM comes to this shell and to the ranks from scancel and at the time limit, KillWait seconds before KILL.
@@ -68,6 +71,7 @@ start_ranks() {
     fi
     "$@" &
     ranks_pid=$!
+    [ "$warned" = 0 ] || [ -n "$warner" ] || keep_warning # warned before there was anybody to pass it on to
 }
 
 # end_with PID NAME: once that process of this shell ends, the ranks are ended: they would wait for it for ever.
