@@ -87,6 +87,11 @@ class RunRecord:
         if cfg.algorithm.get("kl", {}).get("coefficient"):  # the policy that the penalty refers to
             path = cfg.pretrained_checkpoint.restore_from_path
             self._identity["pretrained_checkpoint.restore_from_path"] = path
+        partitions = cfg.hierarchy.get("expert_partitions")
+        if partitions is not None and partitions.get("by", "expert_parallel") == "expert_parallel":
+            # Another size of this axis makes other partitions.
+            size = cfg.model.get("expert_model_parallel_size") or 1
+            self._identity["hierarchy.expert_partitions.by"] = f"expert_parallel, {size} ranks"
         self._identity["ranks"] = int(os.environ.get("WORLD_SIZE", "1"))
         for key in [key for key in self._identity if _under(key, _MAY_CHANGE)]:
             del self._identity[key]

@@ -68,6 +68,21 @@ REFUSED = {
 }
 
 
+def test_another_expert_parallel_size_is_a_layout_unless_it_makes_the_partitions(cfg):
+    def of(size: int, **partitions):
+        out = OmegaConf.merge(cfg, {"hierarchy": {"expert_partitions": partitions}} if partitions else {})
+        out.model.expert_model_parallel_size = size
+        return RunRecord(out)
+
+    for same in ({}, {"by": "expert"}):
+        of(2, **same).remember(0)
+        of(4, **same).check()
+        of(2, **same).path.unlink()
+    of(2, by="expert_parallel").remember(0)
+    with pytest.raises(ValueError, match=r"^hierarchy\.expert_partitions\.by: 'expert_parallel, 4 ranks', but the run"):
+        of(4, by="expert_parallel").check()
+
+
 @pytest.mark.parametrize("change", REFUSED)
 def test_a_changed_run_is_refused_by_the_name_of_the_key(cfg, change):
     RunRecord(cfg).remember(0)
