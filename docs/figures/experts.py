@@ -89,6 +89,9 @@ def logits_of(model: Any, tokens: Tensor) -> Tensor:
 
 def train(model: Any, steps: int = 400) -> float:
     """Next-token prediction; the last loss."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))  # of the loss that balances experts, as Megatron's schedules do
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
