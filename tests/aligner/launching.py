@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -59,6 +61,32 @@ def launch(script: str, run_dir: Path, *overrides: str, processes: int = 2) -> s
     )
     assert done.returncode == 0, done.stdout[-8000:]
     return done.stdout
+
+
+def begin(run_dir: Path, *overrides: str, output: Any) -> subprocess.Popen:
+    """The training script on two ranks, in a process group of its own."""
+    return subprocess.Popen(
+        command("train_gpt_fiberpo.py", run_dir, *overrides),
+        cwd=ROOT,
+        env=environment(),
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def wait_for_rl_step(
+    process: subprocess.Popen, run_dir: Path, rl_step: int, seconds: float, said: Path | None = None
+) -> None:
+    """Until the run has begun to write the metrics of that step, counted from 0. A run that ends before is an error
+    with the end of what it wrote to `said`."""
+    until = time.monotonic() + seconds
+    while not (
+        (run_dir / "metrics.jsonl").exists() and any(row["rl_step"] == rl_step for row in optimizer_steps(run_dir))
+    ):
+        assert process.poll() is None, "the run ended before" if said is None else said.read_text()[-8000:]
+        assert time.monotonic() < until, f"no RL step {rl_step}"
+        time.sleep(0.02)
 
 
 WARM_START = ["warm_start.steps=2", "warm_start.batch_size=8", "warm_start.check_every=100"]

@@ -7,12 +7,21 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.aligner.launching import ROOT, TWO_EPOCHS, command, environment, fresh, launch, metrics, optimizer_steps
+from tests.aligner.launching import (
+    TWO_EPOCHS,
+    begin,
+    command,
+    environment,
+    fresh,
+    launch,
+    metrics,
+    optimizer_steps,
+    wait_for_rl_step,
+)
 from tests.aligner.test_checkpoints import flip_middle
 from tests.aligner.test_failures import ranks_of
 
@@ -22,22 +31,9 @@ pytestmark = [pytest.mark.timeout(900), pytest.mark.slow, pytest.mark.distribute
 def stopped_by_a_signal(run_dir: Path, output: Path) -> str:
     """What a run on two ranks said of which the second got SIGUSR1 in its third RL step."""
     with output.open("w") as file:
-        launcher = subprocess.Popen(
-            command("train_gpt_fiberpo.py", run_dir, *TWO_EPOCHS),
-            cwd=ROOT,
-            env=environment(),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        launcher = begin(run_dir, *TWO_EPOCHS, output=file)
     try:
-        until = time.monotonic() + 300
-        while not (
-            (run_dir / "metrics.jsonl").exists() and any(row["rl_step"] == 2 for row in optimizer_steps(run_dir))
-        ):
-            assert launcher.poll() is None, output.read_text()[-8000:]
-            assert time.monotonic() < until, "no third step"
-            time.sleep(0.02)
+        wait_for_rl_step(launcher, run_dir, 2, seconds=300, said=output)
         os.kill(ranks_of(launcher.pid)[1], signal.SIGUSR1)
         launcher.wait(timeout=300)
     finally:

@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -22,12 +21,13 @@ from tests.aligner.launching import (
     DENSE,
     ROOT,
     TWO_EPOCHS,
-    command,
+    begin,
     environment,
     fresh,
     launch,
     metrics,
     optimizer_steps,
+    wait_for_rl_step,
 )
 
 pytestmark = pytest.mark.timeout(600)
@@ -63,23 +63,9 @@ def test_a_run_leaves_metrics_checkpoints_and_a_policy(uninterrupted):
 
 def test_a_run_killed_between_checkpoints_resumes_to_the_same_metrics(start, uninterrupted, tmp_path):
     run_dir = fresh(start, tmp_path, "killed")
-    process = subprocess.Popen(
-        command("train_gpt_fiberpo.py", run_dir, *TWO_EPOCHS),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = begin(run_dir, *TWO_EPOCHS, output=subprocess.DEVNULL)
     try:
-        until = time.monotonic() + 240
-        # the checkpoint is that of step 2; the third step has begun to write its metrics
-        while not (
-            (run_dir / "metrics.jsonl").exists() and any(row["rl_step"] == 2 for row in optimizer_steps(run_dir))
-        ):
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < until, "no third step"
-            time.sleep(0.05)
+        wait_for_rl_step(process, run_dir, 2, seconds=240)  # the newest checkpoint is that of step 2
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tests.objective.reference import Dual, Level, aggregate_gate, clip
+from tests.objective.reference import Dual, Level, aggregate_gate, clip, evaluated
 
 
 def gated_log_ratios(
@@ -75,9 +75,4 @@ def objective(
     eps: float,
 ) -> tuple[float, list[float], list[float]]:
     """J, dJ/d ell and L for every token (0 where masked)."""
-    gated = gated_log_ratios(ell, live, chain, branches, sweeps, eps)
-    total = Dual(0.0)
-    for i, value in gated.items():
-        total = total + value.exp() * weight[i]
-    coefficients = [total.grad.get(i, 0.0) for i in range(len(ell))]
-    return total.value, coefficients, [gated[i].value if i in gated else 0.0 for i in range(len(ell))]
+    return evaluated(gated_log_ratios(ell, live, chain, branches, sweeps, eps), weight)

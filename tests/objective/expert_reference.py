@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
-from tests.objective.reference import Dual, aggregate_gate, clip
+from tests.objective.reference import Dual, aggregate_gate, clip, evaluated
 
 
 @dataclass
@@ -78,9 +78,4 @@ def averages(level, entries, share, channels) -> tuple[dict, dict]:
 
 def objective(ell, weight, live, share, chain, branch, eps) -> tuple[float, list[float], list[float]]:
     """J = sum_i w_i A_i exp(L_i), dJ/d ell, and L (0 where masked)."""
-    gated = gated_log_ratios(ell, live, share, chain, branch, eps)
-    total = Dual(0.0)
-    for i, value in gated.items():
-        total = total + value.exp() * weight[i]
-    coefficients = [total.grad.get(i, 0.0) for i in range(len(ell))]
-    return total.value, coefficients, [gated[i].value if i in gated else 0.0 for i in range(len(ell))]
+    return evaluated(gated_log_ratios(ell, live, share, chain, branch, eps), weight)

@@ -6,7 +6,7 @@ Values are floats, or `Dual` numbers that carry a gradient, so the same loops gi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -105,9 +105,13 @@ def objective(
     ell: Sequence[float], weight: Sequence[float], live: Sequence[bool], levels: Sequence[Level], eps: float
 ) -> tuple[float, list[float], list[float]]:
     """J = sum_i w_i A_i exp(L_i), dJ/d ell for every token (0 where masked), and L (0 where masked)."""
-    gated = gated_log_ratios(ell, live, levels, eps)
+    return evaluated(gated_log_ratios(ell, live, levels, eps), weight)
+
+
+def evaluated(gated: Mapping[int, Dual], weight: Sequence[float]) -> tuple[float, list[float], list[float]]:
+    """J, dJ/d ell and L for every token (0 where masked), from L of the live tokens."""
     total = Dual(0.0)
     for i, value in gated.items():
         total = total + value.exp() * weight[i]
-    coefficients = [total.grad.get(i, 0.0) for i in range(len(ell))]
-    return total.value, coefficients, [gated[i].value if i in gated else 0.0 for i in range(len(ell))]
+    coefficients = [total.grad.get(i, 0.0) for i in range(len(weight))]
+    return total.value, coefficients, [gated[i].value if i in gated else 0.0 for i in range(len(weight))]
