@@ -21,7 +21,8 @@ if [ "${1:-}" = --worker ]; then # a rank under torchrun, which would report eve
         status=0
         wait "$child" || status=$?
     done
-    [ "$status" -ne "$resumable" ] || { : >"$FIBERPO_RESUMABLE" && status=0; }
+    [ "$status" -eq 0 ] || echo "$status" >>"$FIBERPO_STATUSES"
+    [ "$status" -ne "$resumable" ] || status=0 # torchrun is not to end the others, which are saving too
     exit "$status"
 fi
 
@@ -29,17 +30,19 @@ fi
 # those of this step.
 export SLURM_NTASKS_PER_NODE=$RANKS_PER_NODE
 if [ "${LAUNCHER:-srun}" = torchrun ]; then
-    FIBERPO_RESUMABLE=$(mktemp -u)
-    export FIBERPO_RESUMABLE
-    # The rendezvous is new after each restart. exec is not used: the marker is read afterwards.
+    FIBERPO_STATUSES=$(mktemp)
+    export FIBERPO_STATUSES
+    # The rendezvous is new after each restart. exec is not used: the ranks' statuses are read afterwards.
     status=0
     "$PYTHON" -m torch.distributed.run \
         --nnodes="$SLURM_STEP_NUM_NODES" --nproc-per-node="$RANKS_PER_NODE" --max-restarts=0 \
         --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \
         --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
         --no-python bash "$0" --worker "$@" || status=$?
-    [ ! -e "$FIBERPO_RESUMABLE" ] || { rm -f "$FIBERPO_RESUMABLE" && status=$resumable; }
-    exit "$status"
+    # The first that is an error says why: torchrun then ends the others, by SIGTERM. None is: the run can go on.
+    cause=$({ grep -vx "$resumable" "$FIBERPO_STATUSES" || cat "$FIBERPO_STATUSES"; } | head -n 1)
+    rm -f "$FIBERPO_STATUSES"
+    exit "${cause:-$status}"
 fi
 
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS

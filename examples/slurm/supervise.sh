@@ -5,10 +5,12 @@
 #   0                                     COMPLETED; what is left of a job array is cancelled
 #   75: a checkpoint is saved, go on      requeued; in a job array, left to the next array task
 #   anything else, and a node is lost     requeued: SLURM may take minutes to notice a node's death, the ranks do not
+#   137: a rank got SIGKILL, not from us  requeued, $MAX_KILLED times: see `killed`
 #   anything else                         FAILED with that status, and not started again
 #   scancel, or the time limit itself     ends as SLURM says, and not started again
 resumable=75
 ended_by_usr1=$((128 + $(kill -l USR1))) # a warning that came before a rank ignored it, or while it was leaving
+ended_by_kill=$((128 + $(kill -l KILL)))
 restarts=${SLURM_RESTART_COUNT:-0}
 leader=${SLURM_HET_JOB_ID:-$SLURM_JOB_ID}
 warned=0
@@ -27,6 +29,11 @@ address_of() { # NODELIST: of its first node
     scontrol show node --oneliner "$(scontrol show hostnames "$1" | head -n 1)" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p'
 }
 
+# field_of_job NAME: what scontrol says of this job. It may show others beside it: an array's, a heterogeneous job's.
+field_of_job() {
+    scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n "s/^JobId=$SLURM_JOB_ID .* $1=\([^ ]*\).*/\1/p"
+}
+
 # USR1 comes to this shell (--signal=B:USR1@SECONDS, or `scancel --signal=USR1 --batch JOB`). srun passes USR1 on to
 # every process of its step; repeated, because a rank that is still starting ignores it.
 warn_ranks() {
@@ -41,12 +48,28 @@ keep_warning() {
     (while kill -USR1 "$ranks_pid" 2>/dev/null; do sleep 10; done) &
     warner=$!
 }
-# TERM comes to this shell and to the ranks from scancel and at the time limit, KillWait seconds before KILL.
-stop_waiting() { interrupted=1 ended=1; }
+# TERM comes to this shell and to srun from scancel and at the time limit, KillWait seconds before KILL. SLURM has written
+# the job's end down by then. Where it has not, TERM is a warning like USR1.
+stop_waiting() {
+    interrupted=1
+    if [ "$(field_of_job JobState)" = RUNNING ]; then warn_ranks; else ended=1; fi
+}
 trap warn_ranks USR1
 trap stop_waiting TERM
 
 case "$LAUNCHER" in srun | torchrun) ;; *) say "error: LAUNCHER: '$LAUNCHER' is not srun or torchrun" && exit 2 ;; esac
+
+# A step that is ended while one of its nodes does not answer: SLURM tries again, for a minute and more, to kill it there,
+# and names it by its number alone. The job's next start would lose its ranks to that. So its steps have other numbers:
+# a start has two steps in each component, 0 and 1 in the first start, 2 and 3 in the second, and so on in turn.
+if [ $((restarts % 2)) = 1 ]; then
+    for ((component = 0; component < ${SLURM_HET_SIZE:-1}; component++)); do
+        options=(--nodes=1 --ntasks=1 --ntasks-per-node=1)
+        [ -z "${SLURM_HET_SIZE:-}" ] || options+=("--het-group=$component")
+        timeout "$PROBE_SECONDS" srun "${options[@]}" true &>/dev/null
+        timeout "$PROBE_SECONDS" srun "${options[@]}" true &>/dev/null
+    done
+fi
 
 # ranks_options NODES: options of the ranks' srun, one a line. All numbers are said: srun would take those that are not
 # from the job. A rank that dies does not take the others with it at once (their own error message, or their status 75,
@@ -111,6 +134,18 @@ probe() {
     timeout "$PROBE_SECONDS" srun --overlap --nodes="$1" --ntasks="$1" --ntasks-per-node=1 "${@:2}" true >/dev/null 2>&1
 }
 
+# killed: whether the ranks' status is that of SIGKILL, and not the last of too many. Nobody here sends it: the kernel does
+# for want of memory, SLURM does, and so does an administrator. What is transient is worth another start; what is not, such
+# as memory that never suffices, comes again. Each such start leaves a line in the job's output, where they are counted.
+killed() {
+    local output earlier
+    [ "$status" -eq "$ended_by_kill" ] || return 1
+    output=$(field_of_job StdOut)
+    earlier=$(grep -c "job $leader restart [0-9]*\] a rank got SIGKILL" "$output" 2>/dev/null)
+    [ "${earlier:-0}" -lt "$MAX_KILLED" ] || return 1
+    say "a rank got SIGKILL"
+}
+
 # finish_job: acts on `status`, see the table above. The script that sources this defines `nodes_answer`, by `probe`.
 finish_job() {
     local why lost=0
@@ -134,6 +169,8 @@ finish_job() {
         leave_to_the_next "$why"
     elif [ "$lost" = 1 ]; then
         why="the ranks ended with status $status and a node does not answer"
+    elif killed; then
+        why="the ranks ended with status $status, by a signal that is not this script's"
     else
         say "error: the ranks ended with status $status; not started again"
         [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"

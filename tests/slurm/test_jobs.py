@@ -21,6 +21,11 @@ ENDLESS = ["algorithm.rl_steps=1000", "algorithm.data_epochs=1000"]
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1200)]
 
 
+def ranks_that_end(ends: str) -> dict[str, str]:
+    """Variables with which a submitted script starts `ranks_that_end.sh` instead of Python."""
+    return {"PYTHON": str(Path(__file__).with_name("ranks_that_end.sh")), "ENDS": ends}
+
+
 @pytest.fixture
 def job(cluster, start, tmp_path) -> Job:
     return Job(cluster, start, tmp_path)
@@ -58,17 +63,20 @@ def test_a_job_outlives_the_death_of_each_of_its_nodes(cluster, job, uninterrupt
 
 
 @pytest.mark.parametrize(
-    ("launcher", "array"), [("srun", False), ("torchrun", True)], ids=["srun-requeue", "torchrun-array"]
+    ("launcher", "array", "signal"),
+    [("srun", False, "USR1"), ("torchrun", True, "TERM")],
+    ids=["srun-requeue", "torchrun-array"],
 )
-def test_a_warned_job_saves_and_goes_on(cluster, job, uninterrupted, launcher: str, array: bool):
-    """By requeue, or as the next task of an array. The signal is that of --signal=B:USR1@SECONDS, sent the same way."""
+def test_a_warned_job_saves_and_goes_on(cluster, job, uninterrupted, launcher: str, array: bool, signal: str):
+    """By requeue, or as the next task of an array. The signal comes as that of --signal=B:USR1@SECONDS does; SIGTERM is
+    told from a cancelled job's by the state of the job."""
     job.submit(env={"LAUNCHER": launcher}, options=[*ONE_RANK_EACH, *(["--array=1-3%1"] if array else [])])
     first = f"{job.id}_1" if array else job.id
     array_job, job.id = job.id, first
     job.wait_for_rows(3)
     begun = time.monotonic()
     with contextlib.suppress(SlurmError):  # for a task of an array, SLURM 22.05 signals and yet reports no success
-        cluster.command("scancel", "--signal=USR1", "--batch", job.id)
+        cluster.command("scancel", f"--signal={signal}", "--batch", job.id)
     if array:
         job.ends_as("COMPLETED")
         job.id = f"{array_job}_2"
@@ -95,6 +103,26 @@ def test_a_cancelled_job_ends_and_leaves_no_process(cluster, job):
     wait_for(lambda: not cluster.job_processes(), PATIENCE, "the end of all processes of the job")
     assert fields["Restarts"] == "0"
     assert cluster.job(job.id)["JobState"] == "CANCELLED", "it is not requeued, though its ranks could go on"
+
+
+def test_a_job_whose_ranks_get_sigterm_goes_on(job):
+    """As SLURM sends it when the grace time of a preemption begins: to the ranks alone."""
+    job.submit(env=ranks_that_end("wait wait/0 0"))
+    wait_for(lambda: job.output().count("ends with wait") == 2, PATIENCE, "two ranks")
+    job.cluster.command("scancel", "--signal=TERM", job.id)
+    fields = job.ends_as("COMPLETED")
+    assert fields["Restarts"] == "1"
+    assert "the run can go on: requeued" in job.output()
+
+
+def test_a_job_whose_rank_gets_sigkill_is_started_again_but_not_for_ever(job):
+    job.submit(env={**ranks_that_end("0 KILL/KILL 0/0 0"), "MAX_KILLED": "1"})
+    fields = job.ends_as("FAILED")
+    said = job.output()
+    assert fields["Restarts"] == "1" and fields["ExitCode"] == "137:0"
+    assert said.count("] a rank got SIGKILL") == 1
+    assert "the ranks ended with status 137, by a signal that is not this script's: requeued" in said
+    assert "error: the ranks ended with status 137; not started again" in said
 
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])

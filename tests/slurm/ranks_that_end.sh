@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# In place of PYTHON: a rank that ends as ENDS says for its start, "START/START/..." with an entry per rank in each:
+# a status, a signal that it sends itself, or wait: for SIGTERM, to end with 75 as a training script does.
+#   ENDS="KILL 0/0 0"     rank 0 of the first start gets SIGKILL, everything else is well
+set -euo pipefail
+if [ "$1" = -m ]; then exec "$REAL_PYTHON" "$@"; fi # torchrun itself
+
+IFS=/ read -ra starts <<<"$ENDS"
+read -ra ranks <<<"${starts[${SLURM_RESTART_COUNT:-0}]}"
+end=${ranks[$RANK]}
+echo "rank $RANK ends with $end"
+case "$end" in
+    wait)
+        trap 'exit 75' TERM
+        sleep 600 &
+        wait
+        ;;
+    [0-9]*) exit "$end" ;;
+    *) kill -s "$end" $$ ;;
+esac
