@@ -24,8 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_fiberpo.aligner import launch, preemption
 from nemo_fiberpo.aligner.model_checks import partition_table
-from nemo_fiberpo.aligner.resume import RunRecord, find_checkpoint
-from nemo_fiberpo.aligner.settings import algorithm_settings, data_settings, reward_settings
+from nemo_fiberpo.aligner.resume import RunRecord
+from nemo_fiberpo.aligner.resumption import find_checkpoint
+from nemo_fiberpo.aligner.settings import algorithm_settings, check_precision, data_settings, reward_settings
+from nemo_fiberpo.aligner.stopping import stop_before_training, stop_in_training
 from nemo_fiberpo.objective import check_gating
 
 launch.register_resolvers()
@@ -40,12 +42,15 @@ def run(cfg: DictConfig) -> None:
     settings, data, reward = algorithm_settings(cfg), data_settings(cfg), reward_settings(cfg)
     check_gating(settings.gating, hierarchy, partitions.soft_columns if partitions is not None else ())
     settings.check_passes(hierarchy.active, cfg.model.micro_batch_size)
+    settings.check_data(data)
+    check_precision(cfg.trainer.precision)
     if partitions is not None and "num_moe_experts" in cfg.model:
         partition_table(partitions, cfg.model)
     record = RunRecord(cfg)
     record.check()
     if CHECK_ONLY:
         return
+    found = find_checkpoint(cfg, record)
     launch.start(cfg)
 
     from nemo_aligner.utils import parallel_state
@@ -55,7 +60,6 @@ def run(cfg: DictConfig) -> None:
     from nemo_fiberpo.aligner.rewards import make_reward_model
 
     # The policy, as NeMo-Aligner's scripts build it.
-    found = find_checkpoint(cfg, record)
     trainer = launch.build_lightning_trainer(cfg, found[0] if found else None)
     actor = launch.load_actor(cfg, trainer)
     if partitions is not None:
@@ -95,28 +99,6 @@ def read_prompts(data, tokenizer, own_graders):
     return train, PromptDataset(data.heldout, tokenizer, data.max_prompt_length, **own, **options)
 
 
-def stop_before_training(restored) -> None:
-    """End the run here if a rank got a signal: there is nothing to save."""
-    reason = preemption.agreed_reason()
-    if reason is not None:
-        if launch.is_first_rank():
-            at = f"RL step {restored['step']}" if restored else "the start"
-            print(
-                f"stopped by {reason} before training: nothing to save; the same command goes on from {at}", flush=True
-            )
-        raise preemption.Stopped
-
-
-def stop_in_training(reason: str, fiberpo, saves: bool) -> None:
-    """End the run after an RL step, which `fit` has saved."""
-    if launch.is_first_rank():
-        saved = "checkpoint saved; the same command goes on from here"
-        if not saves:  # algorithm.save_interval is 0, or there is no checkpoint callback
-            saved = "this run saves nothing; the same command begins again"
-        print(f"stopped by {reason} at RL step {fiberpo.step} of {fiberpo.max_steps}: {saved}", flush=True)
-    raise preemption.Stopped
-
-
 def go_on(fiberpo, restored, record, files) -> None:
     """Put the trainer and the files of the run to where the checkpoint was saved."""
     if restored is not None:
@@ -146,9 +128,9 @@ def train_and_evaluate(
     paths = run_dir / "metrics.jsonl", run_dir / "prompts.jsonl"
     files = [MetricsFile(paths[0]), PromptsFile(paths[1])] if launch.is_first_rank() else []
     loggers = [*trainer.loggers, *files]
-    saves = settings.save_interval > 0 and hasattr(checkpoints, "finish_saves")
-    finish_saves = partial(checkpoints.finish_saves, trainer) if saves else lambda **_: None
-    timer = preemption.RunTimer(cfg.exp_manager.get("max_time_per_run"), after_step=finish_saves)
+    finish_saves = partial(checkpoints.finish_saves, trainer) if hasattr(checkpoints, "finish_saves") else None
+    after_step = finish_saves or (lambda **_: None)
+    timer = preemption.RunTimer(cfg.exp_manager.get("max_time_per_run"), after_step=after_step)
     collate = make_collate(actor.tokenizer.eos_id, actor.max_new_tokens)
     fiberpo = FiberPOTrainer(
         settings=settings,
@@ -192,11 +174,11 @@ def train_and_evaluate(
         evaluate("before")
         stop_before_training(restored)
     fiberpo.fit()
-    finish_saves(blocking=True)
+    after_step(blocking=True)
     reason = timer.reason or preemption.agreed_reason()
     if reason is not None:
-        stop_in_training(reason, fiberpo, saves)
-    if saves:
+        stop_in_training(reason, fiberpo, settings.save_interval, finish_saves)
+    if finish_saves is not None and settings.save_interval > 0:
         checkpoints.complete_policy(trainer, actor)
     evaluate("after")
     if launch.is_first_rank():

@@ -20,7 +20,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from quickstart_data import write_quickstart_data
 
-from nemo_fiberpo.aligner import launch
+from nemo_fiberpo.aligner import launch, run_lock
 from nemo_fiberpo.aligner.resume import RunRecord
 from nemo_fiberpo.aligner.settings import data_settings, reward_settings, warm_start_settings
 
@@ -41,6 +41,7 @@ def run(cfg: DictConfig) -> None:
     # The other ranks wait for this file, whose text says which data is complete.
     complete = Path(cfg.data_dir) / "complete"
     if first:
+        run_lock.hold(cfg.run_dir)
         if not launch.says(complete, f"seed {cfg.seed}"):
             print("warm start: making the data", flush=True)
             complete.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_fiberpo.aligner import manifest
 from nemo_fiberpo.aligner.manifest import Manifest
 from nemo_fiberpo.aligner.preemption import held_back
-from nemo_fiberpo.aligner.resume import checkpoint_directory
+from nemo_fiberpo.aligner.resumption import checkpoint_directory
 
 
 class WholeCheckpoints(NeMoModelCheckpoint):
@@ -76,24 +76,31 @@ class WholeCheckpoints(NeMoModelCheckpoint):
             self.on_whole(checkpoint.name, state)
 
     def adopt(self, trainer: Any) -> None:
-        """Take the checkpoints that are there for those that `save_top_k` and `save_last` count: a resumed run's own
-        state says what was there when its checkpoint was saved. Collective."""
-        listed = [path.name for path in manifest.checkpoints_in(Path(self.dirpath)) if (path / manifest.NAME).exists()]
-        names = trainer.strategy.broadcast(listed)
-        paths = {f"{Path(self.dirpath) / name}.ckpt": manifest.step_of(Path(self.dirpath) / name) for name in names}
+        """Take the checkpoints that the first rank sees for those that `save_top_k` and `save_last` count: a resumed
+        run's own state says what was there when its checkpoint was saved, and the other ranks may see something else.
+        Collective."""
+        listed = manifest.whole_in(Path(self.dirpath)) if trainer.is_global_zero else []
+        steps = dict(trainer.strategy.broadcast(listed))
+        paths = {f"{Path(self.dirpath) / name}.ckpt": step for name, step in steps.items()}
         lasts = [path for path in paths if path.endswith("-last.ckpt")]
         self.last_model_path = lasts[0] if lasts else ""
         surplus = lasts[1:]
         if self.monitor == "step" and self.save_top_k > 0:
             kept = [path for path in paths if path not in lasts]
             surplus += kept[self.save_top_k :]
-            self.best_k_models = {path: torch.tensor(paths[path]) for path in kept[: self.save_top_k]}
-            self._remove_invalid_entries_from_topk()
-        torch.distributed.barrier()  # every rank has read the steps
+            self._count({path: torch.tensor(paths[path]) for path in kept[: self.save_top_k]})
         for path in surplus:
             if trainer.is_global_zero:
                 print(f"checkpoint {Path(path).stem}: removed, older than save_top_k and save_last keep", flush=True)
             self._remove_checkpoint(trainer, path, override_async=True)
+
+    def _count(self, best: dict[str, torch.Tensor]) -> None:
+        """Lightning's record of the best checkpoints, from best to worst; without a look at the disk, by which NeMo's
+        own `_remove_invalid_entries_from_topk` could differ between ranks."""
+        order = sorted(best, key=lambda path: int(best[path]), reverse=self.mode != "min")
+        self.best_k_models = best
+        self.best_model_path, self.kth_best_model_path = (order[0], order[-1]) if order else ("", "")
+        self.best_model_score, self.kth_value = best.get(self.best_model_path), best.get(self.kth_best_model_path)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """NeMo's: write the policy as a .nemo file, here with a manifest beside it."""

@@ -115,10 +115,11 @@ def load_grader(target: str) -> Grader:
     return getattr(importlib.import_module(module), function)
 
 
-def die_with_parent(parent: int) -> None:
-    """End this process when process `parent` ends, even by SIGKILL: the kernel does it on Linux, a thread elsewhere."""
+def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
+    """Signal `number` to this process when process `parent` ends, even by SIGKILL: the kernel does it on Linux, a
+    thread elsewhere, which ends the process. If it has ended already, so does this one."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os._exit(1)
         return

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_fiberpo.aligner.preemption import NOT_FINISHED, Stopped, finish
+from nemo_fiberpo.aligner.preemption import NOT_FINISHED, Stopped, finish, shield_resource_tracker
+from nemo_fiberpo.aligner.resumption import SaidByFirstRank
 from nemo_fiberpo.aligner.settings import SECTIONS, check_resume, cluster_settings
 from nemo_fiberpo.config import load_expert_partitions, load_hierarchy, reject_unknown_keys
 from nemo_fiberpo.megatron.timeouts import limit_collectives
@@ -124,6 +125,7 @@ def start(cfg: DictConfig) -> None:
     from nemo.utils import logging
 
     mp.set_start_method("spawn", force=True)
+    shield_resource_tracker()
     if cfg.cpu:
         # What these say on a CPU is which GPU features are absent, and NeMo names every default of its config.
         logging.setLevel(logging.ERROR)
@@ -267,17 +269,20 @@ def leave() -> None:
 
 
 def explain(main: Callable[[], None]) -> None:
-    """Run a script's main, and leave its process groups. Exit status 75 if the run is not finished and can go on.
+    """Run a script's main, and leave its process groups. Exit status 75 if the run is not finished and can go on, 1 if
+    it is not and cannot.
 
     A ValueError raised by this package, which is about the user's input, is one line on the terminal. One from
-    elsewhere keeps its traceback; so do all with FIBERPO_TRACEBACK=1.
+    elsewhere keeps its traceback; so do all with FIBERPO_TRACEBACK=1. What the first rank said is said once.
     """
     try:
         main()
-    except Stopped:
+    except Stopped as stopped:
         leave()
         finish()
-        sys.exit(NOT_FINISHED)
+        sys.exit(NOT_FINISHED if stopped.can_go_on else 1)
+    except SaidByFirstRank:
+        sys.exit(1)
     except ValueError as error:
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:

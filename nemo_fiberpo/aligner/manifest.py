@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_fiberpo.aligner import storage
+
 NAME = "manifest.json"
 FORMAT = 1
 MARKER = "-unfinished"  # NeMoModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX
@@ -94,9 +96,9 @@ def write(checkpoint: Path, manifest: Manifest) -> None:
 
 
 def read(checkpoint: Path) -> Manifest | None:
-    """The manifest, None without one. ValueError if it is damaged or of another format."""
-    path = checkpoint / NAME
-    return parse(path.read_bytes()) if path.exists() else None
+    """The manifest, None without one. ValueError if it is damaged or of another format, OSError if it is unreadable."""
+    raw = storage.content(checkpoint / NAME)
+    return None if raw is None else parse(raw)
 
 
 def parse(raw: bytes) -> Manifest:
@@ -116,19 +118,26 @@ def parse(raw: bytes) -> Manifest:
 
 
 def problems(checkpoint: Path, manifest: Manifest, names: Iterable[str] | None = None) -> list[str]:
-    """What is wrong with files (default: all of the manifest), one line each that begins with the file."""
+    """What is wrong with files (default: all of the manifest), one line each that begins with the file: missing, of
+    another size, altered. OSError if one cannot be read, which says nothing about what it holds."""
 
     def problem(name: str) -> str | None:
-        wanted, path = manifest.files[name], checkpoint / name
-        try:
-            size = path.stat().st_size
-            if size != wanted["size"]:
-                return f"{name}: {size} bytes instead of {wanted['size']}"
-            with path.open("rb") as file:
+        wanted = manifest.files[name]
+
+        def read(path: Path) -> str | None:
+            with storage.opened(path) as file:  # opening has NFS ask the server for the size
+                size = os.fstat(file.fileno()).st_size
+                if size != wanted["size"]:
+                    return f"{name}: {size} bytes instead of {wanted['size']}"
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return None if digest == wanted["sha256"] else f"{name}: its SHA-256 differs, {size} bytes"
+
+        try:
+            return storage.attempt(read, checkpoint / name)
         except OSError as error:
+            if error.errno not in storage.MISSING:
+                raise
             return f"{name}: {error.strerror}"
-        return None if digest == wanted["sha256"] else f"{name}: its SHA-256 differs, {size} bytes"
 
     with ThreadPoolExecutor(_threads()) as pool:
         return [line for line in pool.map(problem, manifest.files if names is None else names) if line]
@@ -136,12 +145,13 @@ def problems(checkpoint: Path, manifest: Manifest, names: Iterable[str] | None =
 
 def holds(seal: Path, state: Mapping[str, int]) -> bool:
     """Whether a manifest that stands beside its files is of this state of the trainer, and they are as it says. False
-    too where one of them is missing or damaged."""
+    too where one of them is missing, damaged or cannot be read: what it seals is then made again."""
     try:
-        found = parse(seal.read_bytes())
+        raw = storage.content(seal)
+        found = None if raw is None else parse(raw)
+        return found is not None and found.state == dict(state) and not problems(seal.parent, found)
     except (OSError, ValueError):
         return False
-    return found.state == dict(state) and not problems(seal.parent, found)
 
 
 @dataclass
@@ -158,9 +168,16 @@ class Choice:
 def checkpoints_in(directory: Path) -> list[Path]:
     """The checkpoint folders, newest first; NeMo's `-last` copy after the checkpoint of the same RL step. Links are
     left out: what they lead to is listed itself."""
-    entries = (path for path in directory.glob("*") if path.name != UNPACKED)
-    found = [path for path in entries if path.is_dir() and not path.is_symlink()]
+    found = [path for path in storage.entries(directory) if path.name != UNPACKED]
+    found = [path for path in found if path.is_dir() and not path.is_symlink()]
     return sorted(found, key=lambda path: (-step_of(path), path.name.endswith("-last"), path.name))
+
+
+def whole_in(directory: Path) -> list[tuple[str, int]]:
+    """Name and RL step of the checkpoints that have a manifest, newest first."""
+    return [
+        (path.name, step_of(path)) for path in checkpoints_in(directory) if storage.content(path / NAME) is not None
+    ]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -188,7 +205,8 @@ def choose(directory: Path, recorded: Mapping[str, Any] | None, verify: Verify =
 
     ValueError if none is whole although there was one once: by `recorded`, by a damaged checkpoint, or by one that has
     no manifest and no marker. Training would silently begin again otherwise. Without such a trace the run was stopped
-    before its first checkpoint was complete, and begins at RL step 0. Changes nothing on the disk.
+    before its first checkpoint was complete, and begins at RL step 0. OSError if a file cannot be read: going back for
+    that would lose the steps of a checkpoint that may be whole. Changes nothing on the disk.
     """
     out = Choice()
     once_whole = recorded is not None

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
 
@@ -29,11 +30,16 @@ _sigterm_at: float | None = None
 
 
 class Stopped(Exception):
-    """A run that ends before its last RL step and can go on; `launch.explain` exits with `NOT_FINISHED`."""
+    """A run that ends before its last RL step; `launch.explain` exits with `NOT_FINISHED` if it can go on, else 1."""
+
+    def __init__(self, can_go_on: bool = True):
+        super().__init__()
+        self.can_go_on = can_go_on
 
 
 def install(main: str = "__main__") -> None:
-    """From now on SIGUSR1 and SIGTERM set a flag. A SIGTERM well after the first ends the process at once.
+    """From now on SIGUSR1 and SIGTERM set a flag. A SIGTERM well after the first ends the process at once. The end of
+    torchrun is a SIGTERM to its ranks: they would train on without it, out of the scheduler's sight.
 
     main  `__name__` of the script. `multiprocessing` reads it again as "__mp_main__" in a process that it starts, as
           Megatron's first save does: such a process, which lets the signals pass, also ends with its parent; it would
@@ -44,6 +50,16 @@ def install(main: str = "__main__") -> None:
     for number in SIGNALS:
         signal.signal(number, _note)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    if main == "__main__" and "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent(os.getppid(), signal.SIGTERM)
+
+
+def shield_resource_tracker() -> None:
+    """Start the process in which multiprocessing keeps track of semaphores so that a signal to the whole job lets it
+    live. It ignores SIGTERM by itself, not SIGUSR1; the next one that Python starts in its place knows nothing of the
+    semaphores that there are, and says so in a traceback for each when the run ends."""
+    with held_back():
+        resource_tracker.ensure_running()
 
 
 def _note(number: int, _frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Going on with a run: what makes it the run it is (`run.json`), and which checkpoint all ranks resume from."""
+"""Going on with a run: what makes it the run it is (`run.json`), and what of that may change."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
-from nemo_fiberpo.aligner import manifest
-from nemo_fiberpo.aligner.manifest import Choice, Manifest, write_atomically
+from nemo_fiberpo.aligner import storage
+from nemo_fiberpo.aligner.manifest import write_atomically
 from nemo_fiberpo.objective.wording import nearest
 
 # What may change whenever a run goes on: how long it runs, how often it is looked at and saved, and what grades faster.
@@ -44,7 +41,6 @@ _LAYOUT = (
 )
 _SECTIONS = ("hierarchy", "algorithm", "data", "rewards", "model", "warm_start")
 _TRAINER = ("precision", "gradient_clip_val", "max_steps")
-_stores: list[Any] = []  # the first rank's serves the others until their process groups exist
 
 
 def _flat(where: str, value: Any) -> dict[str, Any]:
@@ -114,16 +110,24 @@ class RunRecord:
         return plain
 
     def _stored(self) -> dict[str, Any] | None:
-        if not self.path.exists():
+        """What `run.json` holds, None without one. ValueError that names the file and the ways out where that is not
+        the record of a run, or it cannot be read."""
+        try:
+            raw = storage.content(self.path)
+        except OSError as error:
+            raise ValueError(f"{storage.in_words(error)}: the record of the run cannot be read; try again") from error
+        if raw is None:
             return None
         try:
-            stored = json.loads(self.path.read_text())
-            return stored if isinstance(stored["identity"], dict) else None
+            stored: dict[str, Any] = json.loads(raw)
+            _check_record(stored)
         except (ValueError, KeyError, TypeError) as error:  # neither JSON nor text, or another structure
             raise ValueError(
-                f"{self.path}: not the record of a run ({error}); give a run_dir of its own, such as "
-                f"run_dir={self._run_dir}-2"
+                f"{self.path}: not the record of a run ({type(error).__name__}: {error}). Put an intact copy back; or "
+                "remove it, if the checkpoints are of this very configuration, and the run goes on from the newest "
+                f"whole one unchecked; or give a run_dir of its own, such as run_dir={self._run_dir}-2"
             ) from None
+        return stored
 
     def _changed(self, stored: Mapping[str, Any]) -> dict[str, list[Any]]:
         before, now = stored["identity"], self.identity()
@@ -167,6 +171,15 @@ class RunRecord:
         write_atomically(self.path, json.dumps(stored, indent=1) + "\n")
 
 
+def _check_record(stored: Any) -> None:
+    """ValueError, KeyError or TypeError unless this has the structure that RunRecord writes."""
+    if not isinstance(stored["identity"], dict) or not isinstance(stored["changes"], list):
+        raise ValueError("identity and changes are of another kind")
+    newest = stored["checkpoint"]
+    if newest is not None and not (isinstance(newest["step"], int) and isinstance(newest["name"], str)):
+        raise ValueError("checkpoint is of another kind")
+
+
 def _allowed(cfg: DictConfig) -> tuple[str, ...]:
     section = cfg.get("resume")
     return tuple(section.get("allow") or ()) if section is not None else ()
@@ -174,112 +187,3 @@ def _allowed(cfg: DictConfig) -> tuple[str, ...]:
 
 def _under(key: str, prefixes: tuple[str, ...]) -> bool:
     return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
-
-
-def checkpoint_directory(cfg: DictConfig) -> Path:
-    """Where NeMo saves. ValueError if the config leaves that to NeMo: it would be another directory at every start."""
-    own = cfg.exp_manager.get("checkpoint_callback_params", {}).get("dirpath")
-    if own is None and cfg.exp_manager.get("explicit_log_dir") is None:
-        raise ValueError("exp_manager.explicit_log_dir: is required, so that a resumed run finds its checkpoints")
-    return Path(own) if own is not None else Path(cfg.exp_manager.explicit_log_dir) / "checkpoints"
-
-
-def find_checkpoint(cfg: DictConfig, record: RunRecord) -> tuple[Path, Manifest] | None:
-    """The newest whole checkpoint, the same on every rank, before process groups exist; None to begin at RL step 0.
-
-    The first rank goes through the candidates, newest first, every rank reads its share of the files of each. What is
-    not whole is said in a line each and cleared away. ValueError if none is whole although there was one.
-    """
-    directory, ranks = checkpoint_directory(cfg), int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks == 1:
-        return _settled(_choose(cfg, directory, record))
-    timeout = timedelta(seconds=cfg.collective_timeout)
-    base, rank, _ = next(rendezvous("env://", timeout=timeout))
-    _stores.append(base)
-    store = PrefixStore("fiberpo/resume", base)
-    store.set_timeout(timeout)
-    if rank == 0:
-        return _lead(cfg, directory, record, store, ranks)
-    return _follow(store, rank, ranks)
-
-
-def _choose(cfg: DictConfig, directory: Path, record: RunRecord, verify: manifest.Verify = manifest.problems) -> Choice:
-    if cfg.exp_manager.get("resume_from_checkpoint"):
-        raise ValueError(
-            "exp_manager.resume_from_checkpoint: a run goes on from its own checkpoints; a new one begins from "
-            "pretrained_checkpoint.restore_from_path"
-        )
-    choice = manifest.choose(directory, record.checkpoint, verify)
-    if choice.checkpoint is not None and not cfg.exp_manager.get("resume_if_exists", True):
-        raise ValueError(
-            f"exp_manager.resume_if_exists: false, but {directory} has checkpoints; give a run_dir of its own"
-        )
-    return choice
-
-
-def _settled(choice: Choice) -> tuple[Path, Manifest] | None:
-    for line in manifest.clear_away(choice):
-        print(f"checkpoint {line}", flush=True)
-    if choice.checkpoint is None or choice.manifest is None:
-        return None
-    print(f"going on from {choice.checkpoint.name}: RL step {choice.manifest.state['step']}", flush=True)
-    return choice.checkpoint, choice.manifest
-
-
-def _lead(cfg: DictConfig, directory: Path, record: RunRecord, store: Any, ranks: int) -> tuple[Path, Manifest] | None:
-    rounds = 0
-
-    def tell(**message: Any) -> None:
-        nonlocal rounds
-        store.set(f"round/{rounds}", json.dumps(message))
-        rounds += 1
-
-    def verify(path: Path, wanted: Manifest) -> list[str]:
-        number = rounds
-        tell(verify=str(path))
-        found = manifest.problems(path, wanted, _share(wanted, 0, ranks))
-        for rank in range(1, ranks):
-            found += json.loads(store.get(f"found/{number}/{rank}"))
-        return found
-
-    try:
-        settled = _settled(_choose(cfg, directory, record, verify))
-    except BaseException as error:  # told to the others: they wait for it
-        tell(error=str(error) or type(error).__name__)
-        raise
-    tell(choice=None if settled is None else str(settled[0]))
-    return settled
-
-
-def _follow(store: Any, rank: int, ranks: int) -> tuple[Path, Manifest] | None:
-    rounds = 0
-    while True:
-        message = json.loads(store.get(f"round/{rounds}"))
-        if "verify" in message:
-            path = Path(message["verify"])
-            found = _read_share(path, rank, ranks)
-            store.set(f"found/{rounds}/{rank}", json.dumps(found))
-            rounds += 1
-            continue
-        if "error" in message:
-            raise ValueError(message["error"])
-        if message["choice"] is None:
-            return None
-        chosen = Path(message["choice"])
-        read = manifest.read(chosen)
-        assert read is not None, "the first rank has just read it"
-        return chosen, read
-
-
-def _read_share(path: Path, rank: int, ranks: int) -> list[str]:
-    try:
-        wanted = manifest.read(path)
-        return manifest.problems(path, wanted, _share(wanted, rank, ranks)) if wanted else [f"{manifest.NAME}: missing"]
-    except (OSError, ValueError) as error:
-        return [f"rank {rank} cannot read it: {error}"]
-
-
-def _share(wanted: Manifest, rank: int, ranks: int) -> list[str]:
-    """The files of one rank, as much of every size on each."""
-    by_size = sorted(wanted.files, key=lambda name: (-wanted.files[name]["size"], name))
-    return by_size[rank::ranks]

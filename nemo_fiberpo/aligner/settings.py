@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -26,6 +27,7 @@ TOO_LONG = ("error", "drop")
 REWARD_KINDS = ("rules", "server")
 SCORES = ("threshold", "raw")
 ON_FAILURE = ("drop", "zero", "error")
+PRECISIONS = ("bf16", "bf16-mixed", 16, "16", "16-mixed", 32, "32", "32-true")
 SECTIONS = (
     "name",
     "seed",
@@ -81,7 +83,8 @@ class AlgorithmSettings:
                          inside one micro-batch of one data-parallel rank, which is checked
     val_check_interval   RL steps between evaluations on the held-out prompts; 0: never
     save_interval        RL steps between checkpoints, a multiple of val_check_interval; the end of training and of its
-                         time are saved too. 0: nothing is ever saved, the trained policy neither
+                         time, and a run that a signal stops, are saved too. 0: only a run that a signal or its time
+                         limit stops is saved, the trained policy never
     """
 
     samples_per_prompt: int
@@ -170,6 +173,24 @@ class AlgorithmSettings:
             raise ValueError(
                 f"model.micro_batch_size: {micro_batch_size} is not a multiple of algorithm.samples_per_prompt = "
                 f"{self.samples_per_prompt}, which passes: 1 needs for prompt groups; change it, or set passes to 2"
+            )
+
+    def check_data(self, data: DataSettings) -> None:
+        """ValueError where the data does not go with the algorithm. Files that are not there yet are not looked at."""
+        if self.val_check_interval and data.heldout is None:
+            raise ValueError(
+                f"algorithm.val_check_interval: {self.val_check_interval} evaluates data.heldout, which is not given; "
+                "give a file of held-out prompts, or set it to 0"
+            )
+        path = Path(data.train)
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            prompts = sum(1 for line in file if line.strip())
+        if prompts < self.prompts_per_rollout:
+            raise ValueError(
+                f"algorithm.prompts_per_rollout: {self.prompts_per_rollout}, but data.train = {path} has {prompts} "
+                "prompts; a rollout takes each at most once: set it to at most that, or give more prompts"
             )
 
     @property
@@ -283,6 +304,14 @@ def reward_settings(cfg: DictConfig) -> RewardSettings:
 def warm_start_settings(cfg: DictConfig) -> WarmStartSettings:
     """The `warm_start` section. Raises ValueError naming the field."""
     return _build(WarmStartSettings, _plain(cfg, "warm_start"), "warm_start")
+
+
+def check_precision(precision: Any) -> None:
+    """ValueError unless `trainer.precision` is one that NeMo builds a policy in."""
+    if isinstance(precision, bool) or precision not in PRECISIONS:
+        raise ValueError(
+            f"trainer.precision: {precision!r} is unknown{nearest(precision, dict.fromkeys(map(str, PRECISIONS)))}"
+        )
 
 
 def cluster_settings(cfg: DictConfig) -> Assumptions:

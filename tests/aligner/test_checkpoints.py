@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from nemo_fiberpo.aligner import manifest
+from nemo_fiberpo.aligner import manifest, storage
 from nemo_fiberpo.aligner.manifest import DAMAGED, Manifest, choose, clear_away
+from tests import distributed
 from tests.aligner.launching import ROOT
 
 # The files of one of Megatron's checkpoints on two ranks, and one of an older format that has folders.
@@ -245,6 +250,92 @@ def test_a_second_damaged_checkpoint_of_the_same_name_is_kept_too(checkpoints):
         clear_away(choose(checkpoints, None))
     aside = sorted(path.name for path in (checkpoints.parent / DAMAGED).iterdir())
     assert aside == [name_of(4), name_of(4) + ".1"]
+
+
+UNREADABLE = Path("/proc/self/mem")  # every read at its beginning is EIO
+
+
+def make_unreadable(checkpoint: Path, name: str) -> None:
+    """A file of a checkpoint that is there, of the size in the manifest, and whose every read fails."""
+    (checkpoint / name).unlink()
+    (checkpoint / name).symlink_to(UNREADABLE)
+    if name != manifest.NAME:
+        found = manifest.read(checkpoint)
+        files = {**found.files, name: {**found.files[name], "size": UNREADABLE.stat().st_size}}
+        manifest.write(checkpoint, Manifest(files, found.state))
+
+
+@pytest.mark.parametrize("name", ["common.pt", "__1_0.distcp", manifest.NAME])
+def test_a_file_that_cannot_be_read_is_an_error_and_no_reason_to_go_back(checkpoints, name, monkeypatch):
+    monkeypatch.setattr(storage, "WAITS", (0.0, 0.0))
+    make_unreadable(checkpoints / name_of(4), name)
+    before = sorted(checkpoints.parent.rglob("*"))
+    with pytest.raises(OSError, match="Input/output error") as error:
+        choose(checkpoints, None)
+    assert error.value.errno == errno.EIO and error.value.filename == str(checkpoints / name_of(4) / name)
+    assert sorted(checkpoints.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES, errno.ETIMEDOUT])
+def test_a_read_that_fails_for_a_moment_is_made_again(checkpoints, number, monkeypatch):
+    failures = dict.fromkeys((manifest.NAME, "common.pt", "__0_1.distcp"), 2)
+    really_opened = storage.opened
+
+    def opened(path: Path):
+        if failures.get(path.name, 0):
+            failures[path.name] -= 1
+            raise OSError(number, os.strerror(number), str(path))
+        return really_opened(path)
+
+    monkeypatch.setattr(storage, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(storage, "opened", opened)
+    choice = choose(checkpoints, None)
+    assert choice.checkpoint == checkpoints / name_of(4) and choice.lines == [] and not any(failures.values())
+
+
+def test_a_file_is_missing_only_if_its_folder_does_not_list_it(tmp_path, monkeypatch):
+    """The late view of an NFS client: for a while it says that there is no such file."""
+    (tmp_path / "late").write_bytes(b"here")
+    really_open, refused = Path.open, []
+
+    def late(path: Path, *mode: str):
+        if path.name == "late" and not refused:
+            refused.append(path)
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return really_open(path, *mode)
+
+    monkeypatch.setattr(Path, "open", late)
+    assert storage.content(tmp_path / "late") == b"here" and refused
+    assert storage.content(tmp_path / "missing") is None
+    assert storage.content(tmp_path / "no folder" / "missing") is None
+    assert storage.entries(tmp_path / "no folder") == []
+
+
+def adopting(rank: int, world: int, directory: str) -> tuple:
+    """What a rank counts as the best checkpoints, where only the first sees the directory as it is."""
+    from nemo_fiberpo.aligner.checkpoints import WholeCheckpoints
+
+    def broadcast(value):
+        held = [value]
+        torch.distributed.broadcast_object_list(held, src=0)
+        return held[0]
+
+    callback = WholeCheckpoints(dirpath=directory, monitor="step", mode="max", save_top_k=2, filename="fiberpo")
+    if rank:
+        really = manifest.checkpoints_in
+        manifest.checkpoints_in = lambda directory: really(directory)[1:]
+        manifest.step_of = lambda checkpoint: -1
+    trainer = SimpleNamespace(is_global_zero=rank == 0, strategy=SimpleNamespace(broadcast=broadcast))
+    callback.adopt(trainer)
+    best = {Path(path).stem: int(step) for path, step in callback.best_k_models.items()}
+    return best, Path(callback.kth_best_model_path).stem, Path(callback.best_model_path).stem, int(callback.kth_value)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_every_rank_counts_the_checkpoints_that_the_first_one_sees(checkpoints):
+    expected = {name_of(4): 4, name_of(2): 2}, name_of(2), name_of(4), 2
+    assert distributed.run(adopting, 2, str(checkpoints), timeout=180.0) == [expected, expected]
 
 
 def test_nothing_of_ours_unpickles():

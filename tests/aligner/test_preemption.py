@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_fiberpo.aligner import preemption
+from nemo_fiberpo.aligner import launch, preemption
 from nemo_fiberpo.aligner.grader_pool import GraderPool
+from nemo_fiberpo.aligner.stopping import stop_in_training
 from tests import distributed
 from tests.aligner.launching import environment
 from tests.aligner.test_failures import alive
@@ -73,6 +74,101 @@ def test_no_signal_changes_the_status_of_a_run_that_ends(name):
     script = SIGNALLED_WHILE_IT_ENDS.format(name=name)
     done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True)
     assert done.returncode == preemption.NOT_FINISHED, done.stderr
+
+
+SIGNALLED_TRACKER = """
+import multiprocessing, os, signal, sys, time
+from multiprocessing import resource_tracker
+from nemo_fiberpo.aligner import preemption
+preemption.install()
+if {shield}:
+    preemption.shield_resource_tracker()
+lock = multiprocessing.get_context("spawn").Lock()  # registers a semaphore
+tracker = resource_tracker._resource_tracker._pid
+for pid in (tracker, os.getpid()):
+    os.kill(pid, signal.{name})
+if not {shield}:
+    os.waitid(os.P_PID, tracker, os.WEXITED | os.WNOWAIT)
+"""
+
+
+@pytest.mark.parametrize(("shield", "name"), [(True, "SIGUSR1"), (True, "SIGTERM"), (False, "SIGUSR1")])
+def test_a_signal_to_the_whole_job_leaves_no_traceback_of_the_resource_tracker(shield, name):
+    """Without the shield there is one: this test can fail."""
+    script = SIGNALLED_TRACKER.format(shield=shield, name=name)
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), text=True, capture_output=True, timeout=60)
+    assert done.returncode == 0
+    assert ("KeyError" in done.stderr, bool(done.stderr)) == (not shield, not shield), done.stderr
+
+
+LAUNCHER = """
+import os, subprocess, sys, time
+rank = subprocess.Popen([sys.executable, "-c", {rank!r}])
+time.sleep(60)
+"""
+RANK = """
+import os, time
+from nemo_fiberpo.aligner import preemption
+preemption.install()
+print(os.getpid(), flush=True)
+until = time.monotonic() + 30
+while not preemption._received and time.monotonic() < until:
+    time.sleep(0.05)
+print(preemption._received, flush=True)
+"""
+
+
+@pytest.mark.parametrize("torchrun", [True, False])
+def test_the_end_of_torchrun_is_a_sigterm_to_its_ranks_and_that_of_a_shell_is_not(torchrun):
+    script = LAUNCHER.format(rank=RANK.replace("30", "30" if torchrun else "2"))
+    variables = {"TORCHELASTIC_RUN_ID": "1"} if torchrun else {}
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", script], env=environment() | variables, stdout=subprocess.PIPE, text=True
+    )
+    assert launcher.stdout is not None
+    rank = int(launcher.stdout.readline())
+    try:
+        launcher.kill()
+        launcher.wait()
+        assert int(launcher.stdout.readline()) == (signal.SIGTERM if torchrun else 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGKILL)
+
+
+class Trained:
+    """What `stop_in_training` sees of a trainer: a step, and a save that is complete once it is finished."""
+
+    step, max_steps = 7, 60
+
+    def __init__(self):
+        self.done: list[str] = []
+
+    def save(self) -> None:
+        self.done.append("saved")
+
+    def finish(self, blocking: bool = False) -> None:
+        self.done.append("finished" if blocking else "looked")
+
+
+@pytest.mark.parametrize(("interval", "expected"), [(0, ["saved", "finished"]), (5, [])])
+def test_a_stopped_run_is_saved_whatever_its_save_interval(interval, expected, capsys):
+    """With an interval `fit` has saved it."""
+    trained = Trained()
+    with pytest.raises(preemption.Stopped) as stopped:
+        stop_in_training("SIGUSR1", trained, interval, trained.finish)
+    assert trained.done == expected and stopped.value.can_go_on
+    assert "stopped by SIGUSR1 at RL step 7 of 60: checkpoint saved" in capsys.readouterr().out
+
+
+def test_a_stopped_run_that_cannot_be_saved_is_not_one_to_start_again(monkeypatch, capsys):
+    def main() -> None:
+        stop_in_training("SIGUSR1", Trained(), 5, None)
+
+    monkeypatch.setattr(launch, "finish", lambda: None)
+    with pytest.raises(SystemExit) as leaving:
+        launch.explain(main)
+    assert leaving.value.code == 1 and "exp_manager.create_checkpoint_callback is false" in capsys.readouterr().out
 
 
 def agree_worker(rank: int, world: int) -> list[str | None]:

@@ -9,10 +9,12 @@ import pytest
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from nemo_fiberpo.aligner import resume
+from nemo_fiberpo.aligner import resumption, storage
+from nemo_fiberpo.aligner.launch import explain
 from nemo_fiberpo.aligner.resume import RunRecord
 from nemo_fiberpo.aligner.settings import check_resume
-from tests.aligner.test_checkpoints import checkpoints, flip_middle, name_of, save  # noqa: F401
+from tests.aligner.test_checkpoints import UNREADABLE, checkpoints, flip_middle, make_unreadable, name_of  # noqa: F401
+from tests.aligner.test_run_lock import holder
 
 CONFIG = {
     "run_dir": "",
@@ -188,10 +190,31 @@ def test_a_whole_checkpoint_is_remembered_through_a_restart(cfg):
     assert RunRecord(cfg).checkpoint == {"name": "fiberpo-step=2", "step": 2}
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff{}", b"[]"])
-def test_a_damaged_record_of_the_run_is_an_error_that_names_it(cfg, tmp_path, content):
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff{}",
+        b"[]",
+        b"null",
+        b'{"identity": {}}',
+        b'{"identity": 3, "changes": [], "checkpoint": null}',
+        b'{"identity": {}, "changes": [], "checkpoint": {"step": "x"}}',
+    ],
+)
+def test_a_damaged_record_of_the_run_is_an_error_that_names_it_and_the_ways_out(cfg, tmp_path, content):
     (tmp_path / "run.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"run\.json: not the record of a run"):
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/run\.json: not the record of a run") as error:
+        RunRecord(cfg).check()
+    for remedy in ("intact copy", "remove it", f"run_dir={tmp_path}-2"):
+        assert remedy in str(error.value)
+
+
+def test_a_record_that_cannot_be_read_is_no_damaged_one(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "WAITS", (0.0,))
+    (tmp_path / "run.json").symlink_to(UNREADABLE)
+    with pytest.raises(ValueError, match=r"run\.json: Input/output error \(errno 5\): .* try again"):
         RunRecord(cfg).check()
 
 
@@ -202,13 +225,14 @@ def agree(cfg, directory, ranks: int) -> list:
     def run(rank: int) -> None:
         try:
             if rank == 0:
-                found[0] = resume._lead(cfg, directory, RunRecord(cfg), store, ranks)
+                found[0] = resumption._lead(cfg, directory, RunRecord(cfg), store, ranks)
             else:
-                found[rank] = resume._follow(store, rank, ranks)
+                found[rank] = resumption._follow(store, rank, ranks)
         except ValueError as error:
+            assert isinstance(error, resumption.SaidByFirstRank) == (rank > 0)
             found[rank] = str(error)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
+    threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}") for rank in range(ranks)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -236,9 +260,79 @@ def test_all_ranks_stop_where_no_checkpoint_is_whole(cfg, checkpoints):  # noqa:
     assert first == second and "no checkpoint is whole" in first
 
 
+@pytest.mark.parametrize("ranks", [3, 4, 5])
+def test_no_rank_goes_back_for_a_file_that_one_of_them_cannot_read(cfg, checkpoints, ranks, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(storage, "WAITS", (0.0,))
+    newest, name = checkpoints / name_of(4), "common.pt"
+    make_unreadable(newest, name)
+    wanted = resumption.manifest.read(newest)
+    (reader,) = [rank for rank in range(ranks) if name in resumption._share(wanted, rank, ranks)]
+    said = set(agree(cfg, checkpoints, ranks))
+    assert len(said) == 1, "every rank ends with the same error"
+    (error,) = said
+    assert error.startswith(f"{newest / name}: Input/output error") and "(errno 5)" in error
+    assert (f"says rank {reader} on " in error) == (reader > 0)
+    assert newest.is_dir() and "going on from" not in capsys.readouterr().out
+
+
+def test_the_late_view_of_one_rank_is_waited_out_and_is_no_damage(cfg, checkpoints, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(storage, "WAITS", (0.0, 0.0))
+    read, late = resumption._read_share, []
+
+    def late_twice(path, wanted, rank, ranks):
+        answer = read(path, wanted, rank, ranks)
+        if rank == 1 and len(late) < 2:
+            late.append(rank)
+            return {"problems": ["common.pt: No such file or directory"]}
+        return answer
+
+    monkeypatch.setattr(resumption, "_read_share", late_twice)
+    found = agree(cfg, checkpoints, 2)
+    assert {path for path, _ in found} == {checkpoints / name_of(4)} and len(late) == 2
+    assert "damaged" not in capsys.readouterr().out
+
+
+def test_a_rank_that_never_sees_a_file_ends_the_start_and_moves_nothing(cfg, checkpoints, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(storage, "WAITS", (0.0,))
+    monkeypatch.setattr(resumption, "_read_share", lambda *_: {"problems": ["common.pt: No such file or directory"]})
+    first, second = agree(cfg, checkpoints, 2)
+    assert first == second and f"{checkpoints / name_of(4)}/common.pt: No such file" in first
+    assert "whole as the first rank reads it" in first and (checkpoints / name_of(4)).is_dir()
+
+
+def test_ranks_take_the_state_of_the_trainer_from_the_first_one(cfg, checkpoints, monkeypatch):  # noqa: F811
+    """The others read no manifest by themselves: it may not be there yet as they see it."""
+    read = resumption.manifest.read
+
+    def only_the_first(checkpoint):
+        assert threading.current_thread().name == "rank 0", "a manifest is the first rank's to read"
+        return read(checkpoint)
+
+    monkeypatch.setattr(resumption.manifest, "read", only_the_first)
+    assert [manifest.state["step"] for _, manifest in agree(cfg, checkpoints, 3)] == [4, 4, 4]
+
+
+def test_a_second_job_in_the_directory_ends_on_every_rank_and_changes_nothing(cfg, checkpoints):  # noqa: F811
+    flip_middle(checkpoints / name_of(4) / "common.pt")
+    before = sorted(checkpoints.rglob("*"))
+    with holder(cfg.run_dir) as process:
+        first, second = agree(cfg, checkpoints, 2)
+    assert first == second and first.startswith(f"run_dir: {cfg.run_dir} is in use by process {process.pid} on ")
+    assert sorted(checkpoints.rglob("*")) == before
+
+
+def test_an_error_of_the_first_rank_is_said_once(capsys):
+    def main() -> None:
+        raise resumption.SaidByFirstRank("run_dir: in use")
+
+    with pytest.raises(SystemExit) as leaving:
+        explain(main)
+    assert leaving.value.code == 1 and capsys.readouterr() == ("", "")
+
+
 def test_every_file_is_read_by_exactly_one_rank(checkpoints):  # noqa: F811
-    wanted = resume.manifest.read(checkpoints / name_of(4))
-    shares = [resume._share(wanted, rank, 3) for rank in range(3)]
+    wanted = resumption.manifest.read(checkpoints / name_of(4))
+    shares = [resumption._share(wanted, rank, 3) for rank in range(3)]
     assert sorted(name for share in shares for name in share) == sorted(wanted.files)
 
 
@@ -246,4 +340,4 @@ def test_resuming_is_not_switched_off_where_there_are_checkpoints(cfg, checkpoin
     cfg.exp_manager.explicit_log_dir = str(checkpoints.parent)
     cfg.exp_manager.resume_if_exists = False
     with pytest.raises(ValueError, match=r"^exp_manager\.resume_if_exists: false, but .* give a run_dir"):
-        resume.find_checkpoint(cfg, RunRecord(cfg))
+        resumption.find_checkpoint(cfg, RunRecord(cfg))

@@ -1,11 +1,21 @@
 """Every refusal of the config names the field, and for an unknown key the nearest valid one."""
 
+import subprocess
+import sys
+
 import pytest
 from omegaconf import OmegaConf
 
+from nemo_fiberpo.aligner import run_lock
 from nemo_fiberpo.aligner.launch import apply_stratum_overrides, check_batches, check_sections, overrides
-from nemo_fiberpo.aligner.settings import algorithm_settings, data_settings, reward_settings
+from nemo_fiberpo.aligner.settings import (
+    algorithm_settings,
+    check_precision,
+    data_settings,
+    reward_settings,
+)
 from nemo_fiberpo.objective import Budget, Stratum
+from tests.aligner.launching import environment
 
 ALGORITHM = {"samples_per_prompt": 8, "prompts_per_rollout": 96, "optimizer_steps": 4}
 HIERARCHY = {
@@ -90,6 +100,89 @@ def test_section_refusals(reader, section, values, words):
         reader(OmegaConf.create({section: values}))
     for word in words:
         assert word in str(error.value)
+
+
+def test_evaluations_without_held_out_prompts_are_refused():
+    data = data_settings(OmegaConf.create({"data": {"train": "not made yet"}}))
+    with pytest.raises(ValueError, match=r"^algorithm\.val_check_interval: 2 evaluates data\.heldout.* set it to 0"):
+        settings(val_check_interval=2, save_interval=2).check_data(data)
+    settings(val_check_interval=0, save_interval=2).check_data(data)
+
+
+def test_fewer_prompts_than_a_rollout_takes_are_refused(tmp_path):
+    path = tmp_path / "train.jsonl"
+    data = data_settings(OmegaConf.create({"data": {"train": str(path)}}))
+    settings().check_data(data)  # there is no such file yet
+    path.write_text('{"prompt": "1"}\n\n' * 95)
+    with pytest.raises(
+        ValueError, match=rf"^algorithm\.prompts_per_rollout: 96, but data\.train = {path} has 95 prompts"
+    ):
+        settings().check_data(data)
+    path.write_text('{"prompt": "1"}\n' * 95 + '{"prompt": "2"}')
+    settings().check_data(data)
+
+
+@pytest.mark.parametrize(
+    ("precision", "words"),
+    [
+        ("bf61", "did you mean 'bf16'"),
+        ("fp8", "valid: 16, 16-mixed, 32, 32-true, bf16, bf16-mixed"),
+        (64, "64 is unknown"),
+        (True, "True is unknown"),
+        (None, "None is unknown"),
+    ],
+)
+def test_a_precision_that_nemo_has_not_is_refused(precision, words):
+    with pytest.raises(ValueError, match=r"^trainer\.precision: ") as error:
+        check_precision(precision)
+    assert words in str(error.value)
+
+
+CHECKED = {
+    "algorithm.val_check_interval=2 algorithm.save_interval=2 data.heldout=null": "error: algorithm.val_check_interval",
+    "algorithm.prompts_per_rollout=96": "error: algorithm.prompts_per_rollout: 96, but data.train",
+    "resume.allow=[hierarchie]": "error: resume.allow: 'hierarchie'",
+    "resume.allow=[algorithm.optimizer_step]": "error: resume.allow: 'algorithm.optimizer_step'",
+    "trainer.precision=bf61": "error: trainer.precision: 'bf61'",
+    "": "fine",
+}
+CHECK = """
+import runpy, sys
+from pathlib import Path
+from tests.aligner.launching import ROOT, arguments
+script = str(ROOT / "examples" / "train_gpt_fiberpo.py")
+given = sys.argv[1:]
+for wrong in given[1:]:
+    sys.argv = [script, *arguments(Path(given[0]), *wrong.split()), "--check"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+        print("fine")
+    except SystemExit as leaving:
+        print(leaving.code)
+"""
+
+
+def test_check_refuses_by_the_name_of_the_field(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "1"}\n' * 8)
+    script = [sys.executable, "-c", CHECK, str(tmp_path), *CHECKED]
+    said = subprocess.check_output(script, env=environment(), text=True).splitlines()
+    assert [line[: len(words)] for line, words in zip(said, CHECKED.values(), strict=True)] == list(CHECKED.values())
+    assert not (tmp_path / run_lock.NAME).exists(), "looking at a config takes no lock"
+
+
+NEMO = """
+import sys
+from nemo.collections.nlp.parts.utils_funcs import torch_dtype_from_precision
+from nemo_fiberpo.aligner.settings import PRECISIONS
+print(*{torch_dtype_from_precision(precision) for precision in PRECISIONS})
+"""
+
+
+@pytest.mark.slow
+def test_every_precision_of_the_list_is_one_of_nemos():
+    said = subprocess.check_output([sys.executable, "-c", NEMO], env=environment(), text=True)
+    assert sorted(said.splitlines()[-1].split()) == ["torch.bfloat16", "torch.float16", "torch.float32"]
 
 
 def test_strata_are_overridden_by_name():

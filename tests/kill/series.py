@@ -7,17 +7,18 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from nemo_fiberpo.aligner.preemption import NOT_FINISHED
+from tests.aligner import forked
 from tests.aligner.launching import DENSE, WARM_START, launch, metrics
-from tests.kill.warm import begin, checksum_prompts, configuration, import_everything
+from tests.kill.warm import begin, checksum_prompts
 
 PROMPTS = 64
 LONGEST = 600.0  # seconds that one run may take
@@ -26,7 +27,6 @@ LONGEST = 600.0  # seconds that one run may take
 @dataclass
 class Setup:
     directory: Path
-    script: ModuleType
     overrides: list[str]
     start: Path
     expected: tuple[list[dict], list[dict]]
@@ -40,6 +40,7 @@ class Counts:
     kills_before_the_first_whole_checkpoint: int = 0
     stops_by_sigusr1: int = 0
     runs_that_could_not_resume: int = 0
+    resumptions_checked: int = 0
     resumed_from_another_than_the_newest_whole_checkpoint: int = 0
     rl_steps_lost: int = 0
     rl_steps_lost_at_most: int = 0
@@ -77,10 +78,10 @@ def prepare(directory: Path, steps: int, overrides: list[str]) -> Setup:
         launch("warm_start.py", start, *WARM_START, *DENSE, processes=1)
         checksum_prompts(start / "data" / "train.jsonl", PROMPTS)
     overrides = [*overrides, f"algorithm.rl_steps={steps}", "algorithm.save_interval=1"]
-    script = import_everything(configuration(directory, *overrides))
-    setup = Setup(directory, script, overrides, start, ([], []), 0.0)
+    forked.import_everything()
+    setup = Setup(directory, overrides, start, ([], []), 0.0)
     run_dir, begun = fresh_run(setup, "uninterrupted"), time.monotonic()
-    pid = begin(script, configuration(run_dir, *overrides), run_dir / "output")
+    pid = begin(run_dir, overrides, run_dir / "output")
     status = os.waitpid(pid, 0)[1]
     end_group(pid)
     if status != 0:
@@ -171,11 +172,11 @@ class Plan:
 def kill_until_done(setup: Setup, counts: Counts, rng: random.Random, plan: Plan) -> None:
     """A run, killed and begun again until it ends by itself; not killed any more once there were enough in all."""
     run_dir = fresh_run(setup, f"run{counts.runs_to_the_end}")
-    cfg, output = configuration(run_dir, *setup.overrides), run_dir / "output"
+    output = run_dir / "output"
     while True:
         expected = newest_whole(run_dir)
         output.write_text("")
-        pid = begin(setup.script, cfg, output)
+        pid = begin(run_dir, setup.overrides, output)
         if counts.kills < plan.kills:
             sent = signal.SIGUSR1 if rng.random() < plan.sigusr1 else signal.SIGKILL
             wait_for_the_moment(setup, run_dir, pid, rng, plan.in_save)
@@ -183,7 +184,7 @@ def kill_until_done(setup: Setup, counts: Counts, rng: random.Random, plan: Plan
                 os.kill(pid, sent)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         end_group(pid)
-        check_resumption(output.read_text(), expected, counts)
+        check_resumption(output.read_text(), expected, status, counts)
         if status == 0:
             break
         if status == -signal.SIGKILL:
@@ -200,12 +201,21 @@ def kill_until_done(setup: Setup, counts: Counts, rng: random.Random, plan: Plan
     shutil.rmtree(run_dir)
 
 
-def check_resumption(said: str, expected: tuple[str, int] | None, counts: Counts) -> None:
-    lines = [line for line in said.splitlines() if line.startswith("going on from ")]
-    wanted = [] if expected is None else [f"going on from {expected[0]}: RL step {expected[1]}"]
-    if "Initializing distributed" in said and lines != wanted:
-        counts.resumed_from_another_than_the_newest_whole_checkpoint += 1
-        print(f"went on from {lines}, should be {wanted}", flush=True)
+def check_resumption(said: str, expected: tuple[str, int] | None, status: int, counts: Counts) -> None:
+    """A run says once where it begins, and that is the newest whole checkpoint; its first RL step is the next one. Only
+    a run that a signal ended before it trained, by SIGKILL even before it chose, may say less."""
+    lines = [line for line in said.splitlines() if line.startswith(("going on from ", "beginning at "))]
+    steps = [int(number) for number in re.findall(r"^step +(\d+)/", said, re.MULTILINE)]
+    step = 0 if expected is None else expected[1]
+    wanted = "beginning at RL step 0" if expected is None else f"going on from {expected[0]}: RL step {step}"
+    killed_before = not lines and not steps and status == -signal.SIGKILL
+    wrong = [] if lines == [wanted] or killed_before else [f"said {lines}, should be {wanted!r}"]
+    if steps and steps != list(range(step + 1, step + 1 + len(steps))):
+        wrong.append(f"made the RL steps {steps}, should begin with {step + 1}")
+    counts.resumptions_checked += bool(lines) and expected is not None
+    counts.resumed_from_another_than_the_newest_whole_checkpoint += bool(wrong)
+    for line in wrong:
+        print(line, flush=True)
 
 
 def count_kill(run_dir: Path, counts: Counts) -> None:
