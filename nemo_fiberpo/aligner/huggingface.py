@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "MixtralForCausalLM": "mixtral"}
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 LLAMA3_SCALING = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -70,6 +71,7 @@ def model_config(hf: Mapping[str, Any]) -> dict[str, Any]:
         "init_method_std": hf.get("initializer_range", 0.02),
         "num_moe_experts": None,
         "mcore_gpt": True,
+        "huggingface_tokens": {name: hf[name] for name in SPECIAL_TOKENS if name in hf},
     } | _NEMO_ASKS_FOR
     if family == "mixtral":
         out |= {
@@ -140,6 +142,7 @@ def huggingface_config(model: Mapping[str, Any]) -> dict[str, Any]:
         "tie_word_embeddings": bool(model.get("share_embeddings_and_output_weights", True)),
         "initializer_range": model.get("init_method_std", 0.02),
     }
+    out |= model.get("huggingface_tokens") or {}
     if (model.get("kv_channels") or hidden // heads) != hidden // heads:
         if family == "qwen2":
             raise ValueError(f"model.kv_channels: {model['kv_channels']}; Qwen2 has hidden_size / num_attention_heads")

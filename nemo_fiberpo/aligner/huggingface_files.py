@@ -23,14 +23,11 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from nemo_fiberpo.aligner import huggingface_tokenizer
 from nemo_fiberpo.aligner.huggingface import huggingface_config, model_config, names_used, to_huggingface, to_megatron
 from nemo_fiberpo.config import mapping
 
 SHARD_BYTES = 5 * 2**30
-TOKENIZER_FILES = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken"),
-    *("chat_template*", "generation_config.json"),  # how a conversation is written, and which tokens end a response
-)
 _NORM_BESIDE_EXPERTS = "decoder.layers.pre_mlp_layernorm.weight", "decoder.layers.mlp.linear_fc1.layer_norm_weight"
 """Names of the norm before experts in a checkpoint: with Transformer Engine's layer spec, and with the local one."""
 
@@ -56,19 +53,17 @@ def import_huggingface(source: Path, target: Path) -> None:
         gpt = build_gpt(model, dtype)
         load_into(gpt, to_megatron(weights.read, model))
         _save(gpt, scratch / "model_weights")
-    for pattern in TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            (scratch / "tokenizer").mkdir(exist_ok=True)
-            shutil.copy(file, scratch / "tokenizer")
+    huggingface_tokenizer.copy_files(source, scratch / "tokenizer")
     tokenizer = {"library": "huggingface", "type": str(target.resolve() / "tokenizer"), "model": None, "use_fast": True}
     OmegaConf.save(OmegaConf.create(model | {"tokenizer": tokenizer}), scratch / "model_config.yaml")
     os.replace(scratch, target)
 
 
-def export_huggingface(source: Path, target: Path) -> None:
+def export_huggingface(source: Path, target: Path) -> list[str]:
     """Write the policy in the `.nemo` file or folder `source` as a Hugging Face model in the folder `target`.
 
-    ValueError for a policy that no family has, and a `target` that exists.
+    Returns a line for all that the result lacks. ValueError for a policy that no family has, and for a `target` that
+    exists.
     """
     if target.exists():
         raise ValueError(f"{target}: exists already")
@@ -85,10 +80,9 @@ def export_huggingface(source: Path, target: Path) -> None:
         _write_shards(to_huggingface(dict(gpt.state_dict()), model), scratch)
         config |= {"vocab_size": vocabulary, "torch_dtype": str(dtype).removeprefix("torch.")}
         (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        tokenizer = Path(str((model.get("tokenizer") or {}).get("type") or ""))
-        for file in tokenizer.glob("*") if tokenizer.is_dir() else ():
-            shutil.copy(file, scratch)
+        lacking = huggingface_tokenizer.complete(scratch, model, huggingface_tokenizer.folder_of(model, folder))
         os.replace(scratch, target)
+    return lacking
 
 
 class _Weights:

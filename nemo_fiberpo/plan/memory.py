@@ -16,6 +16,7 @@ from .layout import Layout
 from .shape import ModelShape
 
 GIB = 2**30
+MIB = 2**20
 LOGIT_CHUNK = 3 * 4 * 2**24  # what `logprobs.vocab_parallel_log_probs` works on at a time, in float32
 GUARD_ROWS = 2  # rows that keep expert-parallel ranks in lockstep while responses are generated
 

@@ -24,7 +24,8 @@ class Request:
     """The parts of a run's configuration, resolved; what could not be read is None and said in the problems already.
 
     kl  whether the initial policy is needed;  epochs: passes over a rollout;  passes: forward passes of a step
-    cpu  a run without GPUs, of which no times are estimated
+    cpu  a run without GPUs: neither its memory nor its network is what `assumptions` say, so that the one is compared
+         with nothing and no times are estimated
     """
 
     name: str
@@ -59,6 +60,7 @@ class Plan:
 
     name: str
     assumptions: Assumptions
+    cpu: bool = False
     layout: Layout | None = None
     shape: ModelShape | None = None
     batches: Batches | None = None
@@ -74,11 +76,13 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the fields, and what follows from them."""
-        out: dict[str, Any] = {"name": self.name, "runs": not self.problems}
+        out: dict[str, Any] = {"name": self.name, "runs": not self.problems, "cpu": self.cpu}
         out |= {"problems": self.problems, "warnings": self.warnings}
         for name in ("layout", "shape", "batches", "memory", "cells", "times", "assumptions"):
             value = getattr(self, name)
             out[name] = None if value is None else dataclasses.asdict(value)
+        if self.cpu:  # none of them was used but these
+            out["assumptions"] = {name: out["assumptions"][name] for name in ("host", "vocab_size", "labels")}
         if self.layout is not None:
             out["layout"] |= {"world": self.layout.world, "dp": self.layout.dp, "expert_dp": self.layout.expert_dp}
             groups = self.layout.groups() if self.layout.whole else {}
@@ -94,7 +98,7 @@ class Plan:
 
 def make_plan(request: Request, problems: list[str]) -> Plan:
     """The plan of a run; `problems` of its configuration are known already and come first."""
-    plan = Plan(request.name, request.assumptions, problems=list(problems))
+    plan = Plan(request.name, request.assumptions, request.cpu, problems=list(problems))
     layout = _tried(plan, lambda: Layout.from_config(request.model, request.trainer))
     if layout is None:
         return plan
@@ -102,7 +106,7 @@ def make_plan(request: Request, problems: list[str]) -> Plan:
     vocabulary = request.assumptions.vocab_size
     plan.shape = _tried(plan, lambda: ModelShape.from_config(request.model, vocabulary, layout.tp))
     plan.problems += layout.problems(plan.shape)
-    plan.warnings += layout.warnings() if layout.whole else ()
+    plan.warnings += layout.warnings() if layout.whole and not request.cpu else ()
     plan.batches = request.batches
     if layout.world % (layout.tp * layout.pp * layout.cp) or request.batches is None:
         return plan
@@ -149,26 +153,31 @@ def _add_memory(plan: Plan, request: Request, layout: Layout, shape: ModelShape,
     generated = batches.generation if given.host == "nemo_aligner" else 0
     run = Run.from_config(request.model, precision, *lengths, batches.micro, batches.forward, generated, number)
     plan.run, plan.memory = run, memory(shape, layout, run, given.expert_imbalance)
+    if request.kl:
+        plan.host_bytes = plan.memory.static["weights"] * min(layout.devices, layout.world)
+    if not request.cpu:
+        _compare(plan, plan.memory, given, layout)
+
+
+def _compare(plan: Plan, needed: Memory, given: Assumptions, layout: Layout) -> None:
+    """With what a GPU and its node have."""
     limit = given.gpu_memory_gib - given.reserve_gib
-    peak = plan.memory.peak / GIB
+    peak = needed.peak / GIB
     if peak > limit:
         plan.problems.append(
-            f"cluster.gpu_memory_gib: a rank of pipeline stage {plan.memory.stage} needs {peak:.1f} GiB, and "
-            f"{given.gpu_memory_gib:g} - reserve {given.reserve_gib:g} = {limit:.1f} GiB are there; "
-            + _remedy(plan.memory)
+            f"cluster.gpu_memory_gib: a rank of pipeline stage {needed.stage} needs {peak:.1f} GiB, and "
+            f"{given.gpu_memory_gib:g} - reserve {given.reserve_gib:g} = {limit:.1f} GiB are there; " + _remedy(needed)
         )
     elif peak > 0.92 * limit:
         plan.warnings.append(
             f"cluster.gpu_memory_gib: {peak:.1f} of {limit:.1f} GiB; the estimate is no finer than that"
         )
-    if request.kl:
-        plan.host_bytes = plan.memory.static["weights"] * min(layout.devices, layout.world)
-        if plan.host_bytes > given.host_memory_gib * GIB:
-            plan.problems.append(
-                f"cluster.host_memory_gib: the initial policy of {layout.devices} ranks is "
-                f"{plan.host_bytes / GIB:.0f} GiB on a node of {given.host_memory_gib:g}; set "
-                "algorithm.kl.coefficient to 0, or shard the policy further"
-            )
+    if plan.host_bytes > given.host_memory_gib * GIB:
+        plan.problems.append(
+            f"cluster.host_memory_gib: the initial policy of {layout.devices} ranks is "
+            f"{plan.host_bytes / GIB:.0f} GiB on a node of {given.host_memory_gib:g}; set "
+            "algorithm.kl.coefficient to 0, or shard the policy further"
+        )
 
 
 def _remedy(found: Memory) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .layout import Layout
-from .memory import GIB, Memory
+from .memory import GIB, MIB, Memory
 from .plan import Plan
 
 MEANING = {
@@ -23,7 +23,7 @@ def format_plan(plan: Plan) -> str:
     """The table that `fiberpo plan` prints."""
     lines = [plan.name]
     if plan.layout is not None:
-        lines += ["", *_ranks(plan.layout)]
+        lines += ["", *_ranks(plan.layout, plan.cpu)]
     if plan.shape is not None and plan.layout is not None:
         lines += ["", *_parameters(plan)]
     if plan.memory is not None:
@@ -33,11 +33,16 @@ def format_plan(plan: Plan) -> str:
     lines += [""] + [f"warning: {warning}" for warning in plan.warnings] if plan.warnings else []
     if plan.problems:
         return "\n".join(lines)
-    return "\n".join([*lines, "", "This run fits, as far as arithmetic can tell."])
+    if plan.cpu:
+        end = "This run can start, as far as arithmetic can tell: on the CPU, where memory is compared with nothing."
+    else:
+        end = "This run fits, as far as arithmetic can tell."
+    return "\n".join([*lines, "", end])
 
 
-def _ranks(layout: Layout) -> Iterator[str]:
-    yield f"{layout.world} {'rank' if layout.world == 1 else 'ranks'}: {layout.nodes} x {layout.devices}"
+def _ranks(layout: Layout, cpu: bool) -> Iterator[str]:
+    number = f"{layout.world} {'rank' if layout.world == 1 else 'ranks'}"
+    yield f"{number}: {layout.nodes} x {layout.devices}{' processes on the CPU, no GPU' if cpu else ''}"
     for axis, found in layout.groups().items() if layout.whole else ():
         number = "1 group" if len(found) == 1 else f"{len(found)} groups"
         yield f"  {axis:<14}{number:>11} of {len(found[0]):<5}{MEANING[axis]:<28}{_shown(found[0])}".rstrip()
@@ -71,16 +76,18 @@ def _billions(number: int) -> str:
 
 def _memory(plan: Plan, memory: Memory) -> Iterator[str]:
     given = plan.assumptions
-    yield f"memory of the fullest rank (stage {memory.stage}), GiB, estimate"
+    name, unit = ("MiB", MIB) if memory.peak < GIB else ("GiB", GIB)
+    yield f"memory of the fullest rank (stage {memory.stage}), {name}, estimate"
     phases = ("training", memory.training), ("log-probs", memory.log_probs), ("generation", memory.generation)
     for title, part in (("", memory.static), *phases):
         for name, size in part.items():
-            yield f"  {title:<12}{name:<28}{size / GIB:8.2f}"
-    limit = given.gpu_memory_gib - given.reserve_gib
-    yield f"  {'peak':<40}{memory.peak / GIB:8.2f}   of {given.gpu_memory_gib:g} - {given.reserve_gib:g} = {limit:.1f}"
+            yield f"  {title:<12}{name:<28}{size / unit:8.2f}"
+    there, reserve = (size * GIB / unit for size in (given.gpu_memory_gib, given.reserve_gib))
+    of = "of a CPU rank, beside its libraries" if plan.cpu else f"of {there:g} - {reserve:g} = {there - reserve:.1f}"
+    yield f"  {'peak':<40}{memory.peak / unit:8.2f}   {of}"
     if plan.host_bytes:
-        host = plan.host_bytes / GIB
-        yield f"  {'initial policy, host memory of a node':<40}{host:8.2f}   of {given.host_memory_gib:g}"
+        of = "" if plan.cpu else f"   of {given.host_memory_gib * GIB / unit:g}"
+        yield f"  {'initial policy, host memory of a node':<40}{plan.host_bytes / unit:8.2f}{of}"
 
 
 def _cells(plan: Plan) -> Iterator[str]:
@@ -96,6 +103,9 @@ def _cells(plan: Plan) -> Iterator[str]:
     )
     for name, (number, shared) in cells.strata.items():
         yield f"  {name:<24}{number:>16,}{shared:>18,}"
+    if layout.world == 1:
+        yield "reductions and exchange of cells: nothing is sent, one rank holds everything"
+        return
     yield f"reductions of an optimizer step: {cells.calls}, {cells.bytes:,} bytes; none where it is on-policy"
     yield f"of a rollout: {plan.off_policy_steps * cells.calls}, {plan.off_policy_steps * cells.bytes:,} bytes"
     yield (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 from types import ModuleType
 
 from tests.plan.configs import ROOT
@@ -49,3 +50,31 @@ def test_another_release_and_a_missing_package_are_named():
     ]
     # 0.1 is not the beginning of 0.11.
     assert len(problems_of(VERSIONS | {"nemo_toolkit": "2.20.0"})) == 1
+
+
+IN_IMAGE = {
+    *("antlr4-python3-runtime", "matplotlib", "numpy", "pytz", "pyyaml", "rich", "setuptools", "six", "sympy"),
+    "tabulate",
+}
+"""Of what graders need: packages that NeMo needs too."""
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_the_image_gets_everything_that_graders_need_and_nothing_that_it_has():
+    found = re.search(r"for name in (.*?); do", (ROOT / "Dockerfile").read_text(), re.DOTALL)
+    assert found is not None
+    added = {normal(name) for name in found[1].replace("\\", " ").split()}
+    pinned = {line.split("==")[0] for line in (ROOT / "requirements" / "cpu.lock").read_text().splitlines()}
+    assert added <= {normal(name) for name in pinned} and not added & IN_IMAGE
+    for name in added:
+        for needed in importlib.metadata.requires(name) or ():
+            if "extra ==" not in needed:
+                assert normal(re.split(r"[<>=!~; \[]", needed)[0]) in added | IN_IMAGE, f"{name} needs {needed}"
+
+
+def test_neither_target_runs_as_root():
+    for target in re.split(r"^FROM ", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)[1:]:
+        assert re.findall(r"^USER (.*)$", target, re.MULTILINE)[-1] == "$UID", target

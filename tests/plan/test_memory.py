@@ -100,3 +100,28 @@ def test_the_initial_policy_lies_in_host_memory_where_a_penalty_needs_it():
     assert plan.host_bytes == 8 * plan.memory.static["weights"] and plan.host_bytes > 59 * GIB
     refused = plan_of("cluster/llama3_1_8b", "algorithm.kl.coefficient=0.01", "cluster.host_memory_gib=32")
     assert "cluster.host_memory_gib" in refused.problems[0]
+
+
+# Layers and their parameters from the published configurations: attention h (a + 2 g) d + a d h, two norms, a router
+# h E, experts 3 h f: (dense, of experts, ranks that share the optimizer of the one, of the other) of the fullest rank.
+BY_HAND = {
+    # 32 layers of 218 M and twice 128256 x 4096, over 2; 8 ranks / TP 2
+    "llama3_1_8b": (4_015_263_744, 0, 4, 1),
+    # the last of 4 stages: 8 layers of 42 M beside one expert of 176 M, the output layer and the norm; DP 8
+    "mixtral_8x7b": (466_948_096, 1_409_286_144, 8, 1),
+    # the last of 8: 7 layers of 88 M beside one expert of 302 M; DP 16, of which 2 have the same expert
+    "mixtral_8x22b": (813_606_912, 2_113_929_216, 16, 2),
+    # the second of 8: 12 layers of 71 M over 4 and the router, beside 16 of 128 experts of 19 M; DP 4 x CP 2, 4
+    "qwen3_235b_a22b": (220_302_336, 3_623_878_656, 8, 4),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_what_stays_in_the_layouts_that_ship_by_hand(name: str):
+    dense, expert, shards, expert_shards = BY_HAND[name]
+    found = plan_of(f"cluster/{name}").memory
+    assert found is not None and found.static == {
+        "weights": 2 * (dense + expert),
+        "gradients": 4 * (dense + expert),
+        "optimizer": 12 * dense // shards + 12 * expert // expert_shards,
+    }

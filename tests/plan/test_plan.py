@@ -6,38 +6,21 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_fiberpo import cli
 from nemo_fiberpo.aligner import launch
+from nemo_fiberpo.cli.compose import compose
 from nemo_fiberpo.plan.assumptions import Assumptions
 from nemo_fiberpo.plan.estimate import times
 from nemo_fiberpo.plan.layout import Layout
 from nemo_fiberpo.plan.shape import ModelShape
 from nemo_fiberpo.plan.table import format_plan
-from tests.plan.configs import CLUSTER, ROOT, plan_of
+from tests.plan.configs import CLUSTER, ROOT, Run, plan_of
 
 NODES = {"llama3_1_8b": 1, "mixtral_8x7b": 4, "mixtral_8x22b": 16, "qwen3_235b_a22b": 32}
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """`fiberpo plan` in this process, from the repository's folder: exit status, stdout, stderr."""
-    monkeypatch.chdir(ROOT)
-
-    def of(*arguments: str) -> tuple[int, str, str]:
-        status = cli.main(["plan", *arguments])
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return of
-
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.mark.parametrize("name", [*CLUSTER, "quickstart"])
@@ -56,7 +39,7 @@ def test_the_dense_layout_runs_on_two_nodes_too():
 
 @pytest.mark.parametrize("name", CLUSTER)
 def test_the_training_script_takes_every_layout_for_nemo_aligner_and_no_other(name: str):
-    cfg = cli.compose(str(ROOT / "conf" / f"{name}.yaml"), [])
+    cfg = compose(str(ROOT / "conf" / f"{name}.yaml"), [])
     launch.check_sections(cfg)
     if name.endswith("qwen3_235b_a22b"):
         with pytest.raises(ValueError, match=r"cluster.host: megatron; this layout is for a trainer of one's own"):
@@ -165,22 +148,6 @@ def test_json_has_what_the_table_has(run: Run):
     assert found["runs"] and found["layout"]["world"] == 2 and found["groups"]["data"] == {"size": 2, "number": 1}
     assert found["cells"]["strata"]["trajectory"] == [192, 0] and found["cells"]["calls"] == 2
     assert found["memory"]["peak"] > sum(found["memory"]["static"].values())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["nowhere"], "nowhere: not in"),
-        (["conf/nowhere.yaml"], "conf/nowhere.yaml: there is no such file"),
-        (["quickstart", "hierarchy=nowhere"], "hierarchy/nowhere"),
-        (["quickstart", "model.nowhere=1"], "model.nowhere"),
-        (["quickstart", "no override"], "no override"),
-    ],
-)
-def test_a_configuration_that_cannot_be_read_is_one_line(arguments: list[str], said: str, run: Run):
-    status, printed, error = run(*arguments)
-    assert status == 2 and not printed
-    assert len(error.splitlines()) == 1 and error.startswith("error: ") and said in error
 
 
 def test_labels_and_shape_are_those_of_the_data_and_the_checkpoint_that_are_there(tmp_path: Path):

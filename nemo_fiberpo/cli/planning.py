@@ -1,20 +1,10 @@
-"""`fiberpo`: what can be asked about a run without starting it.
-
-    fiberpo plan CONFIG [overrides]      ranks, groups, memory, cells and collectives of a run, or why it cannot run
-    fiberpo import-hf DIR OUT.nemo       a Hugging Face model as a policy
-    fiberpo export-hf RUN.nemo DIR       a policy as a Hugging Face model
-
-Its exit status is 0, 1 where the planned run cannot run, and 2 where what it was given cannot be read.
-"""
+"""From a composed configuration to its plan: every check of the training script, then the arithmetic of `plan/`."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import sys
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +14,12 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_fiberpo.aligner import launch
 from nemo_fiberpo.aligner.model_checks import model_problems, partition_table
 from nemo_fiberpo.aligner.prompts import load_prompts
+from nemo_fiberpo.aligner.resume import RunRecord
 from nemo_fiberpo.aligner.settings import (
     AlgorithmSettings,
     DataSettings,
     algorithm_settings,
+    check_precision,
     cluster_settings,
     data_settings,
     reward_settings,
@@ -37,106 +29,47 @@ from nemo_fiberpo.objective.expert_partitions import COLUMN
 from nemo_fiberpo.plan.assumptions import Assumptions
 from nemo_fiberpo.plan.cells import OF_ROLLOUT, Partitions, PromptLabels
 from nemo_fiberpo.plan.plan import Plan, Request, make_plan
-from nemo_fiberpo.plan.table import format_plan
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The console script; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="fiberpo", description=(__doc__ or "").split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    plan = commands.add_parser("plan", help="what a run will need, or why it cannot run")
-    plan.add_argument(
-        "config", help="a file of ./conf by its name, such as cluster/mixtral_8x7b, or a path to a YAML file"
-    )
-    plan.add_argument("overrides", nargs="*", help="as the training script takes them: model.micro_batch_size=2")
-    plan.add_argument("--json", action="store_true", help="print everything as JSON")
-    for name, source, target in (("import-hf", "DIR", "OUT.nemo"), ("export-hf", "RUN.nemo", "DIR")):
-        convert = commands.add_parser(name, help="see docs/checkpoint_conversion.md")
-        convert.add_argument("source", metavar=source, type=Path)
-        convert.add_argument("target", metavar=target, type=Path)
-    # argparse ends a list of arguments at the first option; what follows it are overrides too.
-    given, more = parser.parse_known_args(arguments)
-    if given.command != "plan" or any(argument.startswith("-") for argument in more):
-        given = parser.parse_args(arguments)
-    try:
-        if given.command != "plan":
-            return _convert(given.command, given.source, given.target)
-        found = plan_of(compose(given.config, [*given.overrides, *more]), given.config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if given.json:
-        print(json.dumps(found.as_dict(), indent=1))
-    else:
-        print(format_plan(found))
-    for problem in found.problems:
-        print(f"error: {problem}", file=sys.stderr)
-    return 1 if found.problems else 0
-
-
-def _convert(command: str, source: Path, target: Path) -> int:
-    from nemo_fiberpo.aligner.huggingface_files import export_huggingface, import_huggingface
-
-    (import_huggingface if command == "import-hf" else export_huggingface)(source, target)
-    print(f"wrote {target}")
-    return 0
-
-
-def compose(config: str, overrides: Sequence[str]) -> DictConfig:
-    """The configuration as the training script composes it. ValueError, of one line, where that fails."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.errors import HydraException
-
-    launch.register_resolvers()
-    folder, name = _find(config)
-    try:
-        with initialize_config_dir(config_dir=str(folder), version_base=None):
-            return hydra_compose(config_name=name, overrides=launch.overrides(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ValueError(" ".join(lines[:2])) from error
-
-
-def _find(config: str) -> tuple[Path, str]:
-    """The folder that Hydra searches, and the name of the configuration in it."""
-    if config.endswith((".yaml", ".yml")):
-        path = Path(config).resolve()
-        if not path.is_file():
-            raise ValueError(f"{config}: there is no such file")
-        # A file in a folder of conf/ has its defaults in conf/ itself.
-        folder = next((above for above in path.parents if (above / "base.yaml").is_file()), path.parent)
-        return folder, str(path.relative_to(folder).with_suffix(""))
-    beside = Path.cwd() / "conf"
-    folder = beside if beside.is_dir() else Path(__file__).resolve().parents[1] / "conf"
-    if not (folder / f"{config}.yaml").is_file():
-        known = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.glob("*.yaml"))
-        known += sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.glob("cluster/*.yaml"))
-        raise ValueError(
-            f"{config}: not in {folder}; there are {', '.join(known) or 'none'}, or give a path to a .yaml"
-        )
-    return folder, config
+SECTIONS = ("model", "trainer", "algorithm", "hierarchy", "data", "rewards", "pretrained_checkpoint")
+"""What a configuration must have for anything to be said about it."""
 
 
 def plan_of(cfg: DictConfig, name: str) -> Plan:
-    """The plan of a composed configuration, with all that is wrong with it."""
+    """The plan of a composed configuration, with all that is wrong with it. ValueError where whole sections are
+    missing."""
+    lacking = [section for section in SECTIONS if not isinstance(cfg.get(section), DictConfig)]
+    if lacking:
+        raise ValueError(
+            f"{name}: has no section {', '.join(lacking)}; a run begins with defaults: [base, hierarchy: domain, "
+            "algorithm: fiberpo, model: policy, _self_], or with a layout, defaults: [cluster/mixtral_8x7b, _self_]"
+        )
     problems: list[str] = []
 
     def tried(make: Callable[[], Any]) -> Any:
         try:
             return make()
         except ValueError as error:
-            problems.append(str(error))
+            if not isinstance(error, OmegaConfBaseException):
+                problems.append(str(error))
+            elif not problems:  # of a key that refers to another one, whose own problem has been said
+                problems.append(_key_and_line(error))
         except OmegaConfBaseException as error:
-            problems.append(f"{error.full_key}: {str(error).splitlines()[0]}" if error.full_key else str(error))
+            problems.append(_key_and_line(error))
         return None
 
     launch_checked = tried(lambda: launch.check_sections(cfg))
     hierarchy, partitions = launch_checked or (None, None)
     assumptions = tried(lambda: cluster_settings(cfg)) or _fallback(cfg)
     settings = tried(lambda: algorithm_settings(cfg))
-    data = tried(lambda: _data(cfg))
+    filled = _filled(cfg)
+    data = tried(lambda: data_settings(filled))
     tried(lambda: reward_settings(cfg))
+    tried(lambda: check_precision(cfg.trainer.precision))
+    tried(lambda: _check_accelerator(cfg))
+    if cfg.get("resume") and cfg.resume.get("allow"):
+        tried(lambda: RunRecord(filled))
+    if settings is not None and data is not None:
+        tried(lambda: settings.check_data(data))
     tried(lambda: _add_checkpoint(cfg))
     if assumptions.host == "nemo_aligner":
         problems += model_problems(cfg.model, bool(cfg.cpu))
@@ -144,7 +77,10 @@ def plan_of(cfg: DictConfig, name: str) -> Plan:
         soft = partitions.soft_columns if partitions is not None else ()
         tried(lambda: check_gating(settings.gating, hierarchy, soft))
         tried(lambda: settings.check_passes(hierarchy.active, cfg.model.micro_batch_size))
-    plan = make_plan(_request(cfg, name, assumptions, settings, data, hierarchy, partitions, tried), problems)
+    request = tried(lambda: _request(cfg, name, assumptions, settings, data, hierarchy, partitions, tried))
+    if request is None:
+        return Plan(name, assumptions, on_cpu(cfg), problems=problems)
+    plan = make_plan(request, problems)
     if OmegaConf.is_interpolation(cfg.trainer, "devices") and "LOCAL_WORLD_SIZE" not in os.environ:
         plan.warnings.append(
             f"trainer.devices: {cfg.trainer.devices}, since LOCAL_WORLD_SIZE is not set, which the launcher sets to "
@@ -153,12 +89,34 @@ def plan_of(cfg: DictConfig, name: str) -> Plan:
     return plan
 
 
-def _data(cfg: DictConfig) -> DataSettings:
-    """The `data` section; a layout that ships names no prompts."""
+def _key_and_line(error: OmegaConfBaseException) -> str:
+    line = str(error).splitlines()[0]
+    return f"{error.full_key}: {line}" if error.full_key else line
+
+
+def on_cpu(cfg: DictConfig) -> bool:
+    """Whether the ranks have no GPU."""
+    return bool(cfg.cpu) or cfg.trainer.get("accelerator") == "cpu"
+
+
+def _check_accelerator(cfg: DictConfig) -> None:
+    """ValueError where the two keys that choose CPU or GPU say different things."""
+    accelerator = cfg.trainer.get("accelerator")
+    if bool(cfg.cpu) and accelerator not in ("cpu", "auto"):
+        raise ValueError(f"trainer.accelerator: {accelerator!r}, but cpu is true; set it to cpu, or cpu to false")
+    if accelerator == "cpu" and not cfg.cpu:
+        raise ValueError(
+            "trainer.accelerator: cpu, but cpu is false; set cpu to true too, or trainer.accelerator to gpu"
+        )
+
+
+def _filled(cfg: DictConfig) -> DictConfig:
+    """With something in the place of the prompts and the policy, which a layout that ships does not name."""
     cfg = cfg.copy()
-    if OmegaConf.is_missing(cfg.data, "train"):
-        cfg.data.train = "train.jsonl"
-    return data_settings(cfg)
+    for section, key in (("data", "train"), ("pretrained_checkpoint", "restore_from_path")):
+        if OmegaConf.is_missing(cfg[section], key):
+            cfg[section][key] = f"<{section}.{key}>"
+    return cfg
 
 
 def _fallback(cfg: DictConfig) -> Assumptions:
@@ -207,7 +165,7 @@ def _request(
         kl=settings is not None and settings.kl.coefficient > 0,
         epochs=settings.epochs if settings is not None else 1,
         passes=settings.passes if settings is not None else 2,
-        cpu=bool(cfg.cpu),
+        cpu=on_cpu(cfg),
     )
 
 
@@ -251,7 +209,3 @@ def _add_checkpoint(cfg: DictConfig) -> None:
     else:
         return
     cfg.model = OmegaConf.merge(own, cfg.model)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,128 @@
+"""`fiberpo`: what can be asked about a run without starting it, and models from and to Hugging Face.
+
+Its exit status is 0, 1 where the planned run cannot run, and 2 where what it was given cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TextIO
+
+from nemo_fiberpo.cli.compose import known
+
+EXAMPLES = """examples:
+  fiberpo plan cluster/mixtral_8x7b                    will it run, and what will it need?
+  fiberpo import-hf /models/Mixtral-8x7B mixtral.nemo  a Hugging Face model as a policy
+  fiberpo export-hf runs/my_run/policy.nemo my_policy  a policy as a Hugging Face model
+"""
+PLAN_EXAMPLES = """examples:
+  fiberpo plan cluster/llama3_1_8b trainer.num_nodes=2 hierarchy=tree
+  fiberpo plan /data/my_run.yaml --json
+
+configurations that can be named:
+  {names}
+"""
+CONVERSIONS = {
+    "import-hf": ("DIR", "OUT.nemo", "a folder with config.json and *.safetensors", "the .nemo folder to write"),
+    "export-hf": ("RUN.nemo", "DIR", "a .nemo file or folder", "the folder to write"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The console script; returns its exit status."""
+    try:
+        return _main(arguments)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _say("", stream)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    parser, plan = _parsers()
+    # argparse ends a list of arguments at the first option; what follows it are overrides too.
+    given, more = parser.parse_known_args(arguments)
+    if given.command != "plan" or any(argument.startswith("-") for argument in more):
+        given = parser.parse_args(arguments)
+    if given.command == "plan" and given.config is None:
+        _say(f"{plan.format_help()}\nerror: which configuration?\n", sys.stderr)
+        return 2
+    try:
+        if given.command == "plan":
+            return _plan(given.config, [*given.overrides, *more], given.json)
+        return _convert(given.command, given.source, given.target)
+    except (ValueError, OSError) as error:
+        _say(f"error: {error}\n", sys.stderr)
+        return 2
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """Of `fiberpo`, and of `fiberpo plan`."""
+    raw = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
+    description = "What can be asked about a run without starting it, and models from and to Hugging Face."
+    parser = argparse.ArgumentParser(
+        prog="fiberpo", description=description, epilog=EXAMPLES, formatter_class=raw, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    plan = commands.add_parser(
+        "plan",
+        help="what a run will need, or why it cannot run",
+        description="Ranks, groups, memory, cells and collectives of a run, or why it cannot run.",
+        epilog=PLAN_EXAMPLES.format(names="\n  ".join(known()) or "none: there is no conf/ here"),
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    plan.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="a file of conf/ by its name, or a path to a YAML file"
+    )
+    plan.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="as the training script takes them: model.micro_batch_size=2"
+    )
+    plan.add_argument("--json", action="store_true", help="print everything as JSON")
+    for name, (source, target, reads, writes) in CONVERSIONS.items():
+        does = "a Hugging Face model as a policy" if name == "import-hf" else "a policy as a Hugging Face model"
+        convert = commands.add_parser(
+            name, help=does, description=f"{does}; docs/checkpoint_conversion.md".capitalize()
+        )
+        convert.add_argument("source", metavar=source, type=Path, help=reads)
+        convert.add_argument("target", metavar=target, type=Path, help=writes)
+    return parser, plan
+
+
+def _plan(config: str, overrides: Sequence[str], as_json: bool) -> int:
+    from nemo_fiberpo.cli.compose import compose
+    from nemo_fiberpo.cli.planning import plan_of
+    from nemo_fiberpo.plan.table import format_plan
+
+    found = plan_of(compose(config, overrides), config)
+    _say((json.dumps(found.as_dict(), indent=1) if as_json else format_plan(found)) + "\n", sys.stdout)
+    for problem in found.problems:
+        _say(f"error: {problem}\n", sys.stderr)
+    return 1 if found.problems else 0
+
+
+def _convert(command: str, source: Path, target: Path) -> int:
+    from nemo_fiberpo.aligner.huggingface_files import export_huggingface, import_huggingface
+
+    if command == "import-hf":
+        import_huggingface(source, target)
+    else:
+        for lacking in export_huggingface(source, target):
+            _say(f"warning: {lacking}\n", sys.stderr)
+    _say(f"wrote {target}\n", sys.stdout)
+    return 0
+
+
+def _say(text: str, stream: TextIO) -> None:
+    """Print; a reader that has left, as `head` does, changes nothing."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        # Otherwise the interpreter fails again when it flushes the stream at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,0 +1,141 @@
+"""A configuration by its name or path, composed as the training script composes it."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_fiberpo.objective.wording import nearest
+
+SHIPPED = Path(__file__).resolve().parents[2] / "conf"
+"""conf/ of the repository, beside the package."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A configuration: its name in `folder`, and the tree that has its defaults where `folder` is none."""
+
+    folder: Path
+    name: str
+    tree: Path | None = None
+
+
+def folders() -> list[Path]:
+    """Where names are looked up: ./conf, then conf/ of the repository."""
+    own = Path.cwd() / "conf"
+    return [folder for folder in dict.fromkeys([own.resolve(), SHIPPED]) if folder.is_dir()]
+
+
+def known() -> list[str]:
+    """Names of the configurations that can be planned without a path."""
+    found = []
+    for pattern in ("*.yaml", "cluster/*.yaml"):
+        files = (path.relative_to(folder) for folder in folders() for path in sorted(folder.glob(pattern)))
+        found += [str(file.with_suffix("")) for file in files if file.name != "base.yaml"]
+    return list(dict.fromkeys(found))
+
+
+def find(config: str) -> Source:
+    """The configuration of that name, else at that path. ValueError naming what there is instead."""
+    if not config.endswith((".yaml", ".yml")):
+        for folder in folders():
+            if (folder / f"{config}.yaml").is_file():
+                return _at(folder / f"{config}.yaml", config)
+    path = Path(config if config.endswith((".yaml", ".yml")) else f"{config}.yaml")
+    if not path.is_file():
+        raise ValueError(_unknown(config, path))
+    if path.suffix != ".yaml":
+        raise ValueError(f"{config}: Hydra reads .yaml alone; rename it to {path.with_suffix('.yaml').name}")
+    return _at(Path(os.path.abspath(path)), config)
+
+
+def _at(path: Path, config: str) -> Source:
+    """A file inside a tree of configurations has its defaults there; any other has them in a shipped one."""
+    tree = next((above for above in path.parents if _is_tree(above)), None)
+    if tree is not None:
+        return Source(tree, str(path.relative_to(tree).with_suffix("")))
+    shipped = next((folder for folder in folders() if _is_tree(folder)), None)
+    if shipped is None:
+        raise ValueError(
+            f"{config}: there is no conf/ of nemo_fiberpo to take its defaults from: not in {Path.cwd()}, and not in "
+            f"{SHIPPED.parent}; call fiberpo in a clone of the repository, or install the package from one with pip -e"
+        )
+    # The training script searches its own conf/ first, and its --config-dir after it.
+    for file in (path, *path.parent.glob("*.yaml"), *path.parent.glob("*/*.yaml")):
+        if (hidden_by := shipped / file.relative_to(path.parent)).is_file():
+            raise ValueError(f"{file}: the training script would take {hidden_by}, of the same name; rename it")
+    return Source(path.parent, path.stem, shipped)
+
+
+def _is_tree(folder: Path) -> bool:
+    return (folder / "base.yaml").is_file() and (folder / "algorithm").is_dir()
+
+
+def _unknown(config: str, path: Path) -> str:
+    names = known()
+    if path.parent != Path() and path.parent.is_dir() and config.endswith((".yaml", ".yml")):
+        beside = {file.name for file in path.parent.glob("*.yaml")}
+        near = [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, sorted(beside), 3, 0.5)]
+        return f"{config}: there is no such file" + (f"; did you mean {' or '.join(near)}?" if near else "")
+    # A layout by its own name is as near as can be: mixtral_8x7b, for cluster/mixtral_8x7b.
+    likeness = {name: max(_likeness(config, name), _likeness(config, name.split("/")[-1])) for name in names}
+    near = sorted((name for name in names if likeness[name] > 0.6), key=lambda name: -likeness[name])[:3]
+    hint = f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(names) or 'none'}"
+    where = " or ".join(str(folder) for folder in folders()) or "./conf"
+    return f"{config}: is neither the name of a file in {where} nor a path to a .yaml{hint}"
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def compose(config: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """The configuration as the training script composes it. ValueError, of one line, where that fails."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException, OverrideParseException
+
+    from nemo_fiberpo.aligner import launch
+
+    launch.register_resolvers()
+    source = find(config)
+    try:
+        given = launch.overrides(overrides)
+        OverridesParser.create().parse_overrides(given)
+        if source.tree is not None:
+            given.append(f"hydra.searchpath=[{','.join(_search_path(source))}]")
+        with initialize_config_dir(config_dir=str(source.folder), version_base=None):
+            return hydra_compose(config_name=source.name, overrides=given)
+    except OverrideParseException as error:
+        wrong = error.override.removeprefix("++") if error.override not in overrides else error.override
+        raise ValueError(f"override {wrong!r}: {_one_line(error)}; write KEY=VALUE, quoted for the shell") from error
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{config}: {_one_line(error)}") from error
+
+
+def _search_path(source: Source) -> list[str]:
+    """What the file itself searches, and its tree: quoted for Hydra."""
+    own = OmegaConf.load(source.folder / f"{source.name}.yaml")
+    if not isinstance(own, DictConfig):
+        raise ValueError(f"{source.folder / source.name}.yaml: must be a mapping of sections")
+    paths = [*(OmegaConf.select(own, "hydra.searchpath") or ()), f"file://{source.tree}"]
+    return ["'" + str(path).replace("'", "\\'") + "'" for path in paths]
+
+
+def _one_line(error: Exception) -> str:
+    """What a parser says, without where it searched and where its grammar is documented; of options, the nearest."""
+    said = str(error).split("Config search path:")[0]
+    said, _, options = said.partition("Available options in ")
+    lines = [line.strip() for line in said.splitlines()]
+    tail = ""
+    if options and isinstance(missing := getattr(error, "missing_cfg_file", None), str):
+        tail = nearest(missing.split("/")[-1], options.split()[1:])
+    return " ".join(line for line in lines if line and not line.startswith("See https")) + tail
