@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by examples/quickstart.sh and tests/run.sh after setup.sh: the environment of a run.
 PATH="$PWD/.venv/bin:$PATH"
 export PATH

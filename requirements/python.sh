@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by setup.sh and relock.sh.
 
 # Prints the Python 3.11 to use: $PYTHON, else python3.11, else a python3 that is 3.11.

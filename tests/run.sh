@@ -1,21 +1,27 @@
 #!/usr/bin/env bash
 # Sets everything up and runs the tests.
-#   bash tests/run.sh                    lint, types, unit and mcore, in order; stops at the first that fails
+#   bash tests/run.sh                    lint, types, unit, mcore and slurm, in order; stops at the first that fails
 #   bash tests/run.sh lint types         only these stages: lint, types, unit, mcore, slurm, matrix
 #   bash tests/run.sh unit -- -k gates   what follows -- goes to pytest
 # unit is all of tests/ on the main environment; mcore is the Megatron seam again, on the newest megatron-core.
-# Only where they are named: slurm is tests/slurm/run.sh, which starts a SLURM where it is root on Debian, and says so if
-# it cannot; matrix compares every layout of up to 8 ranks with one process on both versions of megatron-core (about an
-# hour on two cores) and writes docs/layouts.md.
+# slurm is tests/slurm/run.sh, which starts a SLURM where it is root on Debian, and says so if it cannot.
+# Only where it is named: matrix compares every layout of up to 8 ranks with one process on both versions of megatron-core
+# (about an hour on two cores) and writes docs/layouts.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-lint() { ruff check . && ruff format --check . && hadolint Dockerfile; }
+lint() {
+    ruff check . && ruff format --check . && hadolint Dockerfile && shellcheck --external-sources --source-path SCRIPTDIR \
+        .ci/run {requirements,tests,tests/slurm,examples,examples/slurm}/*.sh examples/slurm/*.sbatch
+}
 types() { mypy; }
-unit() { python -m pytest tests "$@"; }
+# Two files at a time: a test that waits for processes leaves a core to the other. More would crowd out tests that start
+# several processes and have a time-out; "-- -n 0" runs one at a time.
+TWO=(-n 2 --dist loadfile --no-loadscope-reorder)
+unit() { python -m pytest "${TWO[@]}" tests "$@"; }
 mcore() {
     local side="$PWD/.venv/mcore-newest"
     echo "megatron-core $(PYTHONPATH=$side python -W ignore -c 'import megatron.core as core; print(core.__version__, core.__path__[0])')"
-    PYTHONPATH="$side" python -m pytest tests/megatron "$@"
+    PYTHONPATH="$side" python -m pytest "${TWO[@]}" tests/megatron "$@"
 }
 slurm() { bash tests/slurm/run.sh; }
 matrix() {
@@ -32,7 +38,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     shift
 done
 [ $# -eq 0 ] || shift
-[ ${#stages[@]} -gt 0 ] || stages=(lint types unit mcore)
+[ ${#stages[@]} -gt 0 ] || stages=(lint types unit mcore slurm)
 bash requirements/setup.sh test
 source requirements/env.sh
 

@@ -38,15 +38,11 @@ def environment() -> dict[str, str]:
 
 def command(script: str, run_dir: Path, *overrides: str, processes: int = 2) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [
-        *launcher,
-        str(ROOT / "examples" / script),
-        "--config-name",
-        "quickstart",
-        f"run_dir={run_dir}",
-        *SMALL,
-        *overrides,
-    ]
+    return [*launcher, str(ROOT / "examples" / script), *arguments(run_dir, *overrides)]
+
+
+def arguments(run_dir: Path, *overrides: str) -> list[str]:
+    return ["--config-name", "quickstart", f"run_dir={run_dir}", *SMALL, *overrides]
 
 
 def launch(script: str, run_dir: Path, *overrides: str, processes: int = 2) -> str:
@@ -75,9 +71,7 @@ def begin(run_dir: Path, *overrides: str, output: Any) -> subprocess.Popen:
     )
 
 
-def wait_for_rl_step(
-    process: subprocess.Popen, run_dir: Path, rl_step: int, seconds: float, said: Path | None = None
-) -> None:
+def wait_for_rl_step(process: Any, run_dir: Path, rl_step: int, seconds: float, said: Path | None = None) -> None:
     """Until the run has begun to write the metrics of that step, counted from 0. A run that ends before is an error
     with the end of what it wrote to `said`."""
     until = time.monotonic() + seconds

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.aligner import forked
 from tests.aligner.launching import (
     TWO_EPOCHS,
     begin,
     command,
     environment,
     fresh,
-    launch,
     metrics,
     optimizer_steps,
     wait_for_rl_step,
@@ -57,7 +57,7 @@ def test_a_signal_to_one_rank_saves_and_a_damaged_checkpoint_gives_way_to_the_on
 
     (newest,) = (run_dir / "nemo" / "checkpoints").glob(f"fiberpo-step={step}-*")
     flip_middle(newest / "__1_0.distcp")
-    said = launch("train_gpt_fiberpo.py", run_dir, *TWO_EPOCHS)
+    said = forked.launch("train_gpt_fiberpo.py", run_dir, *TWO_EPOCHS)
     assert f"checkpoint {newest.name}: damaged: __1_0.distcp: its SHA-256 differs" in said
     assert "going on from fiberpo-step=2-" in said
     assert metrics(run_dir) == metrics(uninterrupted)

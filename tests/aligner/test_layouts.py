@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.aligner.launching import fresh, launch, metrics, optimizer_steps
+from tests.aligner import forked
+from tests.aligner.launching import fresh, metrics, optimizer_steps
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -35,7 +36,7 @@ def rollout_and_steps(start: Path, tmp_path: Path, name: str, processes: int, *o
     run_dir = fresh(start, tmp_path, name)
     prompts = run_dir / "data" / "train.jsonl"
     prompts.write_text(prompts.read_text().replace('"grader": "reasoning_gym"', '"grader": "checksum"'))
-    launch("train_gpt_fiberpo.py", run_dir, *ONE_ROLLOUT, *GRADED, *overrides, processes=processes)
+    forked.launch("train_gpt_fiberpo.py", run_dir, *ONE_ROLLOUT, *GRADED, *overrides, processes=processes)
     (rollout,) = [row for row in metrics(run_dir) if "train_rollouts/rewards" in row]
     steps = optimizer_steps(run_dir)
     assert len(steps) == 2

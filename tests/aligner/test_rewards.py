@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,19 @@ def bad(answer: str = "7") -> PromptRecord:
     return PromptRecord("p", "d", "bad", {"answer": answer}, "made.jsonl:1")
 
 
+LIMIT = 1.5  # seconds for an answer: long for one that does nothing, also where the machine is busy
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """AssertionError if that does not come; the time is for a busy machine."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def rewards_of(*responses: str, **options) -> tuple[list[float], list[str | None], list[str]]:
-    with RuleRewards([bad()], graders=BAD, time_limit=0.5, **options) as rewards:
+    with RuleRewards([bad()], graders=BAD, time_limit=LIMIT, **options) as rewards:
         scores = rewards.score([0] * len(responses), list(responses))
     return scores.rewards.tolist(), scores.failed, scores.reasons
 
@@ -114,9 +126,9 @@ def test_a_formula_that_makes_sympy_hang_times_out():
 @pytest.mark.parametrize(
     ("response", "failure", "reason"),
     [
-        ("sleep 60", "timeout", "within 0.5 s"),
-        ("hold_gil", "timeout", "within 0.5 s"),
-        ("spawn 60", "timeout", "within 0.5 s"),
+        ("sleep 60", "timeout", f"within {LIMIT} s"),
+        ("hold_gil", "timeout", f"within {LIMIT} s"),
+        ("spawn 60", "timeout", f"within {LIMIT} s"),
         ("exit 0", "crash", "exit code 0"),
         ("exit 3", "crash", "exit code 3"),
         ("segfault", "crash", "SIGSEGV"),
@@ -144,24 +156,21 @@ def test_many_bad_answers_in_a_row_and_at_both_ends():
 
 
 def test_slow_answers_have_a_limit_each_not_together():
-    with RuleRewards([bad()], graders=BAD, time_limit=1.0) as rewards:
-        assert rewards.score([0] * 6, ["sleep 0.3"] * 6).failed == [None] * 6  # 1.8 s together
+    with RuleRewards([bad()], graders=BAD, time_limit=4.0, workers=1) as rewards:
+        assert rewards.score([0] * 6, ["sleep 0.8"] * 6).failed == [None] * 6  # 4.8 s together
 
 
 def test_a_kill_leaves_nothing_that_the_grader_started():
     marker = "61.375"
     rewards_of(f"spawn {marker}")
-    time.sleep(0.2)
-    assert marker not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    wait_until(lambda: marker not in subprocess.check_output(["ps", "-eo", "args"], text=True))
 
 
-def test_a_replaced_worker_is_ready_in_milliseconds():
-    with RuleRewards([gym("chain_sum", sum_entry()), bad()], graders=BAD) as rewards:
-        rewards.score([0], ["5"])
-        start = time.perf_counter()
-        scores = rewards.score([1, 0] * 10, ["exit 1", "5"] * 10)
-        assert time.perf_counter() - start < 2.0  # importing reasoning-gym ten times takes 15 s
-    assert scores.rewards.tolist() == [0.0, 1.0] * 10
+def test_a_replaced_worker_has_the_graders_libraries_already():
+    """Importing reasoning-gym takes seconds, which an answer that crashes its worker must not cost the others."""
+    with RuleRewards([gym("chain_sum", sum_entry()), bad()], graders=BAD, workers=1) as rewards:
+        scores = rewards.score([0, 1, 1, 1], ["5", "exit 1", "imported reasoning_gym", "imported no_such_library"])
+    assert scores.rewards.tolist() == [1.0, 0.0, 1.0, 0.0] and scores.failed == [None, "crash", None, None]
 
 
 def test_noise_on_stdout_and_long_answers_do_no_harm():
@@ -238,8 +247,7 @@ def test_close_and_kill_minus_9_leave_no_process():
         rewards.wait_until_ready()
         pids = [pid for slot in rewards._pool._slots for pid in (slot.pid, slot.process.pid)]
         assert len(alive(pids)) == 4
-    time.sleep(0.2)
-    assert not alive(pids)
+    wait_until(lambda: not alive(pids))
 
     script = f"""
         import sys, threading, time
@@ -263,10 +271,7 @@ def test_close_and_kill_minus_9_leave_no_process():
     assert len(alive(pids)) == 4
     trainer.kill()
     trainer.wait()
-    deadline = time.monotonic() + 5
-    while alive(pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not alive(pids)
+    wait_until(lambda: not alive(pids))
     trainer.stdout.close()
 
 
@@ -276,17 +281,6 @@ def test_a_closed_pool_refuses_and_closes_again():
     rewards.close()
     with pytest.raises(RuntimeError, match="closed"):
         rewards.score([0], ["7"])
-
-
-def test_800_short_answers_cost_less_than_a_third_of_a_second():
-    with RuleRewards([gym("chain_sum", sum_entry())]) as rewards:
-        rewards.score([0] * 10, ["5"] * 10)
-        seconds = []
-        for _ in range(3):
-            start = time.perf_counter()
-            rewards.score([0] * 800, ["5"] * 800)
-            seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.3
 
 
 # the shape that PPOTrainer expects

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
 
@@ -17,14 +15,13 @@ from hydra import compose, initialize_config_dir
 
 from nemo_fiberpo.aligner.launch import check_sections, overrides, register_resolvers
 from nemo_fiberpo.aligner.model_checks import partition_table
+from tests.aligner import forked
 from tests.aligner.launching import (
     DENSE,
     ROOT,
     TWO_EPOCHS,
-    begin,
     environment,
     fresh,
-    launch,
     metrics,
     optimizer_steps,
     wait_for_rl_step,
@@ -63,15 +60,16 @@ def test_a_run_leaves_metrics_checkpoints_and_a_policy(uninterrupted):
 
 def test_a_run_killed_between_checkpoints_resumes_to_the_same_metrics(start, uninterrupted, tmp_path):
     run_dir = fresh(start, tmp_path, "killed")
-    process = begin(run_dir, *TWO_EPOCHS, output=subprocess.DEVNULL)
+    output = tmp_path / "output"
+    with output.open("w") as file:
+        run = forked.begin("train_gpt_fiberpo.py", run_dir, *TWO_EPOCHS, output=file)
     try:
-        wait_for_rl_step(process, run_dir, 2, seconds=240)  # the newest checkpoint is that of step 2
+        wait_for_rl_step(run, run_dir, 2, seconds=240, said=output)  # the newest checkpoint is that of step 2
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        run.kill()
     killed_at = len(optimizer_steps(run_dir))
     assert 8 < killed_at < 16
-    launch("train_gpt_fiberpo.py", run_dir, *TWO_EPOCHS)
+    forked.launch("train_gpt_fiberpo.py", run_dir, *TWO_EPOCHS)
     assert metrics(run_dir) == metrics(uninterrupted)
     used = (run_dir / "prompts.jsonl").read_text()
     assert used == (uninterrupted / "prompts.jsonl").read_text(), "a prompt was skipped or used twice"
@@ -88,10 +86,9 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_trains(request, tmp_path, layout):
-    begun = request.getfixturevalue("dense_start" if layout == "tensor parallel" else "start")
-    run_dir = fresh(begun, tmp_path, "run")
-    launch("train_gpt_fiberpo.py", run_dir, *ONE_STEP, *LAYOUTS[layout])
+def test_every_layout_trains(start, dense_start, tmp_path, layout):
+    run_dir = fresh(dense_start if layout == "tensor parallel" else start, tmp_path, "run")
+    forked.launch("train_gpt_fiberpo.py", run_dir, *ONE_STEP, *LAYOUTS[layout])
     first, second = optimizer_steps(run_dir)
     assert first["train_optim/on_policy"] == 1.0 and second["train_optim/gate_all_reduces"] == 2.0
     # bfloat16 with experts on two ranks: the passes differ by its rounding at most

@@ -7,7 +7,6 @@ same configuration until it ends by itself; then its metrics and prompts must be
 Exit status 0 if no run failed to resume, each resumed from the newest whole checkpoint, and all digits are the same.
 """
 
-# Megatron's first save starts a process that imports this file again: nothing heavy at the top.
 from __future__ import annotations
 
 import argparse
@@ -15,6 +14,8 @@ import json
 import random
 import tempfile
 from pathlib import Path
+
+from tests.kill.series import Counts, Plan, kill_until_done, prepare
 
 
 def arguments() -> argparse.Namespace:
@@ -30,8 +31,6 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    from tests.kill.series import Counts, Plan, kill_until_done, prepare
-
     options = arguments()
     with tempfile.TemporaryDirectory(prefix="kill-") as temporary:
         directory = options.directory or Path(temporary)
