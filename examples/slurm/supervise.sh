@@ -1,16 +1,18 @@
 # shellcheck shell=bash
 # Sourced by the sbatch scripts beside it: starts the ranks, passes warnings on, and decides what becomes of the job.
 #
-# What the training step ends with        what becomes of the job
-#   0                                     COMPLETED; what is left of a job array is cancelled
-#   75: a checkpoint is saved, go on      requeued; in a job array, left to the next array task
-#   anything else, and a node is lost     requeued: SLURM may take minutes to notice a node's death, the ranks do not
-#   137: a rank got SIGKILL, not from us  requeued, $MAX_KILLED times: see `killed`
-#   anything else                         FAILED with that status, and not started again
-#   scancel, or the time limit itself     ends as SLURM says, and not started again
+# What ended the ranks first                        what becomes of the job
+#   nothing: all ended with 0                       COMPLETED; what is left of a job array is cancelled
+#   75: a checkpoint is saved, go on                requeued; in a job array, left to the next array task
+#   anything else, and a node is lost               requeued: SLURM may take minutes to notice it, the ranks do not
+#   the end of the reward server                    FAILED, and not started again
+#   a rank that got SIGKILL or SIGTERM              requeued, $MAX_KILLED times
+#   anything else                                   FAILED with that status, and not started again
+#   scancel, or the time limit itself               ends as SLURM says, and not started again
 resumable=75
 ended_by_usr1=$((128 + $(kill -l USR1))) # a warning that came before a rank ignored it, or while it was leaving
 ended_by_kill=$((128 + $(kill -l KILL)))
+ended_by_term=$((128 + $(kill -l TERM)))
 restarts=${SLURM_RESTART_COUNT:-0}
 leader=${SLURM_HET_JOB_ID:-$SLURM_JOB_ID}
 warned=0
@@ -21,6 +23,9 @@ ranks_pid=
 warner=
 watcher=
 served_by=
+server_ended=0
+output=/proc/$$/fd/1                                           # the job's, if that is a file
+output_before=$(stat --dereference --format=%s "$output" 2>/dev/null) # of earlier starts
 
 say() { echo "[$(date +%FT%T) job $leader restart $restarts] $*"; }
 
@@ -34,14 +39,14 @@ field_of_job() {
     scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n "s/^JobId=$SLURM_JOB_ID .* $1=\([^ ]*\).*/\1/p"
 }
 
-# USR1 comes to this shell (--signal=B:USR1@SECONDS, or `scancel --signal=USR1 --batch JOB`). srun passes USR1 on to
-# every process of its step; repeated, because a rank that is still starting ignores it.
+# USR1 comes to this shell (--signal=B:USR1@SECONDS, or `scancel --signal=USR1 --batch JOB`). srun passes USR1 on to its
+# step; repeated, because a rank that is still starting ignores it.
 warn_ranks() {
     interrupted=1
     [ "$warned" = 0 ] || return 0
     warned=1
     warned_after=$SECONDS
-    say "warned: the ranks are asked to save and to stop"
+    say "warned $SECONDS s after the start: the ranks are asked to save and to stop"
     [ -z "$ranks_pid" ] || keep_warning
 }
 keep_warning() {
@@ -123,7 +128,7 @@ wait_for_ranks() {
     done
     for helper in $warner $watcher; do kill "$helper" 2>/dev/null; done
     if [ -n "$served_by" ]; then
-        kill -TERM "$served_by" 2>/dev/null
+        kill -TERM "$served_by" 2>/dev/null || server_ended=1
         wait "$served_by"
     fi
 }
@@ -134,26 +139,43 @@ probe() {
     timeout "$PROBE_SECONDS" srun --overlap --nodes="$1" --ntasks="$1" --ntasks-per-node=1 "${@:2}" true >/dev/null 2>&1
 }
 
-# killed: whether the ranks' status is that of SIGKILL, and not the last of too many. Nobody here sends it: the kernel does
-# for want of memory, SLURM does, and so does an administrator. What is transient is worth another start; what is not, such
-# as memory that never suffices, comes again. Each such start leaves a line in the job's output, where they are counted.
-killed() {
-    local output earlier
-    [ "$status" -eq "$ended_by_kill" ] || return 1
-    output=$(field_of_job StdOut)
-    earlier=$(grep -c "job $leader restart [0-9]*\] a rank got SIGKILL" "$output" 2>/dev/null)
-    [ "${earlier:-0}" -lt "$MAX_KILLED" ] || return 1
-    say "a rank got SIGKILL"
+# first_cause: the status of the first event that ended the ranks of this start, by what rank.sh and srun wrote into the
+# job's output; nothing where there is none to find. srun's own status does not say it: after $STRAGGLER_SECONDS srun
+# kills those that still wait for a rank that failed, and a signal counts for more than any status.
+first_cause() {
+    [ -f "$output" ] || return 0
+    tail -c +$((${output_before:-0} + 1)) "$output" | awk -v resumable="$resumable" -v killed="$ended_by_kill" '
+        /rank\.sh: rank [0-9]+ ended with status [0-9]+$/ { if ($NF == resumable) saved = 1; else { print $NF; exit } }
+        /^srun: error: .*: tasks? [][0-9,-]+: Killed/ { print killed; exit }
+        /^srun: First task exited/ { print saved ? resumable : "straggler"; exit }'
+}
+
+# may_be_killed_again: whether fewer than $MAX_KILLED starts of this job ended by such a signal. Each leaves a line in the
+# job's output. Nobody here sends SIGKILL: the kernel does for want of memory, SLURM does, and so does an administrator.
+# What is transient is worth another start; what is not, such as memory that never suffices, comes again.
+may_be_killed_again() {
+    [ -f "$output" ] && [ "$(grep -c "job $leader restart [0-9]*\] a rank was killed" "$output")" -lt "$MAX_KILLED" ]
+}
+
+# warned_at_once: whether the warnings came within 45 s of the first and of the second start: SLURM looks at time limits
+# every 30 s. Where --time leaves no time before the warning, no start gets further.
+warned_at_once() {
+    local first
+    [ "$restarts" -eq 1 ] && [ "${warned_after:-60}" -lt 45 ] && [ -f "$output" ] || return 1
+    first=$(sed -n "s/.*job $leader restart 0\] warned \([0-9]*\) s after.*/\1/p" "$output" | head -n 1)
+    [ "${first:-60}" -lt 45 ]
 }
 
 # finish_job: acts on `status`, see the table above. The script that sources this defines `nodes_answer`, by `probe`.
 finish_job() {
-    local why lost=0
-    if [ "$status" -ne 0 ] && [ "$status" -ne "$resumable" ] && [ "$ended" = 0 ]; then
-        nodes_answer || lost=1
-    fi
+    local why cause
+    [ "$status" -eq 0 ] || cause=$(first_cause)
+    case "${cause:=$status}" in
+        straggler) why="a rank was still running $STRAGGLER_SECONDS s after the first one's end, and was ended" ;;
+        *) status=$cause why="the ranks ended with status $status" ;;
+    esac
     if [ "$ended" = 1 ]; then
-        say "ended from outside (scancel, the time limit, a lost node); the ranks' status is $status"
+        say "ended from outside (scancel, the time limit, a lost node); $why"
         exit 143
     elif [ "$status" -eq 0 ]; then
         say "done"
@@ -161,21 +183,23 @@ finish_job() {
         exit 0
     elif [ "$status" -eq "$resumable" ] || { [ "$warned" = 1 ] && [ "$status" -eq "$ended_by_usr1" ]; }; then
         why="the run can go on"
-        # SLURM looks at time limits every 30 s. Where --time leaves no time before the warning, no start gets further.
-        if [ "$restarts" -eq 1 ] && [ "${warned_after:-60}" -lt 45 ]; then
+        if warned_at_once; then
             say "error: warned $warned_after s after the start: --time must be longer than the seconds of --signal"
             exit "$status"
         fi
         leave_to_the_next "$why"
-    elif [ "$lost" = 1 ]; then
-        why="the ranks ended with status $status and a node does not answer"
-    elif killed; then
-        why="the ranks ended with status $status, by a signal that is not this script's"
+    elif ! nodes_answer; then
+        why+=" and a node does not answer"
+    elif [ "$server_ended" = 0 ] && [[ $cause =~ ^($ended_by_kill|$ended_by_term)$ ]] && may_be_killed_again; then
+        why+=": a rank was killed"
+        say "a rank was killed"
     else
-        say "error: the ranks ended with status $status; not started again"
+        [ "$server_ended" = 0 ] || why+=" after the reward server's end"
+        say "error: $why; not started again"
         [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"
         exit "$status"
     fi
+    [ "$ended" = 0 ] || exit 143 # while the nodes were asked
     if [ "$restarts" -ge "$MAX_RESTARTS" ]; then
         say "error: $why, but MAX_RESTARTS=$MAX_RESTARTS is reached: not started again"
         exit "$status"

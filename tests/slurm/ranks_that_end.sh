@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # In place of PYTHON: a rank that ends as ENDS says for its start, "START/START/..." with an entry per rank in each:
-# a status, a signal that it sends itself, or wait: for SIGTERM, to end with 75 as a training script does.
+# a status, a signal that it sends itself, or wait: for SIGTERM or SIGUSR1, to end with 75 as a training script does.
 #   ENDS="KILL 0/0 0"     rank 0 of the first start gets SIGKILL, everything else is well
 set -euo pipefail
 if [ "$1" = -m ]; then exec "$REAL_PYTHON" "$@"; fi # torchrun itself
@@ -8,12 +8,15 @@ if [ "$1" = -m ]; then exec "$REAL_PYTHON" "$@"; fi # torchrun itself
 IFS=/ read -ra starts <<<"$ENDS"
 read -ra ranks <<<"${starts[${SLURM_RESTART_COUNT:-0}]}"
 end=${ranks[$RANK]}
-echo "rank $RANK ends with $end"
+echo "rank $RANK ends with $end in start ${SLURM_RESTART_COUNT:-0}"
 case "$end" in
-    wait)
-        trap 'exit 75' TERM
-        sleep 600 &
-        wait
+    wait) # not in bash, which cannot catch a signal that it was started to ignore
+        exec "${REAL_PYTHON:-python3}" -c '
+import signal, sys
+signals = {signal.SIGTERM, signal.SIGUSR1}
+signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+print("waits", flush=True)
+sys.exit(75 if signal.sigwait(signals) else 1)'
         ;;
     [0-9]*) exit "$end" ;;
     *) kill -s "$end" $$ ;;

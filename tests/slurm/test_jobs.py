@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -23,7 +24,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(120
 
 def ranks_that_end(ends: str) -> dict[str, str]:
     """Variables with which a submitted script starts `ranks_that_end.sh` instead of Python."""
-    return {"PYTHON": str(Path(__file__).with_name("ranks_that_end.sh")), "ENDS": ends}
+    return {
+        "PYTHON": str(Path(__file__).with_name("ranks_that_end.sh")),
+        "REAL_PYTHON": sys.executable,
+        "ENDS": ends,
+    }
 
 
 @pytest.fixture
@@ -105,10 +110,11 @@ def test_a_cancelled_job_ends_and_leaves_no_process(cluster, job):
     assert cluster.job(job.id)["JobState"] == "CANCELLED", "it is not requeued, though its ranks could go on"
 
 
-def test_a_job_whose_ranks_get_sigterm_goes_on(job):
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_a_job_whose_ranks_get_sigterm_goes_on(job, launcher: str):
     """As SLURM sends it when the grace time of a preemption begins: to the ranks alone."""
-    job.submit(env=ranks_that_end("wait wait/0 0"))
-    wait_for(lambda: job.output().count("ends with wait") == 2, PATIENCE, "two ranks")
+    job.submit(env=ranks_that_end("wait wait/0 0") | {"LAUNCHER": launcher})
+    wait_for(lambda: job.output().count(" waits\n") == 2, PATIENCE, "two ranks")
     job.cluster.command("scancel", "--signal=TERM", job.id)
     fields = job.ends_as("COMPLETED")
     assert fields["Restarts"] == "1"
@@ -120,9 +126,24 @@ def test_a_job_whose_rank_gets_sigkill_is_started_again_but_not_for_ever(job):
     fields = job.ends_as("FAILED")
     said = job.output()
     assert fields["Restarts"] == "1" and fields["ExitCode"] == "137:0"
-    assert said.count("] a rank got SIGKILL") == 1
-    assert "the ranks ended with status 137, by a signal that is not this script's: requeued" in said
+    assert said.count("] a rank was killed") == 1
+    assert "the ranks ended with status 137: a rank was killed: requeued" in said
     assert "error: the ranks ended with status 137; not started again" in said
+
+
+@pytest.mark.parametrize(
+    ("ends", "status", "why"),
+    [
+        ("1 wait/0 0", "1", "the ranks ended with status 1"),
+        ("wait 0/0 0", "137", "a rank was still running 15 s after the first one's end, and was ended"),
+    ],
+    ids=["one fails", "one is well"],
+)
+def test_a_rank_that_waits_for_another_is_ended_and_does_not_hide_why(job, ends: str, status: str, why: str):
+    job.submit(env=ranks_that_end(ends))
+    fields = job.ends_as("FAILED")
+    assert fields["Restarts"] == "0" and fields["ExitCode"] == f"{status}:0"
+    assert f"error: {why}; not started again" in job.output()
 
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
@@ -154,6 +175,24 @@ def test_container_options_reach_srun(job):
     assert "unrecognized option '--container-image=/images/nemo.sqsh'" in job.output()
 
 
+HETEROGENEOUS = [*(option.replace("=2", "=1") for option in ONE_RANK_EACH), ":", *ONE_RANK_EACH[1:], "--nodes=1"]
+
+
+def test_the_end_of_the_reward_server_is_that_of_the_job(job):
+    server = {"REWARD_SERVER": "sleep 3; false"}
+    job.submit(script="train_with_reward_server.sbatch", options=HETEROGENEOUS, env=ranks_that_end("wait/0") | server)
+    fields = job.ends_as("FAILED")
+    assert fields["Restarts"] == "0"
+    assert "the reward server has ended: the ranks are ended" in job.output()
+    assert "after the reward server's end; not started again" in job.output()
+
+
+def test_a_reward_server_without_a_model_is_an_error(job):
+    job.submit(script="train_with_reward_server.sbatch", options=HETEROGENEOUS)
+    job.ends_as("FAILED")
+    assert "error: RM_NEMO_FILE: give the reward model's .nemo file" in job.output()
+
+
 @pytest.fixture(scope="session")
 def pytriton() -> Path:
     """The Python of an environment with PyTriton."""
@@ -169,7 +208,7 @@ def test_a_heterogeneous_job_trains_on_rewards_from_its_server(cluster, job, pyt
     job.submit(
         "algorithm.rl_steps=2",
         script="train_with_reward_server.sbatch",
-        options=[*(option.replace("=2", "=1") for option in ONE_RANK_EACH), ":", *ONE_RANK_EACH[1:], "--nodes=1"],
+        options=HETEROGENEOUS,
         env={
             "REWARD_SERVER": f"env -u PYTHONPATH LD_LIBRARY_PATH={library} {pytriton} {server}",
             "PYTHONPATH": f"{cluster.environment['PYTHONPATH']}:{packages}",

@@ -1,8 +1,10 @@
-"""`examples/slurm/rank.sh` with torchrun on one node: the step's exit status says how the ranks ended."""
+"""`examples/slurm/rank.sh` on one node without SLURM: its exit status says how ranks ended, and signals reach them."""
 
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,33 +12,69 @@ from pathlib import Path
 import pytest
 
 from tests.aligner.launching import ROOT
-from tests.slurm.cluster import free_ports
+from tests.slurm.cluster import free_ports, wait_for
 
 RANKS_THAT_END = Path(__file__).with_name("ranks_that_end.sh")
 
 
-@pytest.mark.parametrize(
-    ("ends", "status"),
-    [("0 0", 0), ("75 75", 75), ("75 3", 3), ("KILL wait", 137), ("0 75", 75)],
-    ids=["all well", "all saved", "one saved, one failed", "one got SIGKILL", "one saved"],
-)
-def test_the_status_under_torchrun_is_that_of_the_first_error_then_that_of_a_saved_run(ends: str, status: int):
+def start(launcher: str, ends: str, output: Path) -> subprocess.Popen:
+    """What a SLURM task runs: by torchrun two ranks, by srun the first of two."""
     variables = {
         "PYTHON": str(RANKS_THAT_END),
         "REAL_PYTHON": sys.executable,
         "ENDS": ends,
-        "LAUNCHER": "torchrun",
+        "LAUNCHER": launcher,
         "RANKS_PER_NODE": "2",
         "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
         "SLURM_JOB_ID": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_ports(1)[0]),
     }
-    done = subprocess.run(
-        ["bash", ROOT / "examples" / "slurm" / "rank.sh", "train.py"],
-        env=os.environ | variables,
-        text=True,
-        capture_output=True,
-        timeout=120,
-    )
-    assert done.returncode == status, done.stdout + done.stderr
+    with output.open("w") as file:
+        return subprocess.Popen(
+            ["bash", ROOT / "examples" / "slurm" / "rank.sh", "train.py"],
+            env=os.environ | variables,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+@pytest.mark.parametrize(
+    ("launcher", "ends", "status", "said"),
+    [
+        ("srun", "0 0", 0, []),
+        ("srun", "75 0", 75, ["rank 0 ended with status 75"]),
+        ("srun", "KILL 0", 137, ["rank 0 ended with status 137"]),
+        ("torchrun", "0 0", 0, []),
+        ("torchrun", "75 75", 75, ["rank 0 ended with status 75"]),
+        ("torchrun", "75 3", 3, ["rank 0 ended with status 75", "rank 1 ended with status 3"]),
+        ("torchrun", "KILL wait", 137, ["rank 0 ended with status 137"]),
+        ("torchrun", "0 75", 75, []),
+    ],
+)
+def test_the_status_is_that_of_the_first_error_then_that_of_a_saved_run(tmp_path, launcher, ends, status, said):
+    output = tmp_path / "output"
+    process = start(launcher, ends, output)
+    assert process.wait(timeout=120) == status, output.read_text()
+    lines = re.findall(r"rank\.sh: (rank .*)", output.read_text())
+    assert sorted(line for line in lines if "status 143" not in line) == said
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_a_signal_to_the_task_alone_reaches_its_ranks(tmp_path, launcher, number):
+    """proctrack/cgroup, which most clusters have, signals no other process of a step."""
+    output, ranks = tmp_path / "output", 1 if launcher == "srun" else 2
+    process = start(launcher, "wait wait", output)
+    try:
+        wait_for(lambda: output.read_text().count("waits\n") == ranks, 120, "the ranks")
+        process.send_signal(number)
+        assert process.wait(timeout=120) == 75, output.read_text()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
