@@ -1,9 +1,10 @@
 # Two images of the same package.
-#   docker build --target cpu -t fiberpo:cpu .    the quickstart and the tests, on any machine
+#   docker build --target cpu -t fiberpo:cpu .    the quickstart and fiberpo plan, on any machine
 #   docker build --target gpu --build-arg NEMO_IMAGE=... -t fiberpo:gpu .
 #                                                 training on NVIDIA GPUs, on top of the NeMo container
 # The quickstart:  mkdir -p runs && docker run --rm -v "$PWD/runs:/home/fiberpo/nemo_fiberpo/runs" fiberpo:cpu
-# UID: the user of both images; folders mounted for them to write in must belong to that user: --build-arg UID="$(id -u)".
+# UID: the user of both images, not root; folders mounted for them to write in must belong to that user:
+# --build-arg UID="$(id -u)".
 # NEMO_IMAGE: NVIDIA's NeMo container of release 25.02 (NeMo 2.2, NeMo-Aligner 0.7, Megatron-core 0.11), by the name under
 # which you pull it; the build checks those versions. Without it the gpu target has nothing to stand on and fails (an
 # empty default would fail the cpu target too: builders read every FROM).
@@ -17,9 +18,13 @@ FROM python:3.11-slim AS cpu
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev util-linux \
     && rm -rf /var/lib/apt/lists/*
+# In commands by another name: bash, where a base image makes it the shell, has a UID of its own.
 ARG UID
+ARG USER_ID=$UID
 # Some builders make a WORKDIR as root, whoever the USER is.
-RUN useradd --create-home --uid "$UID" fiberpo && install -d -o fiberpo -g fiberpo /home/fiberpo/nemo_fiberpo
+RUN if [ "$USER_ID" = 0 ]; then echo "error: UID: 0 is root; leave it out, mount folders of user 1000" >&2; exit 1; fi \
+    && useradd --create-home --non-unique --uid "$USER_ID" fiberpo \
+    && install -d -o fiberpo -g fiberpo /home/fiberpo/nemo_fiberpo
 USER $UID
 WORKDIR /home/fiberpo/nemo_fiberpo
 # The pins first: a change of the code does not install them again. The package is installed editable, by its name and
@@ -38,6 +43,7 @@ CMD ["bash", "examples/quickstart.sh"]
 # what it lacks is added, and nothing of it is replaced.
 FROM ${NEMO_IMAGE} AS gpu
 ARG UID
+ARG USER_ID=$UID
 WORKDIR /opt/nemo_fiberpo
 COPY requirements requirements
 RUN python requirements/check_image.py
@@ -52,5 +58,7 @@ COPY . .
 # constraints that NVIDIA's images set for pip pin that one there as well.
 RUN PIP_CONSTRAINT="" pip install --no-cache-dir --no-deps -e .
 # A name of its own: user 1000 exists already in some releases of the base image.
-RUN useradd --create-home --non-unique --uid "$UID" fiberpo && mkdir -p runs && chown fiberpo runs
+RUN if [ "$USER_ID" = 0 ]; then echo "error: UID: 0 is root; leave it out, mount folders of user 1000" >&2; exit 1; fi \
+    && useradd --create-home --non-unique --uid "$USER_ID" fiberpo \
+    && install -d -o fiberpo -g fiberpo runs
 USER $UID

@@ -23,6 +23,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_fiberpo.aligner import launch, preemption
+from nemo_fiberpo.aligner.ending import explain
 from nemo_fiberpo.aligner.model_checks import partition_table
 from nemo_fiberpo.aligner.resume import RunRecord
 from nemo_fiberpo.aligner.resumption import find_checkpoint
@@ -47,8 +48,8 @@ def run(cfg: DictConfig) -> None:
     if partitions is not None and "num_moe_experts" in cfg.model:
         partition_table(partitions, cfg.model)
     record = RunRecord(cfg)
-    record.check()
     if CHECK_ONLY:
+        record.check()  # else the first rank does, under the run's lock
         return
     found = find_checkpoint(cfg, record)
     launch.start(cfg)
@@ -110,27 +111,17 @@ def go_on(fiberpo, restored, record, files) -> None:
             file.rewind(fiberpo.step)
 
 
-def train_and_evaluate(
-    cfg, trainer, actor, restored, hierarchy, settings, data, train, heldout, reward_model, record
-) -> None:
-    """Optimizer, checkpoint and logs; then held-out reward before, training, held-out reward after."""
+def make_trainer(cfg, trainer, actor, hierarchy, settings, data, train, heldout, reward_model, loggers):
+    """The trainer of the algorithm, with its optimizer; the checkpoint callback; and what completes saves under way,
+    None where there is no such callback."""
     from nemo_aligner.utils.train_script_utils import CustomLoggerWrapper
 
-    from nemo_fiberpo.aligner.evaluation import mean_rewards, write_rows
-    from nemo_fiberpo.aligner.loggers import MetricsFile, Progress, PromptsFile
     from nemo_fiberpo.aligner.prompts import make_collate
-    from nemo_fiberpo.aligner.report import format_table, make_report
     from nemo_fiberpo.aligner.trainer import FiberPOTrainer
 
     optimizer, scheduler, checkpoints = launch.initialise(cfg, trainer, actor, train, settings.total_steps(len(train)))
-    reward_model.start()
-    run_dir = Path(cfg.run_dir)
-    paths = run_dir / "metrics.jsonl", run_dir / "prompts.jsonl"
-    files = [MetricsFile(paths[0]), PromptsFile(paths[1])] if launch.is_first_rank() else []
-    loggers = [*trainer.loggers, *files]
     finish_saves = partial(checkpoints.finish_saves, trainer) if hasattr(checkpoints, "finish_saves") else None
     after_step = finish_saves or (lambda **_: None)
-    timer = preemption.RunTimer(cfg.exp_manager.get("max_time_per_run"), after_step=after_step)
     collate = make_collate(actor.tokenizer.eos_id, actor.max_new_tokens)
     fiberpo = FiberPOTrainer(
         settings=settings,
@@ -148,8 +139,27 @@ def train_and_evaluate(
         rm_critic=reward_model,
         logger=CustomLoggerWrapper(loggers),
         ckpt_callback=checkpoints,
-        run_timer=timer,
+        run_timer=preemption.RunTimer(cfg.exp_manager.get("max_time_per_run"), after_step=after_step),
     )
+    return fiberpo, checkpoints, finish_saves
+
+
+def train_and_evaluate(
+    cfg, trainer, actor, restored, hierarchy, settings, data, train, heldout, reward_model, record
+) -> None:
+    """Logs and checkpoint; then held-out reward before, training, held-out reward after."""
+    from nemo_fiberpo.aligner.evaluation import mean_rewards, write_rows
+    from nemo_fiberpo.aligner.loggers import MetricsFile, Progress, PromptsFile
+    from nemo_fiberpo.aligner.report import format_table, make_report
+
+    run_dir = Path(cfg.run_dir)
+    paths = run_dir / "metrics.jsonl", run_dir / "prompts.jsonl"
+    files = [MetricsFile(paths[0]), PromptsFile(paths[1])] if launch.is_first_rank() else []
+    loggers = [*trainer.loggers, *files]
+    fiberpo, checkpoints, finish_saves = make_trainer(
+        cfg, trainer, actor, hierarchy, settings, data, train, heldout, reward_model, loggers
+    )
+    reward_model.start()
     checkpoints.trainer_state, checkpoints.on_whole, checkpoints.durable = (
         fiberpo.state_dict,
         record.note_checkpoint,
@@ -174,8 +184,9 @@ def train_and_evaluate(
         evaluate("before")
         stop_before_training(restored)
     fiberpo.fit()
-    after_step(blocking=True)
-    reason = timer.reason or preemption.agreed_reason()
+    if finish_saves is not None:
+        finish_saves(blocking=True)
+    reason = fiberpo.run_timer.reason or preemption.agreed_reason()
     if reason is not None:
         stop_in_training(reason, fiberpo, settings.save_interval, finish_saves)
     if finish_saves is not None and settings.save_interval > 0:
@@ -189,7 +200,7 @@ def train_and_evaluate(
 
 @hydra.main(version_base=None, config_path="../conf", config_name="quickstart")
 def main(cfg: DictConfig) -> None:
-    launch.explain(lambda: run(cfg))
+    explain(lambda: run(cfg))
 
 
 if __name__ == "__main__":

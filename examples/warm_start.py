@@ -14,14 +14,17 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
-from quickstart_data import write_quickstart_data
 
-from nemo_fiberpo.aligner import launch, run_lock
+from nemo_fiberpo.aligner import launch
+from nemo_fiberpo.aligner.ending import explain
+from nemo_fiberpo.aligner.first_rank import decided
 from nemo_fiberpo.aligner.resume import RunRecord
+from nemo_fiberpo.aligner.resumption import take_directory
 from nemo_fiberpo.aligner.settings import data_settings, reward_settings, warm_start_settings
 
 launch.register_resolvers()
@@ -30,31 +33,25 @@ launch.register_resolvers()
 def run(cfg: DictConfig) -> None:
     hierarchy, _ = launch.check_sections(cfg)
     settings, data, reward = warm_start_settings(cfg), data_settings(cfg), reward_settings(cfg)
-    record = RunRecord(cfg)
-    record.check()
-    target = Path(cfg.pretrained_checkpoint.restore_from_path)
-    first = os.environ.get("RANK", "0") == "0"
-    if target.exists():
-        if first:
-            print(f"warm start: {target} exists, nothing to do")
+    record, target = RunRecord(cfg), Path(cfg.pretrained_checkpoint.restore_from_path)
+    if decided(cfg.collective_timeout, lambda: whether_to_train(cfg, record, target)) is None:
         return
     # The other ranks wait for this file, whose text says which data is complete.
     complete = Path(cfg.data_dir) / "complete"
-    if first:
-        run_lock.hold(cfg.run_dir)
+    if os.environ.get("RANK", "0") == "0":
         if not launch.says(complete, f"seed {cfg.seed}"):
             print("warm start: making the data", flush=True)
+            from quickstart_data import write_quickstart_data
+
             complete.unlink(missing_ok=True)
             write_quickstart_data(Path(cfg.data_dir), seed=cfg.seed)
             complete.write_text(f"seed {cfg.seed}\n")
         record.remember(0)
     launch.start(cfg)
 
-    from nemo_aligner.utils import parallel_state
     from nemo_aligner.utils.train_script_utils import init_distributed
 
     from nemo_fiberpo.aligner.actor import FiberPOActor
-    from nemo_fiberpo.aligner.evaluation import evaluate, mean_rewards
     from nemo_fiberpo.aligner.prompts import PromptDataset, load_prompts
     from nemo_fiberpo.aligner.rewards import make_reward_model
 
@@ -72,27 +69,50 @@ def run(cfg: DictConfig) -> None:
     checks = PromptDataset(data.train, actor.tokenizer, data.max_prompt_length)
     optimizer, scheduler, _ = launch.initialise(cfg, trainer, actor, checks, settings.steps)
     examples = tokenize(load_prompts(settings.data), actor.tokenizer)
-    sample = first_of_each_domain(checks, settings.check_prompts)
     grader = make_reward_model(reward, checks.records, actor.tokenizer)
 
-    share = dict.fromkeys(checks.domains, 1.0)
-    generator = torch.Generator().manual_seed(cfg.model.seed)
-    for step in range(settings.steps):
-        rank = parallel_state.get_data_parallel_rank()
-        batch = draw(examples, share, settings.batch_size, generator)[rank::ranks]
+    def step(batch) -> None:
         supervised_step(actor, hierarchy, optimizer, scheduler, batch, settings.batch_size)
-        if (step + 1) % settings.check_every == 0:
-            rows = evaluate(actor, grader, sample, batch=len(sample), seed=step)
+
+    teach(settings, step, examples, actor, grader, checks, ranks, torch.Generator().manual_seed(cfg.model.seed))
+    save(actor, target)
+    grader.close()
+
+
+def whether_to_train(cfg: DictConfig, record: RunRecord, target: Path) -> dict[str, Any] | None:
+    """None if there is nothing to do. First rank; it holds the run's lock from now on: a warm start that waited for
+    another one finds what that has written."""
+    take_directory(cfg, record)
+    if not target.exists():
+        return {}
+    print(f"warm start: {target} exists, nothing to do", flush=True)
+    return None
+
+
+def teach(settings, step, examples, actor, grader, checks, ranks: int, generator: torch.Generator) -> None:
+    """Take `step` on batches of examples until every domain of `checks` is answered well enough, or `settings.steps`.
+
+    ranks  data-parallel ranks, each of which takes its share of a batch
+    """
+    from nemo_aligner.utils import parallel_state
+
+    from nemo_fiberpo.aligner.evaluation import evaluate, mean_rewards
+
+    sample = first_of_each_domain(checks, settings.check_prompts)
+    share = dict.fromkeys(checks.domains, 1.0)
+    for number in range(settings.steps):
+        rank = parallel_state.get_data_parallel_rank()
+        step(draw(examples, share, settings.batch_size, generator)[rank::ranks])
+        if (number + 1) % settings.check_every == 0:
+            rows = evaluate(actor, grader, sample, batch=len(sample), seed=number)
             means = mean_rewards(rows, "sampled")
             # A domain that is left out is forgotten within a few steps.
             share = {domain: settings.rehearsal if means[domain] >= settings.stop_reward else 1.0 for domain in share}
             if launch.is_first_rank():
                 line = ", ".join(f"{domain} {means[domain]:.2f}" for domain in checks.domains)
-                print(f"warm start: step {step + 1}, reward {line}", flush=True)
+                print(f"warm start: step {number + 1}, reward {line}", flush=True)
             if max(share.values()) < 1.0:
                 break
-    save(actor, target)
-    grader.close()
 
 
 def draw(examples, share: dict[str, float], number: int, generator: torch.Generator):
@@ -170,7 +190,7 @@ def save(actor, target: Path) -> None:
 @hydra.main(version_base=None, config_path="../conf", config_name="quickstart")
 def main(cfg: DictConfig) -> None:
     OmegaConf.set_struct(cfg, False)
-    launch.explain(lambda: run(cfg))
+    explain(lambda: run(cfg))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from nemo.utils.exp_manager import CallbackParams
 from nemo.utils.model_utils import ckpt_to_dir
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_fiberpo.aligner import manifest
+from nemo_fiberpo.aligner import checkpoint_choice, manifest
 from nemo_fiberpo.aligner.manifest import Manifest
 from nemo_fiberpo.aligner.preemption import held_back
 from nemo_fiberpo.aligner.resumption import checkpoint_directory
@@ -79,7 +79,7 @@ class WholeCheckpoints(NeMoModelCheckpoint):
         """Take the checkpoints that the first rank sees for those that `save_top_k` and `save_last` count: a resumed
         run's own state says what was there when its checkpoint was saved, and the other ranks may see something else.
         Collective."""
-        listed = manifest.whole_in(Path(self.dirpath)) if trainer.is_global_zero else []
+        listed = checkpoint_choice.whole_in(Path(self.dirpath)) if trainer.is_global_zero else []
         steps = dict(trainer.strategy.broadcast(listed))
         paths = {f"{Path(self.dirpath) / name}.ckpt": step for name, step in steps.items()}
         lasts = [path for path in paths if path.endswith("-last.ckpt")]
@@ -106,7 +106,7 @@ class WholeCheckpoints(NeMoModelCheckpoint):
         """NeMo's: write the policy as a .nemo file, here with a manifest beside it."""
         self.finish_saves(trainer, blocking=True)
         if trainer.is_global_zero:  # where NeMo puts the weights before it packs them; a killed run leaves them there
-            shutil.rmtree(Path(self.dirpath) / manifest.UNPACKED, ignore_errors=True)
+            shutil.rmtree(Path(self.dirpath) / checkpoint_choice.UNPACKED, ignore_errors=True)
         trainer.strategy.barrier()
         with held_back():
             super().on_train_end(trainer, pl_module)

@@ -8,28 +8,23 @@ is a pickle that megatron-core loads: export what you trust.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping
-from datetime import timedelta
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from nemo_fiberpo.aligner import huggingface_tokenizer
 from nemo_fiberpo.aligner.huggingface import huggingface_config, model_config, names_used, to_huggingface, to_megatron
+from nemo_fiberpo.aligner.huggingface_gpt import build_gpt, load, load_into, megatron_alone, save, stored
 from nemo_fiberpo.config import mapping
 
 SHARD_BYTES = 5 * 2**30
-_NORM_BESIDE_EXPERTS = "decoder.layers.pre_mlp_layernorm.weight", "decoder.layers.mlp.linear_fc1.layer_norm_weight"
-"""Names of the norm before experts in a checkpoint: with Transformer Engine's layer spec, and with the local one."""
 
 
 def import_huggingface(source: Path, target: Path) -> None:
@@ -52,7 +47,7 @@ def import_huggingface(source: Path, target: Path) -> None:
     with megatron_alone():
         gpt = build_gpt(model, dtype)
         load_into(gpt, to_megatron(weights.read, model))
-        _save(gpt, scratch / "model_weights")
+        save(gpt, scratch / "model_weights")
     huggingface_tokenizer.copy_files(source, scratch / "tokenizer")
     tokenizer = {"library": "huggingface", "type": str(target.resolve() / "tokenizer"), "model": None, "use_fast": True}
     OmegaConf.save(OmegaConf.create(model | {"tokenizer": tokenizer}), scratch / "model_config.yaml")
@@ -71,9 +66,9 @@ def export_huggingface(source: Path, target: Path) -> list[str]:
         plain = OmegaConf.to_container(OmegaConf.load(_needed(folder / "model_config.yaml")))
         model = mapping(plain, "model_config.yaml")
         config = huggingface_config(model)
-        dtype, vocabulary = _stored(folder / "model_weights")
+        dtype, vocabulary = stored(folder / "model_weights")
         gpt = build_gpt(model | {"override_vocab_size": vocabulary}, dtype)
-        _load(gpt, folder / "model_weights")
+        load(gpt, folder / "model_weights")
         scratch = target.with_name(target.name + ".partial")
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
@@ -114,127 +109,6 @@ def _needed(path: Path) -> Path:
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
     return path
-
-
-@contextlib.contextmanager
-def megatron_alone() -> Iterator[None]:
-    """Megatron-core on the CPU in this process alone, in the CPU mode of the actor."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state, tensor_parallel
-
-    from nemo_fiberpo.aligner import cpu
-
-    cpu.install()
-    own = not dist.is_initialized()
-    if own:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(minutes=30))
-    parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    try:
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        if own:
-            dist.destroy_process_group()
-
-
-def build_gpt(model: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """The Megatron GPT of NeMo's `model` section on one rank, with the local layer spec. Its parameters are not set."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.transformer import TransformerConfig
-
-    experts = model.get("num_moe_experts")
-    moe = {}
-    if experts:
-        moe = {"num_moe_experts": experts, "moe_router_topk": model["moe_router_topk"]}
-        moe |= {"moe_router_pre_softmax": bool(model.get("moe_router_pre_softmax")), "moe_aux_loss_coeff": 0.0}
-        moe |= {"moe_token_dispatcher_type": "allgather", "moe_router_load_balancing_type": "none"}
-    config = TransformerConfig(
-        num_layers=model["num_layers"],
-        hidden_size=model["hidden_size"],
-        num_attention_heads=model["num_attention_heads"],
-        num_query_groups=model.get("num_query_groups"),
-        kv_channels=model.get("kv_channels"),
-        ffn_hidden_size=model["ffn_hidden_size"],
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        add_qkv_bias=bool(model.get("qkv_bias")),
-        normalization="RMSNorm",
-        layernorm_epsilon=model["layernorm_epsilon"],
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        use_cpu_initialization=True,
-        perform_initialization=False,
-        params_dtype=dtype,
-        **moe,
-    )
-    return GPTModel(
-        config,
-        get_gpt_layer_local_spec(experts, False),
-        vocab_size=model["override_vocab_size"],
-        max_sequence_length=model["max_position_embeddings"],
-        position_embedding_type="rope",
-        rotary_base=model.get("rotary_base", 10000),
-        rope_scaling=bool(model.get("scale_positional_embedding")),
-        share_embeddings_and_output_weights=bool(model.get("share_embeddings_and_output_weights", True)),
-    ).to(dtype)
-
-
-@torch.no_grad()
-def load_into(gpt: Any, tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Copy tensors into the parameters of the same names: all of them, each once. ValueError for another shape."""
-    left = dict(gpt.named_parameters())
-    for name, tensor in tensors:
-        parameter = left.pop(name)
-        if parameter.shape != tensor.shape:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, but config.json says {tuple(parameter.shape)}")
-        parameter.copy_(tensor)
-    assert not left, f"no tensor for {sorted(left)}"
-
-
-def _save(gpt: Any, folder: Path) -> None:
-    """A distributed checkpoint that models of either layer spec can load."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing import ShardedTensor
-
-    state = gpt.sharded_state_dict(prefix="model.")
-    engine, local = (f"model.{name}" for name in _NORM_BESIDE_EXPERTS)
-    if gpt.config.num_moe_experts:
-        for name, entry in list(state.items()):
-            if isinstance(entry, ShardedTensor) and entry.key == local:
-                state[f"{name} of the other spec"] = dataclasses.replace(entry, key=engine)
-    folder.mkdir()
-    dist_checkpointing.save(state, str(folder))
-
-
-def _load(gpt: Any, folder: Path) -> None:
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing import ShardedTensor
-
-    state = gpt.sharded_state_dict(prefix="model.")
-    engine, local = (f"model.{name}" for name in _NORM_BESIDE_EXPERTS)
-    if engine in dist_checkpointing.load_tensors_metadata(str(folder)):
-        for entry in state.values():
-            if isinstance(entry, ShardedTensor) and entry.key == local:
-                entry.key = engine
-    loaded = dist_checkpointing.load(state, str(folder))
-    gpt.load_state_dict({name.removeprefix("model."): value for name, value in loaded.items()}, strict=False)
-    missing = {name for name, _ in gpt.named_parameters()} - {name.removeprefix("model.") for name in loaded}
-    assert not missing, f"{folder}: no tensor for {sorted(missing)}"
-
-
-def _stored(folder: Path) -> tuple[torch.dtype, int]:
-    """Precision and rows of the embedding in a checkpoint."""
-    from megatron.core import dist_checkpointing
-
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such folder; a .nemo of Megatron-core holds its weights there")
-    metadata = dist_checkpointing.load_tensors_metadata(str(folder))
-    embedding = metadata["model.embedding.word_embeddings.weight"]
-    return embedding.dtype, int(embedding.global_shape[0])
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ import gc
 import logging as std_logging
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -20,8 +19,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_fiberpo.aligner.preemption import NOT_FINISHED, Stopped, finish, shield_resource_tracker
-from nemo_fiberpo.aligner.resumption import SaidByFirstRank
+from nemo_fiberpo.aligner.preemption import shield_resource_tracker
 from nemo_fiberpo.aligner.settings import SECTIONS, check_resume, cluster_settings
 from nemo_fiberpo.config import load_expert_partitions, load_hierarchy, reject_unknown_keys
 from nemo_fiberpo.megatron.timeouts import limit_collectives
@@ -256,39 +254,3 @@ def wait_until_says(path: Path, text: str, seconds: float = 300.0) -> None:
 def is_first_rank() -> bool:
     """Whether this process is the one that writes files and prints."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
-
-def leave() -> None:
-    """Destroy the process groups at the end of a run.
-
-    A process that leaves them to the end of the interpreter can abort there: a thread of gloo may still hold the last
-    tensor of a collective, and freeing it needs the interpreter.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def explain(main: Callable[[], None]) -> None:
-    """Run a script's main, and leave its process groups. Exit status 75 if the run is not finished and can go on, 1 if
-    it is not and cannot.
-
-    A ValueError raised by this package, which is about the user's input, is one line on the terminal. One from
-    elsewhere keeps its traceback; so do all with FIBERPO_TRACEBACK=1. What the first rank said is said once.
-    """
-    try:
-        main()
-    except Stopped as stopped:
-        leave()
-        finish()
-        sys.exit(NOT_FINISHED if stopped.can_go_on else 1)
-    except SaidByFirstRank:
-        sys.exit(1)
-    except ValueError as error:
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
-        if os.environ.get("FIBERPO_TRACEBACK") or not raised_in.startswith("nemo_fiberpo"):
-            raise
-        sys.exit(f"error: {error}")
-    leave()

@@ -1,7 +1,6 @@
-"""Which checkpoints are whole: a manifest with size and SHA-256 of every file, and which one to resume from.
+"""The manifest of a checkpoint: size and SHA-256 of every file, and the state of the trainer.
 
-A checkpoint is a directory under `checkpoints/`; `<name>-unfinished` beside it is NeMo's marker while it is written or
-removed. `manifest.json` in it is written last and atomically, so a directory without one was never finished. The
+`manifest.json` in a checkpoint is written last and atomically, so a directory without one was never finished. The
 digests find truncated and damaged files; they do not say who wrote them. Nothing here needs process groups.
 """
 
@@ -10,11 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +19,6 @@ from nemo_fiberpo.aligner import storage
 
 NAME = "manifest.json"
 FORMAT = 1
-MARKER = "-unfinished"  # NeMoModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX
-UNPACKED = "model_weights"  # NeMo's folder for what goes into a .nemo file; no checkpoint
-DAMAGED = "checkpoints-damaged"  # beside the directory of checkpoints
 
 Entry = dict[str, Any]  # {"size": bytes, "sha256": hex}
 
@@ -152,114 +146,3 @@ def holds(seal: Path, state: Mapping[str, int]) -> bool:
         return found is not None and found.state == dict(state) and not problems(seal.parent, found)
     except (OSError, ValueError):
         return False
-
-
-@dataclass
-class Choice:
-    """The newest whole checkpoint (None: there is none and never was), and what is to be said and cleared away."""
-
-    checkpoint: Path | None = None
-    manifest: Manifest | None = None
-    lines: list[str] = field(default_factory=list)
-    unfinished: list[Path] = field(default_factory=list)
-    damaged: list[Path] = field(default_factory=list)
-
-
-def checkpoints_in(directory: Path) -> list[Path]:
-    """The checkpoint folders, newest first; NeMo's `-last` copy after the checkpoint of the same RL step. Links are
-    left out: what they lead to is listed itself."""
-    found = [path for path in storage.entries(directory) if path.name != UNPACKED]
-    found = [path for path in found if path.is_dir() and not path.is_symlink()]
-    return sorted(found, key=lambda path: (-step_of(path), path.name.endswith("-last"), path.name))
-
-
-def whole_in(directory: Path) -> list[tuple[str, int]]:
-    """Name and RL step of the checkpoints that have a manifest, newest first."""
-    return [
-        (path.name, step_of(path)) for path in checkpoints_in(directory) if storage.content(path / NAME) is not None
-    ]
-
-
-def step_of(checkpoint: Path) -> int:
-    """The RL step after which a checkpoint was saved, by its manifest, else by its name; -1 where neither says it."""
-    try:
-        if (manifest := read(checkpoint)) is not None:
-            return int(manifest.state["step"])
-    except ValueError:
-        pass
-    named = re.search(r"(?:^|[-_])step=(\d+)", checkpoint.name)
-    return int(named.group(1)) if named else -1
-
-
-def marker_of(checkpoint: Path) -> Path:
-    return checkpoint.with_name(checkpoint.name + MARKER)
-
-
-Verify = Callable[[Path, Manifest], list[str]]
-
-
-def choose(directory: Path, recorded: Mapping[str, Any] | None, verify: Verify = problems) -> Choice:
-    """The newest whole checkpoint of a directory.
-
-    recorded  what the run wrote down of its newest whole checkpoint ("step", "name"), None if it never had one
-
-    ValueError if none is whole although there was one once: by `recorded`, by a damaged checkpoint, or by one that has
-    no manifest and no marker. Training would silently begin again otherwise. Without such a trace the run was stopped
-    before its first checkpoint was complete, and begins at RL step 0. OSError if a file cannot be read: going back for
-    that would lose the steps of a checkpoint that may be whole. Changes nothing on the disk.
-    """
-    out = Choice()
-    once_whole = recorded is not None
-    for path in checkpoints_in(directory):
-        marked = marker_of(path).exists()
-        if out.checkpoint is not None:  # older ones are not read: resuming does not depend on them
-            if marked:
-                out.lines.append(f"{path.name}: unfinished or half removed")
-                out.unfinished.append(path)
-            continue
-        try:
-            manifest = read(path)
-            wrong = [f"{NAME}: missing"] if manifest is None else verify(path, manifest)
-        except ValueError as error:
-            manifest, wrong = None, [str(error)]
-        if manifest is not None and not wrong:
-            out.checkpoint, out.manifest = path, manifest
-        elif marked and not (path / NAME).exists():
-            out.lines.append(f"{path.name}: unfinished: {wrong[0]}")
-            out.unfinished.append(path)
-        else:
-            once_whole = True
-            out.lines += [f"{path.name}: damaged: {line}" for line in wrong]
-            out.damaged.append(path)
-    if out.checkpoint is None and once_whole:
-        known = f"; the newest that was whole is {recorded['name']}, of RL step {recorded['step']}" if recorded else ""
-        raise ValueError(
-            f"{directory}: no checkpoint is whole ({'; '.join(out.lines) or 'there is none'}){known}. Put a whole one "
-            "back, or begin again with a run_dir of its own"
-        )
-    found = out.manifest.state["step"] if out.manifest is not None else -1
-    if recorded and found < recorded["step"] and not (directory / recorded["name"]).exists():
-        out.lines.append(f"{recorded['name']}: gone, although it was whole")
-    return out
-
-
-def clear_away(choice: Choice) -> list[str]:
-    """Move damaged checkpoints out of NeMo's sight, remove unfinished ones and stale markers; a line for each."""
-    said = list(choice.lines)
-    for path in choice.damaged:
-        aside = path.parent.resolve().parent / DAMAGED  # of the same file system, where `checkpoints` is a link too
-        aside.mkdir(exist_ok=True)
-        target = aside / path.name
-        number = 1
-        while target.exists():
-            target, number = aside / f"{path.name}.{number}", number + 1
-        path.rename(target)
-        marker_of(path).unlink(missing_ok=True)
-        said.append(f"{path.name}: moved to {target}")
-    for path in choice.unfinished:
-        shutil.rmtree(path)
-        marker_of(path).unlink(missing_ok=True)
-        said.append(f"{path.name}: removed")
-    if choice.checkpoint is not None:  # NeMo would remove a checkpoint that has a marker
-        marker_of(choice.checkpoint).unlink(missing_ok=True)
-    return said

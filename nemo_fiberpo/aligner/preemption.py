@@ -30,7 +30,8 @@ _sigterm_at: float | None = None
 
 
 class Stopped(Exception):
-    """A run that ends before its last RL step; `launch.explain` exits with `NOT_FINISHED` if it can go on, else 1."""
+    """A run that ends before its last RL step, or cannot begin yet. `ending.explain` exits with `NOT_FINISHED` if it
+    can go on, else 1."""
 
     def __init__(self, can_go_on: bool = True):
         super().__init__()
@@ -39,7 +40,8 @@ class Stopped(Exception):
 
 def install(main: str = "__main__") -> None:
     """From now on SIGUSR1 and SIGTERM set a flag. A SIGTERM well after the first ends the process at once. The end of
-    torchrun is a SIGTERM to its ranks: they would train on without it, out of the scheduler's sight.
+    torchrun is a SIGTERM to the ranks that it started itself: they would train on without it, out of the scheduler's
+    sight.
 
     main  `__name__` of the script. `multiprocessing` reads it again as "__mp_main__" in a process that it starts, as
           Megatron's first save does: such a process, which lets the signals pass, also ends with its parent; it would

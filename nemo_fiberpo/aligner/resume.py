@@ -65,7 +65,7 @@ class RunRecord:
     """`run.json` in `run_dir`: what the run is, what was changed when it went on, and its newest whole checkpoint.
 
     {"identity": {key: value}, "changes": [{"rl_step", "changed": {key: [before, after]}}], "checkpoint": {"step",
-    "name"} or null}. The config is read when the object is made: NeMo writes into it later.
+    "name"} or null}. The config is read when the object is made: NeMo writes into it later. The file is not.
     """
 
     def __init__(self, cfg: DictConfig):
@@ -91,9 +91,9 @@ class RunRecord:
         self._identity["ranks"] = int(os.environ.get("WORLD_SIZE", "1"))
         for key in [key for key in self._identity if _under(key, _MAY_CHANGE)]:
             del self._identity[key]
-        self._check_allowed()
 
-    def _check_allowed(self) -> None:
+    def check_allowed(self) -> None:
+        """ValueError naming an entry of `resume.allow` that is no key of this run, now or as `run_dir` holds it."""
         stored = self._stored()
         keys = {**self._identity, **(stored["identity"] if stored else {})}  # what was taken out is a change too
         sections = {key.rsplit(".", number)[0] for key in keys for number in range(key.count(".") + 1)}
@@ -134,8 +134,9 @@ class RunRecord:
         return {key: [before.get(key), now.get(key)] for key in {**now, **before} if before.get(key) != now.get(key)}
 
     def check(self) -> None:
-        """ValueError naming the first key by which `run_dir` holds another run, unless it is of the layout or
-        `resume.allow` has it or what it is part of: the run would go on as a mixture of both."""
+        """ValueError as `check_allowed`; and one naming the first key by which `run_dir` holds another run, unless it
+        is of the layout or `resume.allow` has it or what it is part of: the run would go on as a mixture of both."""
+        self.check_allowed()
         stored = self._stored()
         for key, (before, now) in (self._changed(stored) if stored else {}).items():
             if not _under(key, (*_LAYOUT, *self._allowed)):

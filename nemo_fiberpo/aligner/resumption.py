@@ -1,35 +1,25 @@
 """Which checkpoint a run goes on from: chosen by the first rank, read by all, and the same on every rank.
 
-Before process groups exist, over the launcher's store. The first rank takes the run's lock, lists the checkpoints,
-reads manifests, decides and clears away; the others hash the files that it names against the manifest that it sends,
-and take over its decision with the trainer's state. No rank decides by its own view of the file system, which may be
-late.
+Before process groups exist. The first rank takes the run's lock, lists the checkpoints, reads manifests, decides and
+clears away; the others hash the files that it names against the manifest that it sends, and take over its decision with
+the trainer's state. No rank decides by its own view of the file system, which may be late.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
-from nemo_fiberpo.aligner import manifest, run_lock, storage
-from nemo_fiberpo.aligner.manifest import Choice, Manifest
+from nemo_fiberpo.aligner import checkpoint_choice, manifest, run_lock, storage
+from nemo_fiberpo.aligner.checkpoint_choice import Choice, Verify
+from nemo_fiberpo.aligner.first_rank import Message, Ranks, connect
+from nemo_fiberpo.aligner.manifest import Manifest
 from nemo_fiberpo.aligner.resume import RunRecord
 
-
-class SaidByFirstRank(ValueError):
-    """The error of the first rank, on another one: the first has said it."""
-
-
 Found = tuple[Path, Manifest] | None
-_stores: list[Any] = []  # the first rank's serves the others until their process groups exist
 
 
 def checkpoint_directory(cfg: DictConfig) -> Path:
@@ -45,43 +35,46 @@ def find_checkpoint(cfg: DictConfig, record: RunRecord) -> Found:
 
     The first rank locks the run's directory and goes through the candidates, newest first; every rank reads its share
     of the files of each. What is not whole is said in a line each and cleared away. ValueError on every rank if another
-    job trains in the directory, if the record is of another run, if no checkpoint is whole although there was one, or
-    if a file cannot be read: a read that fails says nothing about a checkpoint, and going back for it would lose steps.
+    job trains in the directory, if the record is of another run, if no checkpoint is whole although there was one, if a
+    file cannot be read (a read that fails says nothing about a checkpoint, and going back for it would lose steps), or
+    if a rank does not answer within `collective_timeout`. `preemption.Stopped` as `run_lock.hold`.
     """
-    directory, ranks = checkpoint_directory(cfg), int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks == 1:
-        return _decide(cfg, directory, record)
-    timeout = timedelta(seconds=cfg.collective_timeout)
-    base, rank, _ = next(rendezvous("env://", timeout=timeout))
-    _stores.append(base)
-    store = PrefixStore("fiberpo/resume", base)
-    store.set_timeout(timeout)
-    if rank == 0:
-        return _lead(cfg, directory, record, store, ranks)
-    return _follow(store, rank, ranks)
+    ranks = connect(cfg.collective_timeout)
+    if ranks is None:
+        return _decide(cfg, record)
+    return _lead(cfg, record, ranks) if ranks.rank == 0 else _follow(ranks)
 
 
-def _decide(cfg: DictConfig, directory: Path, record: RunRecord, verify: manifest.Verify = manifest.problems) -> Found:
+def take_directory(cfg: DictConfig, record: RunRecord) -> None:
+    """Lock the run's directory and look what it holds; the other ranks wait meanwhile. First rank.
+
+    ValueError and `preemption.Stopped` as `run_lock.hold`; ValueError if the directory has another run.
+    """
+    run_lock.hold(cfg.run_dir, min(run_lock.PATIENCE, cfg.collective_timeout / 2))
+    record.check()  # under the lock: the job before this one may change it until it ends
+
+
+def _decide(cfg: DictConfig, record: RunRecord, verify: Verify = manifest.problems) -> Found:
     """The decision of the first rank, with all that it changes on the disk."""
-    run_lock.hold(cfg.run_dir, min(run_lock.PATIENCE, cfg.collective_timeout / 2))  # the other ranks wait meanwhile
-    record.check()  # again: the job before this one may have changed it until it gave the lock back
+    directory = checkpoint_directory(cfg)
+    take_directory(cfg, record)
     try:
         return _settled(_choose(cfg, directory, record, verify))
     except OSError as error:
         raise ValueError(
             f"{storage.in_words(error)}: a file of the run could not be read or moved, which does not say that it is "
             "damaged. Give the same command again when it can be; to go on without that checkpoint, move its folder to "
-            f"{directory.parent / manifest.DAMAGED}"
+            f"{directory.parent / checkpoint_choice.DAMAGED}"
         ) from error
 
 
-def _choose(cfg: DictConfig, directory: Path, record: RunRecord, verify: manifest.Verify) -> Choice:
+def _choose(cfg: DictConfig, directory: Path, record: RunRecord, verify: Verify) -> Choice:
     if cfg.exp_manager.get("resume_from_checkpoint"):
         raise ValueError(
             "exp_manager.resume_from_checkpoint: a run goes on from its own checkpoints; a new one begins from "
             "pretrained_checkpoint.restore_from_path"
         )
-    choice = manifest.choose(directory, record.checkpoint, verify)
+    choice = checkpoint_choice.choose(directory, record.checkpoint, verify)
     if choice.checkpoint is not None and not cfg.exp_manager.get("resume_if_exists", True):
         raise ValueError(
             f"exp_manager.resume_if_exists: false, but {directory} has checkpoints; give a run_dir of its own"
@@ -90,7 +83,7 @@ def _choose(cfg: DictConfig, directory: Path, record: RunRecord, verify: manifes
 
 
 def _settled(choice: Choice) -> Found:
-    for line in manifest.clear_away(choice):
+    for line in checkpoint_choice.clear_away(choice):
         print(f"checkpoint {line}", flush=True)
     if choice.checkpoint is None or choice.manifest is None:
         print("beginning at RL step 0", flush=True)
@@ -99,27 +92,19 @@ def _settled(choice: Choice) -> Found:
     return choice.checkpoint, choice.manifest
 
 
-def _lead(cfg: DictConfig, directory: Path, record: RunRecord, store: Any, ranks: int) -> Found:
+def _lead(cfg: DictConfig, record: RunRecord, ranks: Ranks) -> Found:
     """The first rank: decide, have the others read, tell them the decision or the error."""
-    rounds = 0
-
-    def tell(**message: Any) -> None:
-        nonlocal rounds
-        store.set(f"round/{rounds}", json.dumps(message))
-        rounds += 1
 
     def answers(path: Path, wanted: Manifest) -> list[str]:
-        """Problems that all ranks found, the first rank's own first. OSError if one could not read a file."""
-        number = rounds
-        tell(verify=str(path), manifest=wanted.text())
-        found = manifest.problems(path, wanted, _share(wanted, 0, ranks))
-        for rank in range(1, ranks):
-            answer = json.loads(store.get(f"found/{number}/{rank}"))
+        """Problems that all ranks found, the first rank's own first. OSError if one could not read a file, when all
+        have answered."""
+        question = {"checkpoint": str(path), "manifest": wanted.text()}
+        found = ranks.ask(question, lambda _: _read_share(path, wanted, 0, ranks.number))
+        for rank, answer in enumerate(found):
             if "unreadable" in answer:
                 code, reason, file = answer["unreadable"]
-                raise OSError(code, f"{reason}, says rank {rank} on {answer['host']}", file)
-            found += answer["problems"]
-        return found
+                raise OSError(code, reason if rank == 0 else f"{reason}, says rank {rank} on {answer['host']}", file)
+        return [line for answer in found for line in answer["problems"]]
 
     def verify(path: Path, wanted: Manifest) -> list[str]:
         """What another rank misses or finds altered counts if the first rank finds it too: the view of one node may be
@@ -135,32 +120,29 @@ def _lead(cfg: DictConfig, directory: Path, record: RunRecord, store: Any, ranks
         only = next(line for line in found if line not in confirmed)
         raise OSError(0, "whole as the first rank reads it, but not as another does", f"{path}/{only}")
 
-    try:
-        settled = _decide(cfg, directory, record, verify)
-    except BaseException as error:  # told to the others: they wait for it
-        tell(error=str(error) or type(error).__name__)
-        raise
-    tell(choice=None if settled is None else str(settled[0]), manifest=None if settled is None else settled[1].text())
-    return settled
+    found: Found = None
+
+    def decide() -> Message | None:
+        nonlocal found
+        found = _decide(cfg, record, verify)
+        return None if found is None else {"checkpoint": str(found[0]), "manifest": found[1].text()}
+
+    ranks.lead(decide)
+    return found
 
 
-def _follow(store: Any, rank: int, ranks: int) -> Found:
-    """Any other rank: read what the first names, and take over what it decides. SaidByFirstRank if that is an error."""
-    rounds = 0
-    while True:
-        message = json.loads(store.get(f"round/{rounds}"))
-        if "error" in message:
-            raise SaidByFirstRank(message["error"])
-        wanted = None if message["manifest"] is None else manifest.parse(message["manifest"].encode())
-        if "choice" in message:
-            return None if wanted is None else (Path(message["choice"]), wanted)
-        assert wanted is not None
-        answer = _read_share(Path(message["verify"]), wanted, rank, ranks)
-        store.set(f"found/{rounds}/{rank}", json.dumps(answer))
-        rounds += 1
+def _follow(ranks: Ranks) -> Found:
+    """Any other rank: read what the first names, and take over what it decides, Stopped and errors too."""
+
+    def received(message: Message) -> tuple[Path, Manifest]:
+        return Path(message["checkpoint"]), manifest.parse(message["manifest"].encode())
+
+    decision = ranks.follow(lambda question: _read_share(*received(question), ranks.rank, ranks.number))
+    return None if decision is None else received(decision)
 
 
-def _read_share(path: Path, wanted: Manifest, rank: int, ranks: int) -> dict[str, Any]:
+def _read_share(path: Path, wanted: Manifest, rank: int, ranks: int) -> Message:
+    """Problems of the files of one rank, or what it could not read."""
     try:
         return {"problems": manifest.problems(path, wanted, _share(wanted, rank, ranks))}
     except OSError as error:

@@ -16,6 +16,7 @@ from nemo_aligner.utils.utils import cpu_dict
 from torch import Tensor
 
 from nemo_fiberpo.aligner.advantages import ESTIMATORS
+from nemo_fiberpo.aligner.algorithm import AlgorithmSettings
 from nemo_fiberpo.aligner.evaluation import evaluate, mean_rewards
 from nemo_fiberpo.aligner.experts import routing_metrics
 from nemo_fiberpo.aligner.generation import deterministic
@@ -24,7 +25,6 @@ from nemo_fiberpo.aligner.minibatch import Minibatch, flat, in_rows, shape_of, t
 from nemo_fiberpo.aligner.prompts import PromptDataset
 from nemo_fiberpo.aligner.rewards import OK, reward_metrics
 from nemo_fiberpo.aligner.rollout import grouped_rollout, repeated_prompts, response_mask
-from nemo_fiberpo.aligner.settings import AlgorithmSettings
 from nemo_fiberpo.aligner.strata import StrataLabels
 from nemo_fiberpo.megatron import cpu
 from nemo_fiberpo.megatron.groups import exchange, non_finite

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,11 +67,17 @@ def _at(path: Path, config: str) -> Source:
             f"{config}: there is no conf/ of nemo_fiberpo to take its defaults from: not in {Path.cwd()}, and not in "
             f"{SHIPPED.parent}; call fiberpo in a clone of the repository, or install the package from one with pip -e"
         )
-    # The training script searches its own conf/ first, and its --config-dir after it.
-    for file in (path, *path.parent.glob("*.yaml"), *path.parent.glob("*/*.yaml")):
-        if (hidden_by := shipped / file.relative_to(path.parent)).is_file():
-            raise ValueError(f"{file}: the training script would take {hidden_by}, of the same name; rename it")
+    _check_names(path.parent, shipped, [path.stem])
     return Source(path.parent, path.stem, shipped)
+
+
+def _check_names(folder: Path, shipped: Path, names: Iterable[str]) -> None:
+    """ValueError where one of these configurations of `folder` is not what the training script would take: it searches
+    its own conf/ first, and its --config-dir after it."""
+    for name in names:
+        file, hidden_by = folder / f"{name}.yaml", shipped / f"{name}.yaml"
+        if file.is_file() and hidden_by.is_file():
+            raise ValueError(f"{file}: the training script would take {hidden_by}, of the same name; rename it")
 
 
 def _is_tree(folder: Path) -> bool:
@@ -100,8 +106,10 @@ def compose(config: str, overrides: Sequence[str] = ()) -> DictConfig:
     """The configuration as the training script composes it. ValueError, of one line, where that fails."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException, OverrideParseException
+    from hydra.types import RunMode
 
     from nemo_fiberpo.aligner import launch
 
@@ -113,6 +121,10 @@ def compose(config: str, overrides: Sequence[str] = ()) -> DictConfig:
         if source.tree is not None:
             given.append(f"hydra.searchpath=[{','.join(_search_path(source))}]")
         with initialize_config_dir(config_dir=str(source.folder), version_base=None):
+            if source.tree is not None:
+                loader = GlobalHydra.instance().config_loader()
+                chosen = loader.compute_defaults_list(source.name, given, RunMode.RUN).defaults
+                _check_names(source.folder, source.tree, [default.config_path or "" for default in chosen])
             return hydra_compose(config_name=source.name, overrides=given)
     except OverrideParseException as error:
         wrong = error.override.removeprefix("++") if error.override not in overrides else error.override

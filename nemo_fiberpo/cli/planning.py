@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_fiberpo.aligner import launch
+from nemo_fiberpo.aligner.algorithm import AlgorithmSettings
 from nemo_fiberpo.aligner.model_checks import model_problems, partition_table
 from nemo_fiberpo.aligner.prompts import load_prompts
 from nemo_fiberpo.aligner.resume import RunRecord
 from nemo_fiberpo.aligner.settings import (
-    AlgorithmSettings,
     DataSettings,
     algorithm_settings,
     check_precision,
@@ -48,13 +50,11 @@ def plan_of(cfg: DictConfig, name: str) -> Plan:
     def tried(make: Callable[[], Any]) -> Any:
         try:
             return make()
-        except ValueError as error:
-            if not isinstance(error, OmegaConfBaseException):
-                problems.append(str(error))
-            elif not problems:  # of a key that refers to another one, whose own problem has been said
-                problems.append(_key_and_line(error))
         except OmegaConfBaseException as error:
-            problems.append(_key_and_line(error))
+            if not _follows(cfg, error.full_key, problems):
+                problems.append(_key_and_line(error))
+        except ValueError as error:
+            problems.append(str(error))
         return None
 
     launch_checked = tried(lambda: launch.check_sections(cfg))
@@ -67,12 +67,12 @@ def plan_of(cfg: DictConfig, name: str) -> Plan:
     tried(lambda: check_precision(cfg.trainer.precision))
     tried(lambda: _check_accelerator(cfg))
     if cfg.get("resume") and cfg.resume.get("allow"):
-        tried(lambda: RunRecord(filled))
+        tried(lambda: RunRecord(filled).check_allowed())
     if settings is not None and data is not None:
         tried(lambda: settings.check_data(data))
     tried(lambda: _add_checkpoint(cfg))
     if assumptions.host == "nemo_aligner":
-        problems += model_problems(cfg.model, bool(cfg.cpu))
+        problems += model_problems(cfg.model, bool(cfg.get("cpu", False)))
     if settings is not None and hierarchy is not None:
         soft = partitions.soft_columns if partitions is not None else ()
         tried(lambda: check_gating(settings.gating, hierarchy, soft))
@@ -94,17 +94,34 @@ def _key_and_line(error: OmegaConfBaseException) -> str:
     return f"{error.full_key}: {line}" if error.full_key else line
 
 
+def _follows(cfg: DictConfig, key: str | None, problems: list[str]) -> bool:
+    """Whether that key has a problem already, or one that it refers to, directly or through others."""
+    plain = OmegaConf.to_container(cfg, resolve=False)
+    seen: set[str] = set()
+    left = [key] if key else []
+    while left:
+        name = left.pop()
+        if any(problem.startswith((f"{name}:", f"{name} ")) for problem in problems):
+            return True
+        seen.add(name)
+        value: Any = plain
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        left += set(re.findall(r"\$\{([\w.]+)\}", str(value))) - seen
+    return False
+
+
 def on_cpu(cfg: DictConfig) -> bool:
     """Whether the ranks have no GPU."""
-    return bool(cfg.cpu) or cfg.trainer.get("accelerator") == "cpu"
+    return bool(cfg.get("cpu", False)) or cfg.trainer.get("accelerator") == "cpu"
 
 
 def _check_accelerator(cfg: DictConfig) -> None:
     """ValueError where the two keys that choose CPU or GPU say different things."""
-    accelerator = cfg.trainer.get("accelerator")
-    if bool(cfg.cpu) and accelerator not in ("cpu", "auto"):
+    accelerator, cpu = cfg.trainer.get("accelerator"), bool(cfg.get("cpu", False))
+    if cpu and accelerator not in ("cpu", "auto"):
         raise ValueError(f"trainer.accelerator: {accelerator!r}, but cpu is true; set it to cpu, or cpu to false")
-    if accelerator == "cpu" and not cfg.cpu:
+    if accelerator == "cpu" and not cpu:
         raise ValueError(
             "trainer.accelerator: cpu, but cpu is false; set cpu to true too, or trainer.accelerator to gpu"
         )
@@ -139,6 +156,7 @@ def _request(
     partitions: ExpertPartitions | None,
     tried: Callable[[Callable[[], Any]], Any],
 ) -> Request:
+    _try_references(cfg.model, tried)  # what follows ends at the first that cannot be resolved
     model = OmegaConf.to_container(cfg.model, resolve=True)
     trainer = {key: cfg.trainer.get(key) for key in ("num_nodes", "devices", "precision")}
     assert isinstance(model, dict)
@@ -167,6 +185,14 @@ def _request(
         passes=settings.passes if settings is not None else 2,
         cpu=on_cpu(cfg),
     )
+
+
+def _try_references(section: DictConfig, tried: Callable[[Callable[[], Any]], Any]) -> None:
+    for key in section:
+        if OmegaConf.is_interpolation(section, str(key)):
+            tried(partial(section.__getitem__, key))
+        elif isinstance(below := section.get(key), DictConfig):
+            _try_references(below, tried)
 
 
 def _partitions(partitions: ExpertPartitions, model: DictConfig) -> Partitions:

@@ -1,4 +1,5 @@
-"""Run directories that several files begin from, made once also where pytest runs several processes (`-n`)."""
+"""Run directories that several files begin from, made once also where pytest runs several processes (`-n`), and a
+directory of checkpoints."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.aligner import forked
+from tests.aligner.damage import save
 from tests.aligner.launching import DENSE, TWO_EPOCHS, WARM_START, fresh, launch
 
 
@@ -59,3 +61,12 @@ def uninterrupted(start, tmp_path_factory) -> Path:
         launch("train_gpt_fiberpo.py", fresh(start, run_dir.parent, run_dir.name), *TWO_EPOCHS)
 
     return once(tmp_path_factory, "uninterrupted", make)
+
+
+@pytest.fixture
+def checkpoints(tmp_path) -> Path:
+    """RL steps 2 and 4, whole."""
+    directory = tmp_path / "nemo" / "checkpoints"
+    save(directory, 2)
+    save(directory, 4)
+    return directory

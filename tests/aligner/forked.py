@@ -4,13 +4,12 @@
 run costs. The process that has everything imported makes no process group, no thread and no random number, and undoes
 the CPU mode in every rank before its script installs it as its configuration says: a rank is what a fresh process would
 be, but for Python's hash seed, which it shares with the others. It is started by the first run of a test session and
-ends with it.
+ends with it, and its runs with it, even if the session is killed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import importlib
 import json
@@ -22,10 +21,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
+from nemo_fiberpo.aligner.graders import die_with_parent
 from tests.aligner.launching import ROOT, arguments, environment
 
 IMPORTED = (
@@ -83,39 +84,80 @@ class Run:
             self.returncode = -signal.SIGKILL
 
 
-def launch(script: str, run_dir: Path, *overrides: str, processes: int = 2) -> str:
-    """What the run wrote; AssertionError with its end if it failed."""
+def launch(script: str, run_dir: Path, *overrides: str, processes: int = 2, timeout: float = 300.0) -> str:
+    """What the run wrote. AssertionError with its end if it failed, TimeoutError with it after `timeout` seconds."""
     with tempfile.TemporaryFile() as output:
         run = begin(script, run_dir, *overrides, processes=processes, output=output)
+        late = None
         try:
-            run.wait(timeout=300)
+            run.wait(timeout)
+        except TimeoutError as error:
+            late = error
         finally:
             run.kill()
-        output.seek(0)
-        said = output.read().decode()
+        said = _written(output)
+    if late is not None:
+        raise TimeoutError(f"{late}; it wrote:\n{said[-8000:]}")
     assert run.returncode == 0, said[-8000:]
     return said
 
 
 def begin(script: str, run_dir: Path, *overrides: str, output: IO[Any], processes: int = 2) -> Run:
-    """The script on that many ranks, in a process group of its own; what they write goes to `output`."""
+    """The script on that many ranks, in a process group of its own; what they write goes to `output`. RuntimeError if
+    the process that would fork them has ended, as where an import fails."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     request = {"script": str(ROOT / "examples" / script), "arguments": arguments(run_dir, *overrides)}
     message = json.dumps(request | {"processes": processes}).encode()
-    socket.send_fds(_server()[0], [message], [sender.fileno(), output.fileno()])
-    sender.close()
-    return Run(receiver)
+    server = _server()
+    try:
+        with sender:
+            socket.send_fds(server.control, [message], [sender.fileno(), output.fileno()])
+        return Run(receiver)
+    except (EOFError, OSError) as error:
+        raise RuntimeError(server.end()) from error
 
 
-@functools.cache
-def _server() -> tuple[socket.socket, subprocess.Popen]:
-    """Starts the process that has everything imported. It ends when this end of the socket is closed, with this process
-    at the latest."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        command = [sys.executable, "-u", "-m", "tests.aligner.forked"]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdin=theirs)
-    return ours, process
+def _written(output: IO[bytes]) -> str:
+    """Of processes that have ended: they share the file's position."""
+    output.seek(0)
+    return output.read().decode(errors="replace")
+
+
+@dataclass
+class _Server:
+    """The process that has everything imported. It ends when this end of `control` is closed, with this process at the
+    latest."""
+
+    control: socket.socket
+    process: subprocess.Popen
+    output: IO[bytes]
+
+    def end(self) -> str:
+        """How it ended, in words."""
+        try:
+            status = self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            return "the process that leads the run ended before it could say its process id"
+        said = _written(self.output)[-8000:]
+        return f"the process that forks the ranks ended with exit status {status}; it wrote:\n{said}"
+
+
+COMMAND = [sys.executable, "-u", "-m", "tests.aligner.forked"]
+_running: _Server | None = None
+
+
+def _server() -> _Server:
+    """The one of this process, started at first and wherever the one before has ended."""
+    global _running
+    if _running is None or _running.process.poll() is not None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        output = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process)
+        with theirs:
+            process = subprocess.Popen(
+                COMMAND, cwd=ROOT, env=environment(), stdin=theirs, stdout=output, stderr=subprocess.STDOUT
+            )
+        _running = _Server(ours, process, output)
+    return _running
 
 
 def import_everything() -> None:
@@ -152,11 +194,13 @@ def serve(control: socket.socket) -> None:
     """A process per request, which forks the ranks and waits for them; returns in those, to end as any other process,
     and at the end of the requests."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes of requests
+    server = os.getpid()
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 1 << 16, 2)
         if not message:
             return
         if os.fork() == 0:
+            die_with_parent(server)
             control.close()
             lead(Connection(descriptors[0], readable=False), descriptors[1], **json.loads(message))
             return
@@ -173,10 +217,11 @@ def lead(answers: Connection, output: int, script: str, arguments: list[str], pr
     os.dup2(output, 2)
     os.close(output)
     answers.send(os.getpid())
-    ranks, port = {}, free_port()
+    ranks, port, leader = {}, free_port(), os.getpid()
     for rank in range(processes):
         pid = os.fork()
         if pid == 0:
+            die_with_parent(leader)
             answers.close()
             run_as_rank(script, arguments, rank, processes, port)
             return

@@ -11,7 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from nemo_fiberpo.aligner import launch
+from nemo_fiberpo.aligner import ending, launch
 
 TOKENS = torch.arange(20).reshape(2, 10) % 45
 
@@ -32,7 +32,7 @@ def main() -> None:
     launch.initialise(cfg, trainer, actor, list(range(cfg.model.global_batch_size)), 1)
     torch.save(actor.log_probs_of(TOKENS, torch.full((2,), 10)), out)
     actor.save_to(out.removesuffix(".pt") + "/again.nemo")
-    launch.leave()
+    ending.leave()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -11,53 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 import transformers
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from nemo_fiberpo.aligner import huggingface, huggingface_files
+from nemo_fiberpo.aligner import huggingface_files, huggingface_gpt
 from nemo_fiberpo.aligner.huggingface import huggingface_config, model_config, to_huggingface, to_megatron
+from tests.aligner.hf_models import LLAMA31, MODELS, SIZES, make, stored, write_tokenizer
 from tests.aligner.launching import ROOT, environment
-
-SIZES: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-    "rope_theta": 5000.0, "attn_implementation": "eager", "bos_token_id": 3, "eos_token_id": 7,
-}  # fmt: skip
-LLAMA31 = {"rope_type": "llama3", **huggingface.LLAMA3_SCALING}
-MODELS: dict[str, tuple[type, type, dict[str, Any]]] = {
-    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
-    "llama with Llama 3.1's positions": (
-        transformers.LlamaConfig,
-        transformers.LlamaForCausalLM,
-        {"rope_scaling": LLAMA31, "rope_theta": 500000.0, "max_position_embeddings": 16384},
-    ),
-    "llama with wide heads": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {"head_dim": 16}),
-    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
-    "qwen2, tied": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {"tie_word_embeddings": True}),
-    "mixtral": (
-        transformers.MixtralConfig,
-        transformers.MixtralForCausalLM,
-        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-    ),
-}
-
-
-def make(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A model with weights large enough, and biases and norms far enough from their defaults, that each matters."""
-    config, kind, changes = MODELS[name]
-    torch.manual_seed(4)
-    model = kind(config(**(SIZES | changes)))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.2)
-    return model.to(dtype).eval()
-
-
-def stored(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -65,9 +25,9 @@ def test_logits_are_those_of_transformers(name: str):
     model = make(name)
     config = model_config(model.config.to_dict() | {"architectures": [type(model).__name__]})
     tokens = torch.randint(0, SIZES["vocab_size"], (2, 17), generator=torch.Generator().manual_seed(1))
-    with huggingface_files.megatron_alone(), torch.no_grad():
-        gpt = huggingface_files.build_gpt(config, torch.float32).eval()
-        huggingface_files.load_into(gpt, to_megatron(dict(model.state_dict()).__getitem__, config))
+    with huggingface_gpt.megatron_alone(), torch.no_grad():
+        gpt = huggingface_gpt.build_gpt(config, torch.float32).eval()
+        huggingface_gpt.load_into(gpt, to_megatron(dict(model.state_dict()).__getitem__, config))
         causal = torch.ones(17, 17, dtype=torch.bool).triu(1)[None, None]
         found = gpt(tokens, torch.arange(17).expand(2, -1), causal)
         wanted = model(tokens).logits
@@ -204,102 +164,9 @@ OFF += ("masked_softmax_fusion", "bias_activation_fusion", "bias_dropout_add_fus
 CPU = ["++model.use_cpu_initialization=true", *(f"++model.{name}=false" for name in OFF)]
 
 
-def write_tokenizer(folder: Path, eos: str = "<1>") -> None:
-    """Of fewer tokens than the model has rows, as Qwen2's."""
-    words = tokenizers.models.WordLevel({f"<{number}>": number for number in range(45)}, unk_token="<0>")
-    made = tokenizers.Tokenizer(words)
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="<0>", eos_token=eos, pad_token="<2>"
-    ).save_pretrained(folder)
-
-
-def exported(source: Path, folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """config.json and generation_config.json of an import and export, and what was said."""
-    huggingface_files.import_huggingface(source, folder / "policy.nemo")
-    said = huggingface_files.export_huggingface(folder / "policy.nemo", folder / "back")
-    files = (folder / "back" / name for name in ("config.json", "generation_config.json"))
-    config, generation = (json.loads(file.read_text()) for file in files)
-    return config, generation, said
-
-
-@pytest.mark.parametrize("beside", ["generation_config.json", "no generation_config.json"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral"])
-def test_responses_end_where_those_of_the_imported_model_end(name: str, beside: str, tmp_path: Path):
-    """Greedy from eight prompts, with a model of several ends that come early; defaults of the family would go on."""
-    source = make(name)
-    tokens = torch.arange(8, 48).reshape(8, 5)
-    free = source.generate(tokens, do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
-    ends = sorted({int(row[5 + place]) for place, row in enumerate(free[:3], start=3)})
-    source.config.eos_token_id, source.config.pad_token_id = ends, 0
-    source.generation_config = transformers.GenerationConfig(bos_token_id=3, eos_token_id=ends, pad_token_id=0)
-    source.save_pretrained(tmp_path / "hf")
-    write_tokenizer(tmp_path / "hf", eos=f"<{ends[0]}>")
-    if beside != "generation_config.json":
-        (tmp_path / "hf" / "generation_config.json").unlink()
-    config, generation, said = exported(tmp_path / "hf", tmp_path)
-    wanted = {"bos_token_id": 3, "eos_token_id": ends, "pad_token_id": 0}
-    assert said == [] and wanted.items() <= config.items() and wanted.items() <= generation.items()
-    first, again = (
-        transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-        .eval()
-        .generate(tokens, do_sample=False, max_new_tokens=12)
-        for folder in (tmp_path / "hf", tmp_path / "back")
-    )
-    assert torch.equal(first, again) and not torch.equal(first, free)
-
-
-def test_ids_of_special_tokens_are_the_tokenizers_where_no_model_was_imported(tmp_path: Path):
-    source, policy = tmp_path / "hf", tmp_path / "policy.nemo"
-    make("llama").save_pretrained(source)
-    write_tokenizer(source)
-    huggingface_files.import_huggingface(source, policy)
-    config = OmegaConf.load(policy / "model_config.yaml")
-    del config["huggingface_tokens"]
-    (policy / "tokenizer" / "generation_config.json").unlink()
-    OmegaConf.save(config, policy / "model_config.yaml")
-    assert huggingface_files.export_huggingface(policy, tmp_path / "back") == []
-    for name in ("config.json", "generation_config.json"):
-        found = json.loads((tmp_path / "back" / name).read_text())
-        assert [found[token] for token in huggingface.SPECIAL_TOKENS] == [None, 1, 2], name
-    config.tokenizer.type = "a name on a hub"
-    OmegaConf.save(config, policy / "model_config.yaml")
-    assert huggingface_files.export_huggingface(policy, tmp_path / "moved") == []
-    shutil.rmtree(policy / "tokenizer")
-    said = huggingface_files.export_huggingface(policy, tmp_path / "bare")
-    assert "no tokenizer: model.tokenizer = " in said[0] and "are null in config.json" in said[1]
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bare")
-    assert loaded.config.eos_token_id is None and loaded.generation_config.eos_token_id is None
-
-
-def test_weights_beside_the_tokenizer_do_not_replace_the_policys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """`tokenizer.type` may be the folder of a whole model, or be missing, which is not the folder one is in."""
-    source, policy, other = tmp_path / "hf", tmp_path / "policy.nemo", tmp_path / "other"
-    make("llama").save_pretrained(source)
-    huggingface_files.import_huggingface(source, policy)
-    make("qwen2").save_pretrained(other)
-    write_tokenizer(other)
-    (other / "logs").mkdir()
-    config = OmegaConf.load(policy / "model_config.yaml")
-    for number, given in enumerate([str(other), None]):
-        config.tokenizer.type = given
-        OmegaConf.save(config, policy / "model_config.yaml")
-        monkeypatch.chdir(other)
-        huggingface_files.export_huggingface(policy, tmp_path / f"back{number}")
-        before, after = stored(source), stored(tmp_path / f"back{number}")
-        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-        assert (tmp_path / f"back{number}" / "tokenizer.json").exists() == (given is not None)
-
-
-def test_a_tokenizer_whose_end_generation_does_not_know_is_said(tmp_path: Path):
-    make("llama").save_pretrained(tmp_path / "hf")
-    write_tokenizer(tmp_path / "hf")
-    said = exported(tmp_path / "hf", tmp_path)[2]
-    assert len(said) == 1 and "eos_token_id in generation_config.json is 7, but responses of the policy end" in said[0]
-
-
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["mixtral"])
+@pytest.mark.parametrize("name", ["qwen2, tied", "mixtral"])
 def test_the_actor_gives_an_imported_policy_the_log_probs_of_transformers(name: str, tmp_path: Path):
     """And what the actor saves is exported with the bits it was imported with."""
     from tests.aligner.hf_log_probs import TOKENS

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.aligner import forked
+from tests.aligner.damage import flip_middle
 from tests.aligner.launching import (
     TWO_EPOCHS,
     begin,
@@ -22,7 +23,6 @@ from tests.aligner.launching import (
     optimizer_steps,
     wait_for_rl_step,
 )
-from tests.aligner.test_checkpoints import flip_middle
 from tests.aligner.test_failures import ranks_of
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow, pytest.mark.distributed]

@@ -4,7 +4,7 @@ import pytest
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from nemo_fiberpo.aligner import launch
+from nemo_fiberpo.aligner.ending import explain
 from nemo_fiberpo.aligner.settings import data_settings
 
 
@@ -13,16 +13,16 @@ def test_a_script_that_ends_well_leaves_no_process_group():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         dist.new_group([0])
 
-    launch.explain(main)
+    explain(main)
     assert not dist.is_initialized()
 
 
 def test_an_error_about_the_input_is_one_line():
     cfg = OmegaConf.create({"data": {"trian": "x.jsonl"}})
     with pytest.raises(SystemExit, match=r"^error: data.trian: unknown"):
-        launch.explain(lambda: data_settings(cfg))
+        explain(lambda: data_settings(cfg))
 
 
 def test_an_error_from_elsewhere_keeps_its_traceback():
     with pytest.raises(ValueError, match="invalid literal"):
-        launch.explain(lambda: int("x"))
+        explain(lambda: int("x"))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_fiberpo.aligner import launch, preemption
+from nemo_fiberpo.aligner import ending, preemption
 from nemo_fiberpo.aligner.grader_pool import GraderPool
 from nemo_fiberpo.aligner.stopping import stop_in_training
 from tests import distributed
@@ -53,7 +53,7 @@ def test_a_second_sigterm_ends_the_process_at_once():
 
 SIGNALLED_WHILE_IT_ENDS = """
 import os, signal
-from nemo_fiberpo.aligner import launch, preemption
+from nemo_fiberpo.aligner import ending, preemption
 preemption.install()
 rank = os.getpid()
 if os.fork() == 0:
@@ -65,7 +65,7 @@ if os.fork() == 0:
         os._exit(0)
 def main():
     raise preemption.Stopped
-launch.explain(main)
+ending.explain(main)
 """
 
 
@@ -165,9 +165,9 @@ def test_a_stopped_run_that_cannot_be_saved_is_not_one_to_start_again(monkeypatc
     def main() -> None:
         stop_in_training("SIGUSR1", Trained(), 5, None)
 
-    monkeypatch.setattr(launch, "finish", lambda: None)
+    monkeypatch.setattr(ending, "finish", lambda: None)
     with pytest.raises(SystemExit) as leaving:
-        launch.explain(main)
+        ending.explain(main)
     assert leaving.value.code == 1 and "exp_manager.create_checkpoint_callback is false" in capsys.readouterr().out
 
 

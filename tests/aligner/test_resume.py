@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 
 import pytest
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from nemo_fiberpo.aligner import resumption, storage
-from nemo_fiberpo.aligner.launch import explain
+from nemo_fiberpo.aligner import first_rank, resumption, run_lock, storage
+from nemo_fiberpo.aligner.first_rank import Ranks, SaidByFirstRank
+from nemo_fiberpo.aligner.preemption import Stopped
 from nemo_fiberpo.aligner.resume import RunRecord
 from nemo_fiberpo.aligner.settings import check_resume
-from tests.aligner.test_checkpoints import UNREADABLE, checkpoints, flip_middle, make_unreadable, name_of  # noqa: F401
-from tests.aligner.test_run_lock import holder
+from tests.aligner.damage import UNREADABLE, flip_middle, make_unreadable, name_of
+from tests.aligner.test_run_lock import holder, pretend, start
 
 CONFIG = {
     "run_dir": "",
@@ -162,8 +164,10 @@ def test_allowing_one_key_does_not_allow_another(cfg):
 
 
 def test_a_mistyped_key_in_allow_is_refused(cfg):
-    with pytest.raises(ValueError, match=r"^resume\.allow: 'hierarchie' .*did you mean 'hierarchy'"):
-        RunRecord(changed(cfg, "resume.allow=[hierarchie]"))
+    record = RunRecord(changed(cfg, "resume.allow=[hierarchie]"))
+    for check in (record.check, record.check_allowed):
+        with pytest.raises(ValueError, match=r"^resume\.allow: 'hierarchie' .*did you mean 'hierarchy'"):
+            check()
 
 
 @pytest.mark.parametrize("value", [{"allow": "hierarchy"}, {"allow": [1]}, {"alow": []}])
@@ -219,29 +223,35 @@ def test_a_record_that_cannot_be_read_is_no_damaged_one(cfg, tmp_path, monkeypat
 
 
 def agree(cfg, directory, ranks: int) -> list:
-    """What every rank resumes from, each in a thread, over one store."""
-    store, found = dist.HashStore(), [None] * ranks
+    """What every rank resumes from, each in a thread, over one store. Of an error the text, of `Stopped` the class."""
+    cfg.exp_manager.checkpoint_callback_params = {"dirpath": str(directory)}
+    store = dist.HashStore()
+    found: list = [AssertionError("no outcome")] * ranks
 
     def run(rank: int) -> None:
+        member = Ranks(store, rank, ranks, cfg.collective_timeout)
         try:
-            if rank == 0:
-                found[0] = resumption._lead(cfg, directory, RunRecord(cfg), store, ranks)
-            else:
-                found[rank] = resumption._follow(store, rank, ranks)
-        except ValueError as error:
-            assert isinstance(error, resumption.SaidByFirstRank) == (rank > 0)
-            found[rank] = str(error)
+            found[rank] = resumption._lead(cfg, RunRecord(cfg), member) if rank == 0 else resumption._follow(member)
+        except BaseException as error:
+            found[rank] = error
 
     threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}") for rank in range(ranks)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    return found
+        assert not thread.is_alive(), f"{thread.name} hangs"
+    for rank, outcome in enumerate(found):
+        if isinstance(outcome, ValueError):
+            assert isinstance(outcome, SaidByFirstRank) == (rank > 0), "an error is said once"
+        elif isinstance(outcome, BaseException) and not isinstance(outcome, Stopped):
+            raise outcome
+    named = [str(outcome) if isinstance(outcome, ValueError) else outcome for outcome in found]
+    return [Stopped if isinstance(outcome, Stopped) else outcome for outcome in named]
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", "common.pt", "model/shard_0.pt", ".metadata"])
-def test_all_ranks_resume_from_the_same_checkpoint_whichever_reads_the_damaged_file(cfg, checkpoints, name, capsys):  # noqa: F811
+def test_all_ranks_resume_from_the_same_checkpoint_whichever_reads_the_damaged_file(cfg, checkpoints, name, capsys):
     flip_middle(checkpoints / name_of(4) / name)
     found = agree(cfg, checkpoints, 3)
     assert {path for path, _ in found} == {checkpoints / name_of(2)}
@@ -253,7 +263,7 @@ def test_all_ranks_begin_at_step_0_where_there_is_no_checkpoint(cfg, tmp_path):
     assert agree(cfg, tmp_path / "none", 2) == [None, None]
 
 
-def test_all_ranks_stop_where_no_checkpoint_is_whole(cfg, checkpoints):  # noqa: F811
+def test_all_ranks_stop_where_no_checkpoint_is_whole(cfg, checkpoints):
     for step in (2, 4):
         flip_middle(checkpoints / name_of(step) / "common.pt")
     first, second = agree(cfg, checkpoints, 2)
@@ -261,7 +271,7 @@ def test_all_ranks_stop_where_no_checkpoint_is_whole(cfg, checkpoints):  # noqa:
 
 
 @pytest.mark.parametrize("ranks", [3, 4, 5])
-def test_no_rank_goes_back_for_a_file_that_one_of_them_cannot_read(cfg, checkpoints, ranks, monkeypatch, capsys):  # noqa: F811
+def test_no_rank_goes_back_for_a_file_that_one_of_them_cannot_read(cfg, checkpoints, ranks, monkeypatch, capsys):
     monkeypatch.setattr(storage, "WAITS", (0.0,))
     newest, name = checkpoints / name_of(4), "common.pt"
     make_unreadable(newest, name)
@@ -275,7 +285,7 @@ def test_no_rank_goes_back_for_a_file_that_one_of_them_cannot_read(cfg, checkpoi
     assert newest.is_dir() and "going on from" not in capsys.readouterr().out
 
 
-def test_the_late_view_of_one_rank_is_waited_out_and_is_no_damage(cfg, checkpoints, monkeypatch, capsys):  # noqa: F811
+def test_the_late_view_of_one_rank_is_waited_out_and_is_no_damage(cfg, checkpoints, monkeypatch, capsys):
     monkeypatch.setattr(storage, "WAITS", (0.0, 0.0))
     read, late = resumption._read_share, []
 
@@ -292,7 +302,7 @@ def test_the_late_view_of_one_rank_is_waited_out_and_is_no_damage(cfg, checkpoin
     assert "damaged" not in capsys.readouterr().out
 
 
-def test_a_rank_that_never_sees_a_file_ends_the_start_and_moves_nothing(cfg, checkpoints, monkeypatch):  # noqa: F811
+def test_a_rank_that_never_sees_a_file_ends_the_start_and_moves_nothing(cfg, checkpoints, monkeypatch):
     monkeypatch.setattr(storage, "WAITS", (0.0,))
     monkeypatch.setattr(resumption, "_read_share", lambda *_: {"problems": ["common.pt: No such file or directory"]})
     first, second = agree(cfg, checkpoints, 2)
@@ -300,7 +310,7 @@ def test_a_rank_that_never_sees_a_file_ends_the_start_and_moves_nothing(cfg, che
     assert "whole as the first rank reads it" in first and (checkpoints / name_of(4)).is_dir()
 
 
-def test_ranks_take_the_state_of_the_trainer_from_the_first_one(cfg, checkpoints, monkeypatch):  # noqa: F811
+def test_ranks_take_the_state_of_the_trainer_from_the_first_one(cfg, checkpoints, monkeypatch):
     """The others read no manifest by themselves: it may not be there yet as they see it."""
     read = resumption.manifest.read
 
@@ -312,7 +322,7 @@ def test_ranks_take_the_state_of_the_trainer_from_the_first_one(cfg, checkpoints
     assert [manifest.state["step"] for _, manifest in agree(cfg, checkpoints, 3)] == [4, 4, 4]
 
 
-def test_a_second_job_in_the_directory_ends_on_every_rank_and_changes_nothing(cfg, checkpoints):  # noqa: F811
+def test_a_second_job_in_the_directory_ends_on_every_rank_and_changes_nothing(cfg, checkpoints):
     flip_middle(checkpoints / name_of(4) / "common.pt")
     before = sorted(checkpoints.rglob("*"))
     with holder(cfg.run_dir) as process:
@@ -321,22 +331,59 @@ def test_a_second_job_in_the_directory_ends_on_every_rank_and_changes_nothing(cf
     assert sorted(checkpoints.rglob("*")) == before
 
 
-def test_an_error_of_the_first_rank_is_said_once(capsys):
-    def main() -> None:
-        raise resumption.SaidByFirstRank("run_dir: in use")
+def test_every_rank_of_a_requeued_job_stops_where_its_earlier_start_still_has_the_lock(cfg, checkpoints, monkeypatch):
+    flip_middle(checkpoints / name_of(4) / "common.pt")
+    before = sorted(checkpoints.rglob("*"))
+    monkeypatch.setattr(run_lock, "PATIENCE", 0.1)
+    with holder(cfg.run_dir, **start("4711", 0)):
+        pretend(monkeypatch, start("4711", 1))
+        assert agree(cfg, checkpoints, 3) == [Stopped] * 3
+    assert sorted(checkpoints.rglob("*")) == before
 
-    with pytest.raises(SystemExit) as leaving:
-        explain(main)
-    assert leaving.value.code == 1 and capsys.readouterr() == ("", "")
+
+def test_the_first_ranks_view_of_the_record_counts(cfg, checkpoints):
+    RunRecord(cfg).remember(0)
+    first, second, third = agree(changed(cfg, "seed=4"), checkpoints, 3)
+    assert first == second == third and first.startswith("seed: 4, but the run in ")
 
 
-def test_every_file_is_read_by_exactly_one_rank(checkpoints):  # noqa: F811
+def test_a_rank_that_does_not_answer_is_named_and_nothing_is_moved(cfg, checkpoints, monkeypatch):
+    """It may be reading a checkpoint that is whole."""
+    before = sorted(checkpoints.rglob("*"))
+    cfg.collective_timeout = 0.3
+    monkeypatch.setattr(first_rank, "HEARD", 0.1)
+    with pytest.raises(
+        ValueError, match=r"^collective_timeout: rank 1 did not answer in 0\.3 s, .* raise collective_t"
+    ):
+        resumption._lead(cfg, RunRecord(cfg), Ranks(dist.HashStore(), 0, 2, cfg.collective_timeout))
+    assert sorted(checkpoints.rglob("*")) == before
+
+
+def test_all_ranks_have_answered_before_one_that_cannot_read_ends_the_run(cfg, checkpoints, monkeypatch):
+    answered, when_told, tell = [], [], Ranks._tell_the_end
+
+    def answer(_path, _wanted, rank, _ranks):
+        time.sleep(0.2 * rank)
+        answered.append(rank)
+        return {"unreadable": [5, "Input/output error", f"file of rank {rank}"], "host": "node7"}
+
+    def told(self, message):
+        when_told.extend(answered)
+        tell(self, message)
+
+    monkeypatch.setattr(resumption, "_read_share", answer)
+    monkeypatch.setattr(Ranks, "_tell_the_end", told)
+    assert all(said.startswith("file of rank 0: Input/output error") for said in agree(cfg, checkpoints, 3))
+    assert sorted(when_told) == [0, 1, 2]
+
+
+def test_every_file_is_read_by_exactly_one_rank(checkpoints):
     wanted = resumption.manifest.read(checkpoints / name_of(4))
     shares = [resumption._share(wanted, rank, 3) for rank in range(3)]
     assert sorted(name for share in shares for name in share) == sorted(wanted.files)
 
 
-def test_resuming_is_not_switched_off_where_there_are_checkpoints(cfg, checkpoints):  # noqa: F811
+def test_resuming_is_not_switched_off_where_there_are_checkpoints(cfg, checkpoints):
     cfg.exp_manager.explicit_log_dir = str(checkpoints.parent)
     cfg.exp_manager.resume_if_exists = False
     with pytest.raises(ValueError, match=r"^exp_manager\.resume_if_exists: false, but .* give a run_dir"):

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from nemo_fiberpo.aligner import run_lock
+from nemo_fiberpo.aligner.preemption import Stopped
 from tests.aligner.launching import environment
 
 HOLD = """
@@ -44,6 +45,16 @@ def holder(run_dir, forks: bool = False, **variables: str) -> Iterator[subproces
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def ends_while_it_is_waited_for(monkeypatch, process: subprocess.Popen) -> None:
+    """The holder dies when this process first waits."""
+
+    def end(_seconds: float) -> None:
+        process.kill()
+        process.wait()
+
+    monkeypatch.setattr(run_lock.time, "sleep", end)
 
 
 @pytest.fixture
@@ -83,11 +94,10 @@ def test_a_killed_holder_leaves_no_lock(tmp_path, forks):
     assert refused.returncode == 1 and f"in use by process {os.getpid()} on " in refused.stderr
 
 
-def test_the_lock_of_a_dead_node_is_waited_for(tmp_path, elsewhere, capsys):
+def test_the_lock_of_a_dead_node_is_waited_for(tmp_path, elsewhere, monkeypatch, capsys):
     with holder(tmp_path) as process:
-        killer = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -9 {process.pid}"])
+        ends_while_it_is_waited_for(monkeypatch, process)
         run_lock.hold(tmp_path, patience=60.0)
-        killer.wait()
     assert "waiting up to 60 s" in capsys.readouterr().out
 
 
@@ -96,20 +106,95 @@ def test_a_living_job_on_another_node_is_refused_after_the_wait(tmp_path, elsewh
         run_lock.hold(tmp_path, patience=0.2)
 
 
-@pytest.mark.parametrize(("restart", "goes_on"), [("1", True), ("0", False)])
-def test_a_requeued_job_goes_on_although_its_dead_node_still_has_the_lock(
-    tmp_path, elsewhere, monkeypatch, capsys, restart, goes_on
+def start(job: str, restart: int, task: int | None = None) -> dict[str, str]:
+    """SLURM's variables of a job, or of a task of the job array `job`."""
+    if task is None:
+        return {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restart)}
+    array = {"SLURM_ARRAY_JOB_ID": job, "SLURM_ARRAY_TASK_ID": str(task)}
+    return array | {"SLURM_JOB_ID": str(int(job) + task), "SLURM_RESTART_COUNT": str(restart)}
+
+
+def pretend(monkeypatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (start("4711", 0), start("4711", 1)),
+        (start("4711", 1, task=3), start("4711", 2, task=3)),
+        (start("4711", 2, task=3), start("4711", 0, task=4)),
+    ],
+    ids=["requeued", "a task requeued", "the next task"],
+)
+def test_a_job_whose_earlier_start_still_has_the_lock_is_to_try_again(
+    tmp_path, elsewhere, monkeypatch, capsys, before, now
 ):
-    """A second step of the same allocation has the same job id, but was not restarted: it is refused."""
-    monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
-    with holder(tmp_path, SLURM_JOB_ID="4711", SLURM_RESTART_COUNT="0"):
-        if goes_on:
-            run_lock.hold(tmp_path, patience=0.2)
-            assert "still locked by process" in capsys.readouterr().out
-        else:
-            with pytest.raises(ValueError, match="SLURM job 4711"):
-                run_lock.hold(tmp_path, patience=0.2)
+    """SLURM requeues a job whose node did not answer; the ranks there may train on. It says so once."""
+    with holder(tmp_path, **before) as process:
+        pretend(monkeypatch, now)
+        with pytest.raises(Stopped) as stopped:
+            run_lock.hold(tmp_path, patience=0.1)
+        said = capsys.readouterr().out
+        assert stopped.value.can_go_on and said.count("\n") == 1
+        assert f"still locked by process {process.pid} on " in said and "status 75" in said
+        process.kill()
+        process.wait()
+        run_lock.hold(tmp_path, patience=0.0)
+    said = subprocess.check_output(["cat", str(tmp_path / run_lock.NAME)], text=True)
+    assert json.loads(said)["pid"] == os.getpid(), "nothing was kept of the attempt"
+
+
+def test_an_earlier_start_of_the_job_on_the_same_node_is_waited_for_too(tmp_path, monkeypatch):
+    with holder(tmp_path, **start("4711", 0)) as process:
+        pretend(monkeypatch, start("4711", 1))
+        ends_while_it_is_waited_for(monkeypatch, process)
+        run_lock.hold(tmp_path, patience=60.0)
+
+
+@pytest.mark.parametrize(
+    ("other", "now"),
+    [
+        (start("4711", 0), start("4711", 0)),
+        (start("4711", 0), start("4712", 1)),
+        (start("4711", 0, task=4), start("4711", 1, task=3)),
+        ({}, start("4711", 1)),
+    ],
+    ids=["another step of the job", "another job", "a later task", "no job"],
+)
+def test_another_job_that_has_the_lock_is_an_error(tmp_path, elsewhere, monkeypatch, other, now):
+    with holder(tmp_path, **other):
+        pretend(monkeypatch, now)
+        with pytest.raises(ValueError, match="is in use by process"):
+            run_lock.hold(tmp_path, patience=0.1)
+
+
+def test_a_process_with_the_id_of_this_one_is_in_another_container(tmp_path, monkeypatch):
+    """Same hostname, process 1 in both: the lock is waited for, as one of another node."""
+    with holder(tmp_path) as process:
+        monkeypatch.setattr(os, "getpid", lambda: process.pid)
+        ends_while_it_is_waited_for(monkeypatch, process)
+        run_lock.hold(tmp_path, patience=60.0)
+
+
+@pytest.mark.parametrize("call", ["mkdir", "pwrite", "ftruncate", "fsync"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_what_cannot_be_written_is_an_error_of_the_directory_and_leaves_no_lock(tmp_path, monkeypatch, call, number):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    run_dir = tmp_path / "run"
+    with monkeypatch.context() as broken:
+        broken.setattr(run_lock.Path if call == "mkdir" else os, call, refuse)
+        words = rf"^run_dir: {run_dir}.* cannot be \w+: {os.strerror(number)} \(errno {number}\)$"
+        with pytest.raises(ValueError, match=words):
+            run_lock.hold(run_dir, patience=0.0)
+    with holder(run_dir):  # another process gets it
+        pass
+    run_lock.hold(run_dir, patience=0.0)
+    said = subprocess.check_output(["cat", str(run_dir / run_lock.NAME)], text=True)
+    assert json.loads(said)["pid"] == os.getpid(), "the second call locks"
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])

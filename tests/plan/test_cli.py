@@ -71,6 +71,15 @@ def test_a_file_outside_of_conf_has_its_defaults_there(
     assert found["layout"]["world"] == 32 and next(iter(found["cells"]["strata"])) == tree["strata"][0]["name"]
 
 
+def test_files_beside_a_configuration_that_it_does_not_use_may_have_names_of_conf(tmp_path: Path, run: Run):
+    for name in ("quickstart", "mine", "hierarchy/tree", "hierarchy/domain"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.yaml").write_text("{}" if name != "mine" else OWN.replace("tree", "trajectory"))
+    assert run(str(tmp_path / "mine.yaml"))[0] == 0
+    status, _, error = run(str(tmp_path / "mine.yaml"), "hierarchy=tree")
+    assert status == 2 and error.startswith(f"error: {tmp_path}/hierarchy/tree.yaml: the training script would take")
+
+
 def test_a_name_is_looked_up_in_conf_here_too(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "mine.yaml").write_text(OWN)
@@ -162,6 +171,22 @@ def test_one_rank_sends_nothing(run: Run):
 def test_what_the_training_script_refuses_is_refused_once(overrides: list[str], said: str):
     problems = plan_of("quickstart", *overrides).problems
     assert len(problems) == 1 and problems[0].startswith(said), problems
+
+
+def test_a_reference_that_leads_nowhere_is_said_whatever_else_is_wrong():
+    lost = "model.hidden_size: Interpolation key 'nowhere' not found"
+    given = "model.hidden_size=${nowhere}"
+    assert plan_of("quickstart", given).problems == [lost]
+    # model.global_batch_size refers to the optimizer steps, and has no problem of its own
+    for other in ("trainer.precision=bf17", "algorithm.optimizer_steps=0"):
+        problems = plan_of("quickstart", given, other).problems
+        assert len(problems) == 2 and problems[0].startswith(other.split("=")[0]) and problems[1] == lost, problems
+
+
+def test_a_configuration_without_the_key_cpu_is_one_for_gpus():
+    plan = plan_of("quickstart", "~cpu", "trainer.accelerator=gpu")
+    assert plan.problems == [] and not plan.cpu
+    assert plan_of("quickstart", "~cpu").problems[0].startswith("trainer.accelerator: cpu, but cpu is false")
 
 
 def test_prompts_that_do_not_fill_a_rollout_are_refused(tmp_path: Path):

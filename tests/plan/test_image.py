@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
+import subprocess
+from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 from tests.plan.configs import ROOT
 
@@ -75,6 +79,30 @@ def test_the_image_gets_everything_that_graders_need_and_nothing_that_it_has():
                 assert normal(re.split(r"[<>=!~; \[]", needed)[0]) in added | IN_IMAGE, f"{name} needs {needed}"
 
 
+TARGETS = re.split(r"^FROM ", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)[1:]
+
+
 def test_neither_target_runs_as_root():
-    for target in re.split(r"^FROM ", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)[1:]:
+    for target in TARGETS:
         assert re.findall(r"^USER (.*)$", target, re.MULTILINE)[-1] == "$UID", target
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+@pytest.mark.parametrize("target", TARGETS, ids=["cpu", "gpu"])
+def test_both_targets_make_their_user_alike_and_refuse_root(target: str, shell: str, tmp_path: Path):
+    """With stand-ins for the commands that write."""
+    found = re.search(r"^RUN (if .*\n(?:    .*\n)+)", target, re.MULTILINE)
+    assert found is not None and "ARG UID\nARG USER_ID=$UID\n" in target
+    for name in ("useradd", "install"):
+        (tmp_path / name).write_text('#!/bin/sh\necho "$(basename "$0")" "$@"\n')
+        (tmp_path / name).chmod(0o755)
+
+    def made(user: str) -> subprocess.CompletedProcess[str]:
+        given = {"USER_ID": user, "PATH": f"{tmp_path}:/usr/bin:/bin"}
+        return subprocess.run([shell, "-c", found[1]], env=given, text=True, capture_output=True, timeout=60)
+
+    root, other = made("0"), made("1234")
+    assert root.returncode == 1 and root.stdout == "" and root.stderr.startswith("error: UID: 0 is root")
+    said = other.stdout.splitlines()
+    assert other.returncode == 0 and said[0] == "useradd --create-home --non-unique --uid 1234 fiberpo"
+    assert said[1].startswith("install -d -o fiberpo -g fiberpo ") and len(said) == 2

@@ -14,6 +14,14 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Job
 
 
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What was measured, for the reader: no time decides a test."""
+    for passed in terminalreporter.getreports("passed"):
+        for name, value in passed.user_properties:
+            shown = f"{value:.1f}" if isinstance(value, float) else value
+            terminalreporter.write_line(f"measured: {name}: {shown}  ({passed.nodeid.rpartition('::')[2]})")
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     if not os.environ.get("FIBERPO_SLURM"):

@@ -109,10 +109,5 @@ def same_metrics(job: Job, reference: Job) -> None:
     assert len(prompts(job.run_dir)) == len(set(prompts(job.run_dir))) == 8 * RL_STEPS
 
 
-def report(**figures: float) -> None:
-    """Measured, for the reader of the test's output; decides nothing."""
-    print("measured:", json.dumps({name: round(value, 1) for name, value in figures.items()}))
-
-
 def seconds_since(begun: float) -> float:
     return time.monotonic() - begun

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import SlurmError, wait_for
-from tests.slurm.jobs import ONE_RANK_EACH, PATIENCE, Job, report, same_metrics, seconds_since
+from tests.slurm.jobs import ONE_RANK_EACH, PATIENCE, Job, same_metrics, seconds_since
 
 ENDLESS = ["algorithm.rl_steps=1000", "algorithm.data_epochs=1000"]
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1200)]
@@ -55,14 +55,12 @@ def test_a_job_outlives_the_death_of_each_of_its_nodes(cluster, job, uninterrupt
         noticed = seconds_since(begun)
         cluster.start_node(node)
         job.wait_for_new_step(before)
-        figures = {f"{node}_requeued_after_s": noticed, f"{node}_training_again_after_s": seconds_since(begun)}
-        report(**figures)
-        for name, value in figures.items():
-            record_property(name, value)
+        record_property(f"seconds from the death of {node} to the requeue", noticed)
+        record_property(f"seconds from the death of {node} to the next optimizer step", seconds_since(begun))
     job.ends_as("COMPLETED")
     said = job.output()
     by = {"the script": "and a node does not answer: requeued" in said, "SLURM": "DUE TO NODE FAILURE" in said}
-    print("requeued by", [name for name, did in by.items() if did])
+    record_property("requeued by", " and ".join(name for name, did in by.items() if did))
     assert any(by.values()) and "MAX_RESTARTS" not in said
     same_metrics(job, uninterrupted)
 
@@ -72,7 +70,9 @@ def test_a_job_outlives_the_death_of_each_of_its_nodes(cluster, job, uninterrupt
     [("srun", False, "USR1"), ("torchrun", True, "TERM")],
     ids=["srun-requeue", "torchrun-array"],
 )
-def test_a_warned_job_saves_and_goes_on(cluster, job, uninterrupted, launcher: str, array: bool, signal: str):
+def test_a_warned_job_saves_and_goes_on(
+    cluster, job, uninterrupted, record_property, launcher: str, array: bool, signal: str
+):
     """By requeue, or as the next task of an array. The signal comes as that of --signal=B:USR1@SECONDS does; SIGTERM is
     told from a cancelled job's by the state of the job."""
     job.submit(env={"LAUNCHER": launcher}, options=[*ONE_RANK_EACH, *(["--array=1-3%1"] if array else [])])
@@ -87,9 +87,9 @@ def test_a_warned_job_saves_and_goes_on(cluster, job, uninterrupted, launcher: s
         job.id = f"{array_job}_2"
     else:
         job.wait_for_restart(1)
-    report(stopped_after_s=seconds_since(begun))
+    record_property("seconds from the warning to the requeue", seconds_since(begun))
     job.wait_for_rows(job.rows() + 1)
-    report(training_again_after_s=seconds_since(begun))
+    record_property("seconds from the warning to the next optimizer step", seconds_since(begun))
     job.ends_as("COMPLETED")
     said = job.output()
     assert "the ranks are asked to save and to stop" in said
