@@ -180,6 +180,11 @@ class Cluster:
     def start_node(self, node: str) -> None:
         self._start(f"slurmd.{node}", ["slurmd", "-D", "-N", node])
 
+    def kill_daemon(self, node: str) -> None:
+        """SIGKILL to the node's slurmd alone: what it started goes on, and no task can be started any more."""
+        kill({self.daemons[f"slurmd.{node}"].pid})
+        self.daemons.pop(f"slurmd.{node}").wait()
+
     def kill_node(self, node: str) -> int:
         """A node's death: its slurmd, the step daemons it started and all that these run, by SIGKILL. How many."""
         victims = with_descendants({self.daemons[f"slurmd.{node}"].pid, *self._step_daemons(node)})

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import SlurmError, wait_for
+from tests.slurm.cluster import SlurmError, kill, wait_for
 from tests.slurm.jobs import ONE_RANK_EACH, PATIENCE, Job, same_metrics, seconds_since
 
 ENDLESS = ["algorithm.rl_steps=1000", "algorithm.data_epochs=1000"]
@@ -129,6 +129,22 @@ def test_a_job_whose_rank_gets_sigkill_is_started_again_but_not_for_ever(job):
     assert said.count("] a rank was killed") == 1
     assert "the ranks ended with status 137: a rank was killed: requeued" in said
     assert "error: the ranks ended with status 137; not started again" in said
+
+
+def test_a_job_that_fails_while_a_node_does_not_answer_is_started_again(cluster, job):
+    """Before SLURM has noticed it: by default it takes five minutes."""
+    job.submit(env=ranks_that_end("wait wait/0 0"))
+    wait_for(lambda: job.output().count(" waits\n") == 2, PATIENCE, "two ranks")
+    ranks = {pid for pid, command in cluster.job_processes().items() if "sigwait" in command}
+    assert len(ranks) == 2
+    cluster.kill_daemon("n2")
+    kill(ranks)
+    try:
+        job.wait_for_restart(1)
+    finally:
+        cluster.start_node("n2")
+    job.ends_as("COMPLETED")
+    assert "the ranks ended with status 137 and a node does not answer: requeued" in job.output()
 
 
 @pytest.mark.parametrize(
