@@ -174,7 +174,7 @@ def kill_until_done(setup: Setup, counts: Counts, rng: random.Random, plan: Plan
     run_dir = fresh_run(setup, f"run{counts.runs_to_the_end}")
     output = run_dir / "output"
     while True:
-        expected = newest_whole(run_dir)
+        expected, behind = newest_whole(run_dir), lost(run_dir)
         output.write_text("")
         pid = begin(run_dir, setup.overrides, output)
         if counts.kills < plan.kills:
@@ -191,7 +191,9 @@ def kill_until_done(setup: Setup, counts: Counts, rng: random.Random, plan: Plan
             count_kill(run_dir, counts)
         elif status == NOT_FINISHED and f"stopped by {signal.SIGUSR1.name}" in output.read_text():
             counts.stops_by_sigusr1 += 1
-            counts.rl_steps_lost_by_sigusr1 += lost(run_dir)
+            # What a kill before this start lost is in metrics.jsonl until training begins.
+            before_training = "before training: nothing to save" in output.read_text()
+            counts.rl_steps_lost_by_sigusr1 += lost(run_dir) - (behind if before_training else 0)
         else:
             counts.runs_that_could_not_resume += 1
             print(f"{run_dir}: status {status}\n{output.read_text()[-6000:]}", flush=True)
