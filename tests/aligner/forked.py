@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nemo_fiberpo.aligner.graders import die_with_parent
-from tests.aligner.launching import ROOT, arguments, environment
+from tests.aligner.launching import ROOT, arguments, environment, free_ports
 
 IMPORTED = (
     "hydra",
@@ -184,12 +184,6 @@ def run_as_rank(script: str, arguments: list[str], rank: int, processes: int, po
     runpy.run_path(script, run_name="__main__")
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
-
-
 def serve(control: socket.socket) -> None:
     """A process per request, which forks the ranks and waits for them; returns in those, to end as any other process,
     and at the end of the requests."""
@@ -217,7 +211,7 @@ def lead(answers: Connection, output: int, script: str, arguments: list[str], pr
     os.dup2(output, 2)
     os.close(output)
     answers.send(os.getpid())
-    ranks, port, leader = {}, free_port(), os.getpid()
+    ranks, port, leader = {}, free_ports(1)[0], os.getpid()
     for rank in range(processes):
         pid = os.fork()
         if pid == 0:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,25 @@ def environment() -> dict[str, str]:
 def command(script: str, run_dir: Path, *overrides: str, processes: int = 2) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return [*launcher, str(ROOT / "examples" / script), *arguments(run_dir, *overrides)]
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports of loopback that nothing listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def wait_for(condition: Callable[[], object], seconds: float, what: str, every: float = 0.2) -> float:
+    """Until the condition holds; seconds it took. TimeoutError says what did not happen."""
+    begun = time.monotonic()
+    while not condition():
+        if time.monotonic() - begun > seconds:
+            raise TimeoutError(f"{what}: not within {seconds:.0f} s")
+        time.sleep(every)
+    return time.monotonic() - begun
 
 
 def arguments(run_dir: Path, *overrides: str) -> list[str]:

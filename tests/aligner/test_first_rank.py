@@ -17,8 +17,7 @@ from nemo_fiberpo.aligner import first_rank
 from nemo_fiberpo.aligner.ending import explain
 from nemo_fiberpo.aligner.first_rank import Ranks, SaidByFirstRank
 from nemo_fiberpo.aligner.preemption import Stopped
-from tests.aligner.forked import free_port
-from tests.aligner.launching import ROOT, arguments, environment
+from tests.aligner.launching import ROOT, arguments, environment, free_ports
 from tests.aligner.test_run_lock import holder, start
 
 
@@ -84,7 +83,7 @@ def test_a_rank_whose_first_one_is_gone_says_nothing_more():
 
 
 def test_ranks_that_do_not_come_together_are_an_error_with_the_address(monkeypatch):
-    port = str(free_port())
+    port = str(free_ports(1)[0])
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(
@@ -105,7 +104,12 @@ def test_what_the_first_rank_has_said_is_not_said_again(capsys):
 @contextmanager
 def ranks_of(script: str, run_dir: Path, output: Path, **variables: str):
     """Two ranks of a script, as srun starts them: no launcher ends one for the other. They write to `output`."""
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_ports(1)[0]),
+    }
     command = [sys.executable, str(ROOT / "examples" / script), *arguments(run_dir)]
     started = []
     with output.open("w") as file:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ import torch
 from nemo_fiberpo.aligner.grader_pool import GraderPool
 from nemo_fiberpo.aligner.prompts import PromptRecord
 from nemo_fiberpo.aligner.rewards import RuleRewardModel, RuleRewards, decode_responses, reward_metrics
+from tests.aligner.launching import wait_for
 
 HERE = str(Path(__file__).parent)
 BAD = {"bad": "bad_graders:grade"}
@@ -32,14 +32,6 @@ def bad(answer: str = "7") -> PromptRecord:
 
 
 LIMIT = 1.5  # seconds for an answer: long for one that does nothing, also where the machine is busy
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """AssertionError if that does not come; the time is for a busy machine."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def rewards_of(*responses: str, **options) -> tuple[list[float], list[str | None], list[str]]:
@@ -163,7 +155,7 @@ def test_slow_answers_have_a_limit_each_not_together():
 def test_a_kill_leaves_nothing_that_the_grader_started():
     marker = "61.375"
     rewards_of(f"spawn {marker}")
-    wait_until(lambda: marker not in subprocess.check_output(["ps", "-eo", "args"], text=True))
+    wait_for(lambda: marker not in subprocess.check_output(["ps", "-eo", "args"], text=True), 60, "the end of sleep")
 
 
 def test_a_replaced_worker_has_the_graders_libraries_already():
@@ -247,7 +239,7 @@ def test_close_and_kill_minus_9_leave_no_process():
         rewards.wait_until_ready()
         pids = [pid for slot in rewards._pool._slots for pid in (slot.pid, slot.process.pid)]
         assert len(alive(pids)) == 4
-    wait_until(lambda: not alive(pids))
+    wait_for(lambda: not alive(pids), 60, "the end of the workers")
 
     script = f"""
         import sys, threading, time
@@ -271,7 +263,7 @@ def test_close_and_kill_minus_9_leave_no_process():
     assert len(alive(pids)) == 4
     trainer.kill()
     trainer.wait()
-    wait_until(lambda: not alive(pids))
+    wait_for(lambda: not alive(pids), 60, "the end of the workers")
     trainer.stdout.close()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nemo_fiberpo.aligner import preemption
 from tests.aligner import forked
-from tests.aligner.launching import ROOT, arguments
+from tests.aligner.launching import ROOT, arguments, free_ports
 
 # The smallest runs that still learn: two prompts of two samples, graded by a sum over the response's characters.
 TINY = [
@@ -52,7 +52,7 @@ def begin(run_dir: Path, overrides: list[str], output: Path) -> int:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         script = str(ROOT / "examples" / "train_gpt_fiberpo.py")
-        forked.run_as_rank(script, arguments(run_dir, *TINY, *overrides), 0, 1, forked.free_port())
+        forked.run_as_rank(script, arguments(run_dir, *TINY, *overrides), 0, 1, free_ports(1)[0])
         status = 0
     except SystemExit as leaving:
         status = leaving.code if isinstance(leaving.code, int) else 1

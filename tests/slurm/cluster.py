@@ -12,9 +12,9 @@ import re
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
+
+from tests.aligner.launching import free_ports, wait_for
 
 NODE_DEAD_AFTER = 10  # SlurmdTimeout, seconds; a site's is 300 by default
 REQUEUE_DELAY = 5  # cred_expire, seconds that a requeued job waits at least; a site's is 120 by default
@@ -61,25 +61,6 @@ NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=
 
 class SlurmError(RuntimeError):
     """A SLURM command failed; the message is what it said."""
-
-
-def free_ports(count: int) -> list[int]:
-    """TCP ports of loopback that nothing listens on."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
-def wait_for(condition: Callable[[], object], seconds: float, what: str, every: float = 0.2) -> float:
-    """Until the condition holds; seconds it took. TimeoutError says what did not happen."""
-    begun = time.monotonic()
-    while not condition():
-        if time.monotonic() - begun > seconds:
-            raise TimeoutError(f"{what}: not within {seconds:.0f} s")
-        time.sleep(every)
-    return time.monotonic() - begun
 
 
 def processes() -> dict[int, tuple[int, str]]:
@@ -189,7 +170,7 @@ class Cluster:
         """A node's death: its slurmd, the step daemons it started and all that these run, by SIGKILL. How many."""
         victims = with_descendants({self.daemons[f"slurmd.{node}"].pid, *self._step_daemons(node)})
         kill(victims)
-        self.daemons.pop(f"slurmd.{node}").wait()
+        self.kill_daemon(node)
         return len(victims)
 
     def _step_daemons(self, node: str) -> set[int]:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import SlurmError, kill, wait_for
+from tests.aligner.launching import wait_for
+from tests.slurm.cluster import SlurmError, kill
 from tests.slurm.jobs import ONE_RANK_EACH, PATIENCE, Job, same_metrics, seconds_since
 
 ENDLESS = ["algorithm.rl_steps=1000", "algorithm.data_epochs=1000"]

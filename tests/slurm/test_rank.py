@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.aligner.launching import ROOT
-from tests.slurm.cluster import free_ports, wait_for
+from tests.aligner.launching import ROOT, free_ports, wait_for
 
 RANKS_THAT_END = Path(__file__).with_name("ranks_that_end.sh")
 
