@@ -234,10 +234,10 @@ def shares_of(batch: Batch, place: tuple[int, int]) -> dict[int, Fraction]:
 
 
 def slow_objective(log_ratio: torch.Tensor, batch: Batch, chain: Hierarchy) -> torch.Tensor:
-    """J by loops over tokens and cells, differentiable by autograd: MASTER of EQUATIONS section 0 with weights (18).
+    """J by loops over tokens and cells, differentiable by autograd: docs/equations.md, the gated log-ratio, with (18).
 
     A cell is the tuple of its labels, several where the stratum is a join. A token is one entry of share 1, or with
-    soft membership one of share q per expert partition (section 8). A cell below the floor is passed over.
+    soft membership one of share q per expert partition. A cell below the floor is passed over.
     """
     live = [tuple(place) for place in batch["mask"].nonzero().tolist()]
     channel = {(b, t): 1 if log_ratio[b, t] >= 0 else -1 for b, t in live}

@@ -30,6 +30,39 @@ def test_one_trajectory_by_hand():
     torch.testing.assert_close(fpo.token_coefficients(ell, weight, cells, hierarchy), expected, rtol=1e-14, atol=0)
 
 
+def test_equations_81_and_82_in_the_notation_of_language_models():
+    # prompts q with G_q responses o of |o| tokens: J = (1 / sum_q G_q) sum_q sum_o (1 / |o|) sum_t rhat_qot A_qo,
+    # rhat_qot = w_qo r^res_qot, both of the response alone
+    lengths = [[3, 5, 2], [4], [1, 6]]
+    budget, eps, rng = fpo.Budget(0.1, 0.06), 0.05, torch.Generator().manual_seed(0)
+    hierarchy = fpo.Hierarchy((fpo.Stratum("trajectory", budget),), eps)
+    ell, advantage, label, total = [], [], [], 0.0
+    for q, responses in enumerate(lengths):
+        for o, length in enumerate(responses):
+            x = (0.15 * torch.randn(length, generator=rng, dtype=torch.float64)).tolist()
+            of_response = float(torch.randn((), generator=rng))
+            mean = {side: sum(side * v for v in x if (v >= 0) == (side > 0)) / length for side in (1, -1)}
+            weight = math.exp(gate(mean[1], budget.pos, length) - gate(mean[-1], budget.neg, length))
+            for value in x:
+                side = 1 if value >= 0 else -1
+                own, other = value - side * mean[side], -side * mean[-side]
+                residual = math.exp(min(max(own, -eps), eps) - min(max(other, -eps), eps))
+                total += weight * residual * of_response / length
+            ell += x
+            advantage += [of_response] * length
+            label += [10 * q + o] * length
+    cells = hierarchy.cells({"trajectory": torch.tensor(label)})
+    weighted = fpo.token_weights(cells) * torch.tensor(advantage, dtype=torch.float64)
+    result = fpo.surrogate(torch.tensor(ell, dtype=torch.float64), weighted, cells, hierarchy)
+    assert result.value == pytest.approx(total / sum(map(len, lengths)), abs=1e-14)
+    assert result.report.clipped > 0
+
+
+def gate(drift: float, budget: float, slope: float) -> float:
+    """(10) of a drift that is not negative."""
+    return drift if drift <= budget else max((slope + 1) * budget - slope * drift, 0.0)
+
+
 def test_equation_10_regimes_and_edges():
     # C = 1/4, k = 4: C* = 5/16; all of it exact in binary
     drift = torch.tensor([0.0, 0.125, 0.25, 0.28125, 0.3125, 0.5, -0.25, -0.28125, -0.5], dtype=torch.float64)
@@ -52,7 +85,7 @@ def test_equation_10_rollback_window_of_a_million_tokens_survives():
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("slope", [None, 0.1])
-def test_master_and_section_6_match_the_reference(depth: int, scale: float, seed: int, slope: float | None):
+def test_value_and_coefficients_match_the_reference(depth: int, scale: float, seed: int, slope: float | None):
     case = make_case(depth, seed, scale, budget=0.1 * scale, slope=slope)
     value, coefficients, gated = case.reference()
     cells = case.cells
