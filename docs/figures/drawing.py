@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 # Okabe and Ito's palette, told apart under every common colour blindness
@@ -40,10 +42,12 @@ def signed(value: float, digits: int = 2) -> str:
 
 
 def save(figure: Figure, name: str) -> Path:
-    """Write `name` to the folder given on the command line, else beside the scripts."""
+    """Write `name` to the folder given on the command line, else beside the scripts; 256 colours keep it small."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    figure.savefig(path, dpi=100, format="png")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=100, format="png")
+    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, format="PNG", optimize=True)
     print(path)
     return path

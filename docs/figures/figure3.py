@@ -1,8 +1,10 @@
-"""Figure 3: the named regimes of a trajectory of three tokens, T = 3, C+ = 0.15, C- = 0.09, k = T.
+"""Figure 3: the named regimes of a trajectory of three tokens whose ratios have mean 1, as (65) has it.
 
     python docs/figures/figure3.py [folder]
 
-Ratios are 1 + Delta with Delta of mean 0, as the identity (65) has it, so they fill a plane.
+The settings are those of the paper's caption: T = 3, eps = 0.025, C+ = 0.15, C- = 0.09, k = 3, so C* = (1 + 1/3) C;
+(a) the local regimes within 0.18 of the centroid, (b) the global regimes on the whole simplex. That the simplex of the
+ratios has sides of length 1 is ours. Nothing here is random: every point is a trajectory.
 """
 
 from __future__ import annotations
@@ -10,40 +12,50 @@ from __future__ import annotations
 import math
 
 import torch
-from drawing import BLACK, TINTS, frame, new_figure, save
+from drawing import BLACK, RED, TINTS, frame, new_figure, save
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
 import nemo_fiberpo as fpo
-from nemo_fiberpo.objective.named_regimes import GLOBAL_REGIMES, LOCAL_REGIMES, global_regimes, named_regimes
+from nemo_fiberpo.objective.named_regimes import GLOBAL_REGIMES, LOCAL_REGIMES, named_regimes
 
 BUDGET = fpo.Budget(pos=0.15, neg=0.09)
-TOKEN_CLIP = 0.03  # the paper's is not known
+TOKEN_CLIP = 0.025
 TOKENS = 3
-HIERARCHY = fpo.Hierarchy((fpo.Stratum("trajectory", BUDGET),), TOKEN_CLIP)
+SLOPE = 3.0
+HIERARCHY = fpo.Hierarchy((fpo.Stratum("trajectory", BUDGET, slope=SLOPE),), TOKEN_CLIP)
+ZOOM = 0.18
 LOCAL_TINTS = ("#FFFFFF", "#A9D2EE", "#6FB1DC")
-# unit vectors of the plane of mean 0 in the space of the three deviations
-AXES = torch.tensor([[1.0, -1.0, 0.0], [1.0, 1.0, -2.0]], dtype=torch.float64)
-AXES /= AXES.norm(dim=1, keepdim=True)
-ACROSS = r"$(\Delta_1 - \Delta_2) / \sqrt{2}$"
-UP = r"$(\Delta_1 + \Delta_2 - 2 \Delta_3) / \sqrt{6}$"
+# corners of a triangle of side 1 around the origin; corner t is the trajectory in which token t has all, r_t = 3
+CORNERS = torch.tensor([[-0.5, -(3**-0.5) / 2], [0.5, -(3**-0.5) / 2], [0.0, 3**-0.5]], dtype=torch.float64)
 
 
-def regimes_of(delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Global and local regime of trajectories with ratios 1 + delta, [n, 3] -> [n] each."""
-    rows = torch.arange(len(delta)).repeat_interleave(TOKENS)
-    cells = HIERARCHY.cells({"trajectory": rows}, shape=(len(delta), TOKENS))
-    (found,) = named_regimes(torch.log1p(delta).flatten(), cells, HIERARCHY)
+def ratios_at(points: Tensor) -> Tensor:
+    """Ratios [n, 3] of mean 1 at points [n, 2] of the triangle's plane; one of them is negative outside."""
+    return 1.0 + 2.0 * points @ CORNERS.T * TOKENS
+
+
+def regimes_of(ratios: Tensor) -> tuple[Tensor, Tensor]:
+    """Global and local regime of trajectories with these positive ratios, [n, 3] -> [n] each."""
+    rows = torch.arange(len(ratios)).repeat_interleave(TOKENS)
+    cells = HIERARCHY.cells({"trajectory": rows}, shape=(len(ratios), TOKENS))
+    (found,) = named_regimes(ratios.log().flatten(), cells, HIERARCHY)
     return found.global_C, found.local_C
 
 
-def plane(extent: float, steps: int) -> tuple[Tensor, Tensor]:
-    """Deviations [steps * steps, 3] on a grid of the plane, and the grid's axis."""
-    axis = torch.linspace(-extent, extent, steps, dtype=torch.float64)
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    return torch.stack([x.flatten(), y.flatten()], 1) @ AXES, axis
+def aggregates(ratios: Tensor) -> tuple[Tensor, Tensor]:
+    """P = log s+ and N = log s- (9)."""
+    log_ratio = ratios.log()
+    return log_ratio.clamp_min(0.0).mean(1), -log_ratio.clamp_max(0.0).mean(1)
+
+
+def grid(across: Tensor, up: Tensor) -> Tensor:
+    """Points [n, 2], row after row."""
+    y, x = torch.meshgrid(up, across, indexing="ij")
+    return torch.stack([x.flatten(), y.flatten()], 1)
 
 
 def shade(axes: Axes, across: Tensor, up: Tensor, index: Tensor, tints: tuple[str, ...]) -> None:
@@ -53,69 +65,63 @@ def shade(axes: Axes, across: Tensor, up: Tensor, index: Tensor, tints: tuple[st
     axes.pcolormesh(across, up, image, cmap=colours, vmin=-0.5, vmax=len(tints) - 0.5, shading="nearest")
 
 
-def draw_aggregates(axes: Axes) -> None:
-    """Regimes over the two aggregates, and where random trajectories lie."""
-    across, up = (torch.linspace(0.0, end, 501, dtype=torch.float64) for end in (0.5, 0.25))
-    pos, neg = torch.meshgrid(up, across, indexing="ij")
-    budget = torch.tensor([[BUDGET.pos], [BUDGET.neg]], dtype=torch.float64)
-    slope = torch.tensor([float(TOKENS)], dtype=torch.float64)
-    shade(axes, across, up, global_regimes(torch.stack([pos.flatten(), -neg.flatten()]), budget, slope), TINTS)
-    delta = torch.rand(3000, TOKENS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    delta = 2.0 * (delta - delta.mean(1, keepdim=True))
-    ell = torch.log1p(delta[delta.min(1).values > -0.95])
-    axes.plot(-ell.clamp_max(0.0).mean(1), ell.clamp_min(0.0).mean(1), ".", color="0.25", markersize=1.6)
-    axes.plot([0.0, 0.25], [0.0, 0.25], color=BLACK, linewidth=1.0)
-    axes.text(0.19, 0.222, "N = P", fontsize=9.5, ha="right")
-    axes.text(0.008, 0.175, "not reached\nby ratios of\nmean 1", fontsize=9)
-    places = ((0.045, 0.01), (0.105, 0.025), (0.3, 0.06), (0.24, 0.172), (0.34, 0.225))
-    for (x, y), name in zip(places, GLOBAL_REGIMES, strict=False):
-        axes.text(x, y, name, ha="center", fontsize=10)
-    axes.set_xticks([0.0, 0.09, 0.12, 0.3, 0.5], ["0", "$C^-$\n0.09", "$C_*^-$\n0.12", "0.3", "0.5"])
-    axes.set_yticks([0.0, 0.15, 0.20, 0.25], ["0", "$C^+$ 0.15", "$C_*^+$ 0.20", "0.25"])
-    for tick, side in zip(axes.get_xticklabels()[1:3], ("right", "left"), strict=True):
-        tick.set_horizontalalignment(side)
-    axes.set_xlim(0.0, 0.5)
-    axes.set_ylim(0.0, 0.25)
-    frame(axes, "(a) regimes over the two aggregates", r"N = $\log s^-$", r"P = $\log s^+$")
-
-
-def draw_plane(axes: Axes) -> None:
-    """Regimes in the plane of deviations: rings."""
-    delta, axis = plane(1.05, 600)
-    inside = delta.min(1).values > -1.0
-    regime = torch.full((len(delta),), math.nan, dtype=torch.float64)
-    regime[inside] = regimes_of(delta[inside])[0].double()
-    shade(axes, axis, axis, regime, TINTS)
-    for token in range(TOKENS):
-        x, y = (AXES[:, token] / AXES[:, token].norm()).tolist()
-        axes.plot([0.0, 0.88 * x], [0.0, 0.88 * y], color="0.35", linewidth=0.7, linestyle=":")
-        axes.text(0.97 * x, 0.97 * y, rf"$\Delta_{token + 1}$", ha="center", va="center", fontsize=10)
-    handles = [Patch(color=tint, label=name) for tint, name in zip(TINTS, GLOBAL_REGIMES[:5], strict=False)]
-    axes.legend(handles=handles, loc="lower left", fontsize=9, frameon=False, handlelength=1.1)
-    axes.set_aspect("equal")
-    frame(axes, r"(b) all ratios $1 + \Delta$ of mean 1", ACROSS, UP)
-
-
 def draw_local(axes: Axes) -> None:
-    """The middle of (b), with the local regimes inside G-I."""
-    delta, axis = plane(0.34, 500)
-    outer, local = regimes_of(delta)
-    shade(axes, axis, axis, torch.where(outer == 0, local, len(LOCAL_TINTS) + outer), (*LOCAL_TINTS, *TINTS))
-    axes.contour(axis, axis, outer.view(len(axis), -1), levels=[0.5, 1.5], colors=BLACK, linewidths=0.9)
-    parts = [(f"G-I, {name}", tint) for name, tint in zip(LOCAL_REGIMES, LOCAL_TINTS, strict=True)]
-    parts += [(GLOBAL_REGIMES[at], TINTS[at]) for at in (1, 2)]
-    handles = [Patch(facecolor=tint, edgecolor="0.6", label=name) for name, tint in parts]
-    axes.legend(handles=handles, loc="upper right", fontsize=8.5, framealpha=0.9, handlelength=1.1)
+    axis = torch.linspace(-ZOOM, ZOOM, 721, dtype=torch.float64)
+    ratios = ratios_at(grid(axis, axis))
+    shade(axes, axis, axis, regimes_of(ratios)[1], LOCAL_TINTS)
+    handles = [
+        Patch(facecolor=tint, edgecolor="0.6", label=f"{name}: {text}")
+        for name, tint, text in zip(LOCAL_REGIMES, LOCAL_TINTS, ("no token clipped", "some", "all"), strict=True)
+    ]
+    for value, budget, colour, label in zip(
+        aggregates(ratios), (BUDGET.pos, BUDGET.neg), (RED, BLACK), ("$P = C^+$", "$N = C^-$"), strict=True
+    ):
+        image = value.view(len(axis), len(axis))
+        axes.contour(axis, axis, image, levels=[budget], colors=colour, linestyles="dashed", linewidths=1.4)
+        handles.append(
+            Line2D([], [], color=colour, linestyle="dashed", linewidth=1.4, label=f"rollback begins: {label}")
+        )
+    axes.plot([0.0], [0.0], "+", color=BLACK, markersize=7)
+    axes.set_xticks([-0.18, -0.09, 0.0, 0.09, 0.18])
+    axes.set_yticks([-0.18, -0.09, 0.0, 0.09, 0.18])
     axes.set_aspect("equal")
-    frame(axes, rf"(c) the middle of (b), $\epsilon$ = {TOKEN_CLIP:g}", ACROSS, UP)
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9, frameon=False)
+    title = rf"(a) local regimes around the centroid, $\epsilon$ = {TOKEN_CLIP:g}"
+    frame(axes, title, "from the centroid, in sides of the triangle", "")
+
+
+def draw_global(axes: Axes) -> None:
+    (left, bottom), (right, top) = CORNERS.min(0).values.tolist(), CORNERS.max(0).values.tolist()
+    across = torch.linspace(left, right, 901, dtype=torch.float64)
+    up = torch.linspace(bottom, top, 781, dtype=torch.float64)
+    ratios = ratios_at(grid(across, up))
+    inside = ratios.min(1).values > 0.0
+    regime = torch.full((len(ratios),), math.nan, dtype=torch.float64)
+    regime[inside] = regimes_of(ratios[inside])[0].double()
+    shade(axes, across, up, regime, TINTS)
+    outline = torch.cat([CORNERS, CORNERS[:1]])
+    axes.plot(outline[:, 0], outline[:, 1], color=BLACK, linewidth=1.0, solid_joinstyle="round")
+    square = [[-ZOOM, -ZOOM], [ZOOM, -ZOOM], [ZOOM, ZOOM], [-ZOOM, ZOOM], [-ZOOM, -ZOOM]]
+    axes.plot(*zip(*square, strict=True), color="0.35", linewidth=0.9, linestyle=":")
+    axes.plot([0.0], [0.0], "+", color=BLACK, markersize=7)
+    for token, (ha, va) in enumerate((("right", "top"), ("left", "top"), ("center", "bottom"))):
+        x, y = (1.03 * CORNERS[token]).tolist()
+        axes.text(x, y, f"$r_{token + 1} = 3$", ha=ha, va=va, fontsize=10)
+    handles = [Patch(facecolor=tint, label=name) for tint, name in zip(TINTS, GLOBAL_REGIMES[:5], strict=False)]
+    handles.append(Line2D([], [], color="0.35", linestyle=":", label="part shown in (a)"))
+    axes.legend(handles=handles, loc="upper left", fontsize=9, frameon=False, handlelength=1.3)
+    axes.set_aspect("equal")
+    axes.set_xlim(left - 0.12, right + 0.12)
+    axes.set_ylim(bottom - 0.07, top + 0.07)
+    frame(axes, rf"(b) global regimes, $C^+$ = {BUDGET.pos:g}, $C^-$ = {BUDGET.neg:g}, k = {SLOPE:g}", "", "")
+    axes.set_axis_off()
 
 
 def main() -> None:
-    figure = new_figure(14.0, 4.7)
-    first, second, third = figure.subplots(1, 3)
-    draw_aggregates(first)
-    draw_plane(second)
-    draw_local(third)
+    figure = new_figure(12.5, 4.9)
+    local, whole = figure.subplots(1, 2)
+    draw_local(local)
+    draw_global(whole)
     save(figure, "figure3.png")
 
 
