@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from nemo_fiberpo.objective.gates import aggregate_gate
-from nemo_fiberpo.objective.named_regimes import GLOBAL_REGIMES, global_regimes, zeroed_from
+from nemo_fiberpo.objective.report import GLOBAL_REGIMES, global_regimes, zeroed_from
 
 SLOPE = torch.tensor([2.0], dtype=torch.float64)
 BUDGET = torch.tensor([[0.20], [0.10]], dtype=torch.float64)  # C+, C-
