@@ -212,17 +212,21 @@ class FiberPOTrainer(PPOTrainer):
         metrics: dict[str, float] = {}
         for _ in range(self.settings.epochs):
             for minibatch in self._minibatches:
-                metrics = self._optimizer_step(minibatch)
+                metrics, result = self._optimizer_step(minibatch)
                 self.logger.log_metrics(
                     metrics | {"rl_step": self.step}, step=self.ppo_optimization_step, prefix="train_optim/"
                 )
+                if result.report is not None:
+                    counts = result.report.histograms().items()
+                    histograms = {f"train_optim/gates/{name}_histogram": bins for name, bins in counts}
+                    self.logger.apply_fn("log_histograms", self.step, self.ppo_optimization_step, histograms)
                 self.ppo_optimization_step += 1
         self._minibatches = []
         self.model.finish_training()
         self.optimizer.zero_grad()
         return metrics.get("loss"), metrics
 
-    def _optimizer_step(self, minibatch: Minibatch) -> dict[str, float]:
+    def _optimizer_step(self, minibatch: Minibatch) -> tuple[dict[str, float], StepResult]:
         calls = self.model.reducer.calls
         self.optimizer.zero_grad()
         self.model.prepare_for_training_step()
@@ -246,7 +250,7 @@ class FiberPOTrainer(PPOTrainer):
             metrics["loss"] = result.loss
         if result.report is not None:
             metrics |= {f"gates/{name}": value for name, value in result.report.metrics().items()}
-        return metrics
+        return metrics, result
 
     def _over_ranks(self, result: StepResult, minibatch: Minibatch) -> dict[str, float]:
         """For the logs, by one exchange: the recompute error's maximum, and over the ranks that hold tokens the sums of
