@@ -18,10 +18,10 @@ from nemo_fiberpo.aligner.manifest import write_atomically
 class MetricsFile:
     """One JSON object a line: {"rl_step": n, "step": x-axis of the logger, "<prefix>/<name>": number, ...}.
 
-    Histograms have lines of their own, {"rl_step": n, "step": optimizer step, "<name>": {"<bin>": count, ...}, ...}, in
-    which empty bins are left out. Given to NeMo-Aligner's logger wrapper beside its TensorBoard logger. Lines are appended and flushed whole; on a
-    resume `rewind` drops what a killed run had written past its checkpoint. Numbers are written with all their digits,
-    NaN and infinity as null.
+    Histograms have lines of their own, {"rl_step": n, "step": optimizer step, "<name>": {"<bin>": count, ...}, ...},
+    which leave out empty bins. Given to NeMo-Aligner's logger wrapper beside its TensorBoard logger. Lines are appended
+    and flushed whole; on a resume `rewind` drops what a killed run had written past its checkpoint. Numbers are written
+    with all their digits, NaN and infinity as null.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
