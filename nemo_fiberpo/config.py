@@ -188,11 +188,13 @@ def parse_hierarchy(cfg: Any) -> Hierarchy:
 
 
 def _as_written(message: str, cfg: dict[str, Any]) -> str:
-    """`message` with the paths of strata as `cfg` writes them: `strata[0].name` is `strata.domain` in a mapping."""
+    """`message` with the paths of strata as `cfg` has them: where it is a mapping, `strata.domain` for `strata[0]`."""
 
     def path(match: re.Match[str]) -> str:
-        entries = cfg.get(match[1])
-        return f"{match[1]}.{list(entries)[int(match[2])]}" if isinstance(entries, dict) else match[0]
+        entries, place = cfg.get(match[1]), int(match[2])
+        if not isinstance(entries, dict) or place >= len(entries):
+            return match[0]
+        return f"{match[1]}.{list(entries)[place]}"
 
     return re.sub(rf"\b({'|'.join(NAMED)})\[(\d+)\](?:\.name\b)?", path, message)
 
