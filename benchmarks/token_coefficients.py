@@ -31,11 +31,11 @@ from nemo_fiberpo.objective.kernels import compile_passes
 HIERARCHY = fpo.load_hierarchy(
     {
         "token_clip": 0.04,
-        "strata": [
-            {"name": "domain", "budget": {"pos": 0.02, "neg": 0.015}},
-            {"name": "prompt_group", "budget": {"pos": 0.04, "neg": 0.03}},
-            {"name": "trajectory", "budget": {"pos": 0.12, "neg": 0.05}},
-        ],
+        "strata": {
+            "domain": {"budget": {"pos": 0.02, "neg": 0.015}},
+            "prompt_group": {"budget": {"pos": 0.04, "neg": 0.03}},
+            "trajectory": {"budget": {"pos": 0.12, "neg": 0.05}},
+        },
     }
 )
 

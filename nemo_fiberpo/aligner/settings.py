@@ -1,7 +1,7 @@
-"""The `algorithm`, `data` and `rewards` sections of a run's config, checked before anything is loaded.
+"""The `hierarchy`, `algorithm`, `data` and `rewards` sections of a run's config, checked before anything is loaded.
 
 Unknown keys and values that make no sense are ValueErrors that name the field. The keys of `algorithm` are explained in
-`algorithm.AlgorithmSettings`. `hierarchy` is `nemo_fiberpo.load_hierarchy`'s; `model`, `trainer` and `exp_manager` are
+`algorithm.AlgorithmSettings`, those of `hierarchy` in `nemo_fiberpo.config`; `model`, `trainer` and `exp_manager` are
 NeMo's own.
 """
 
@@ -15,8 +15,8 @@ from omegaconf import DictConfig
 
 from nemo_fiberpo.aligner.algorithm import AlgorithmSettings, KlSettings
 from nemo_fiberpo.aligner.fields import build, choice, plain, whole
-from nemo_fiberpo.config import mapping, reject_unknown_keys
-from nemo_fiberpo.objective import OBJECTIVES
+from nemo_fiberpo.config import mapping, parse_expert_partitions, parse_hierarchy, reject_unknown_keys, section
+from nemo_fiberpo.objective import OBJECTIVES, ExpertPartitions, Hierarchy
 from nemo_fiberpo.objective.stratum import nearest, positive_number
 from nemo_fiberpo.plan.assumptions import Assumptions
 
@@ -113,6 +113,16 @@ class WarmStartSettings:
     rehearsal: float
     check_every: int
     check_prompts: int
+
+
+def hierarchy_section(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None]:
+    """The `hierarchy` section, and how it partitions experts, if it does. Raises ValueError naming the field."""
+    try:
+        with section(cfg.hierarchy) as plain:
+            hierarchy = parse_hierarchy(plain)
+            return hierarchy, parse_expert_partitions(plain, hierarchy)
+    except ValueError as error:
+        raise ValueError(f"hierarchy.{error}") from error
 
 
 def algorithm_settings(cfg: DictConfig) -> AlgorithmSettings:
