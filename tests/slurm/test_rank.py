@@ -71,3 +71,14 @@ def test_a_signal_to_the_task_alone_reaches_its_ranks(tmp_path, launcher, number
         wait_for(lambda: count_waiting(output.read_text()) == ranks, 120, "the ranks")
         process.send_signal(number)
         assert process.wait(timeout=120) == 75, output.read_text()
+
+
+def test_a_signal_to_all_processes_of_a_task_does_not_hide_how_its_rank_ended(tmp_path):
+    """The shell and the rank get it, as from proctrack/linuxproc. Ten times, since the rank does not end every time at
+    the very moment in which bash could miss its status."""
+    for number in range(10):
+        output = tmp_path / f"output{number}"
+        with task("srun", "start start", output) as process:
+            wait_for(lambda output=output: count_waiting(output.read_text()) == 1, 120, "the rank")
+            os.killpg(process.pid, signal.SIGTERM)
+            assert process.wait(timeout=120) == 128 + signal.SIGTERM, output.read_text()
