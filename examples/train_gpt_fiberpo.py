@@ -41,7 +41,7 @@ def run(cfg: DictConfig) -> None:
     hierarchy, partitions = launch.check_sections(cfg)
     launch.check_host(cfg)
     settings, data, reward = algorithm_settings(cfg), data_settings(cfg), reward_settings(cfg)
-    check_gating(settings.gating, hierarchy, partitions.soft_columns if partitions is not None else ())
+    check_gating(settings.gating_map, hierarchy, partitions.soft_columns if partitions is not None else ())
     settings.check_passes(hierarchy.active, cfg.model.micro_batch_size)
     settings.check_data(data)
     check_precision(cfg.trainer.precision)

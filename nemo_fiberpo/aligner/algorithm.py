@@ -27,14 +27,26 @@ class KlSettings:
 
 
 @dataclass(frozen=True)
+class HierarchyGating:
+    """FiberPO: the hierarchy's own gates act.
+
+    use_min   J = sum_i w_i min(r_i A_i, rhat_i A_i), see `nemo_fiberpo.token_coefficients`; false is (18) to the letter
+    """
+
+    use_min: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.use_min, bool):
+            raise ValueError(f"use_min: must be true or false, got {self.use_min!r}")
+
+
+@dataclass(frozen=True)
 class AlgorithmSettings:
     """How rollouts become optimizer steps.
 
     objective            fiberpo: gated by the hierarchy; ppo, grpo, gspo, truly_ppo, apc: by `gating`, while the
                          hierarchy only reports. conf/algorithm/ has a file for each, with its `weights`
-    gating               the fields of that objective's map in `objective/ratio_gating.py`. Of fiberpo, use_min alone
-    use_min              written as gating.use_min: fiberpo's objective is sum_i w_i min(r_i A_i, rhat_i A_i), see
-                         `nemo_fiberpo.token_coefficients`; without it, (18) of the paper to the letter
+    gating               the fields of that objective's map in `objective/ratio_gating.py`; of fiberpo, `HierarchyGating`
     compile              whether the objective's passes over tokens are compiled: auto (on a GPU), true or false. The
                          environment variable NEMO_FIBERPO_COMPILE (auto, 1 or 0) comes before it
     samples_per_prompt   G, responses per prompt: the prompt group
@@ -63,8 +75,7 @@ class AlgorithmSettings:
     samples_per_prompt: int
     prompts_per_rollout: int
     objective: str = "fiberpo"
-    gating: RatioGating | None = None
-    use_min: bool = False
+    gating: RatioGating | HierarchyGating = field(default_factory=HierarchyGating)
     compile: bool | str = "auto"
     optimizer_steps: int = 1
     epochs: int = 1
@@ -82,14 +93,11 @@ class AlgorithmSettings:
 
     def __post_init__(self) -> None:
         choice(self, "objective", tuple(OBJECTIVES))
-        kind = OBJECTIVES[self.objective]
-        if (self.gating is None) != (kind is None) or (kind is not None and not isinstance(self.gating, kind)):
+        kind = OBJECTIVES[self.objective] or HierarchyGating
+        if not isinstance(self.gating, kind):
             raise ValueError(
-                f"gating: objective {self.objective} is gated by {kind.__name__ if kind else 'the hierarchy'}, "
-                f"got {self.gating!r}"
+                f"gating: objective {self.objective} has the fields of {kind.__name__}, got {self.gating!r}"
             )
-        if not isinstance(self.use_min, bool):
-            raise ValueError(f"gating.use_min: must be true or false, got {self.use_min!r}")
         if self.compile != "auto" and not isinstance(self.compile, bool):
             raise ValueError(f"compile: must be auto, true or false, got {self.compile!r}")
         for name in ("samples_per_prompt", "prompts_per_rollout", "optimizer_steps", "epochs", "data_epochs"):
@@ -125,6 +133,16 @@ class AlgorithmSettings:
             )
         if not isinstance(self.kl.coefficient, (int, float)) or not 0 <= self.kl.coefficient < float("inf"):
             raise ValueError(f"kl.coefficient: must be a finite number, at least 0, got {self.kl.coefficient!r}")
+
+    @property
+    def gating_map(self) -> RatioGating | None:
+        """The map that gates in place of the hierarchy; None for fiberpo."""
+        return None if isinstance(self.gating, HierarchyGating) else self.gating
+
+    @property
+    def use_min(self) -> bool:
+        """Whether the minimum of PPO is taken on top of the hierarchy's gates."""
+        return isinstance(self.gating, HierarchyGating) and self.gating.use_min
 
     @property
     def samples_per_rollout(self) -> int:

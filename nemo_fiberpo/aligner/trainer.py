@@ -68,7 +68,7 @@ class FiberPOTrainer(PPOTrainer):
                 f"{len(prompts)} prompts"
             )
         experts = parent["model"].experts
-        check_gating(settings.gating, hierarchy, () if experts is None else experts.partitions.soft_columns)
+        check_gating(settings.gating_map, hierarchy, () if experts is None else experts.partitions.soft_columns)
         self.strata = StrataLabels(hierarchy, prompts, () if experts is None else experts.names)
         self.strata.check()
         super().__init__(**parent, batch_iterator_cls=repeated_prompts(settings.samples_per_prompt))
@@ -233,7 +233,7 @@ class FiberPOTrainer(PPOTrainer):
         result = self.model.step(
             minibatch,
             self.hierarchy,
-            gating=self.settings.gating,
+            gating=self.settings.gating_map,
             use_min=self.settings.use_min,
             kl_coefficient=self.settings.kl.coefficient,
         )

@@ -76,7 +76,7 @@ def plan_of(cfg: DictConfig, name: str) -> Plan:
         problems += model_problems(cfg.model, bool(cfg.get("cpu", False)))
     if settings is not None and hierarchy is not None:
         soft = partitions.soft_columns if partitions is not None else ()
-        tried(lambda: check_gating(settings.gating, hierarchy, soft))
+        tried(lambda: check_gating(settings.gating_map, hierarchy, soft))
         tried(lambda: settings.check_passes(hierarchy.active, cfg.model.micro_batch_size))
     request = tried(lambda: _request(cfg, name, assumptions, settings, data, hierarchy, partitions, tried))
     if request is None:
@@ -180,7 +180,7 @@ def _request(
         hierarchy=hierarchy,
         prompts=prompts,
         partitions=table,
-        gating=settings.gating if settings is not None else None,
+        gating=settings.gating_map if settings is not None else None,
         kl=settings is not None and settings.kl.coefficient > 0,
         epochs=settings.epochs if settings is not None else 1,
         passes=settings.passes if settings is not None else 2,

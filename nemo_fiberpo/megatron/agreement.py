@@ -11,9 +11,6 @@ from torch import Tensor
 from nemo_fiberpo.megatron.groups import TokenAxes
 from nemo_fiberpo.objective import Riders
 
-SIZE = 4
-"""Numbers that ride in the first reduction of a step."""
-
 
 def agreement(axes: TokenAxes, microbatches: int, problem: str | None, device: torch.device) -> Riders:
     """Riders by which every rank raises the same refusal, instead of leaving some waiting.

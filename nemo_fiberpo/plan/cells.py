@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_fiberpo.megatron.agreement import SIZE as AGREEMENT
 from nemo_fiberpo.objective import Cells, Hierarchy, RatioGating, SharedCells, build_cells, surrogate
 from nemo_fiberpo.objective.expert_partitions import COLUMN, soft_membership
 from nemo_fiberpo.objective.report import empty_fields, pack
 
+AGREEMENT = 4
+"""Numbers of `megatron.agreement` that ride in the first reduction of a step."""
 OF_ROLLOUT = ("prompt_group", "trajectory", "state")
 
 
