@@ -138,11 +138,12 @@ def _gating(objective: Any, fields: Any) -> dict[str, Any]:
     fields = mapping({} if fields is None else fields, "algorithm.gating")
     if not isinstance(objective, str) or objective not in OBJECTIVES:
         return {}
-    if objective == "fiberpo" and set(fields) - {"use_min"}:
+    others = [name for name in fields if name != "use_min"]
+    if objective == "fiberpo" and others:
         known = ", ".join(name for name in OBJECTIVES if name != "fiberpo")
         raise ValueError(
-            f"algorithm.gating.{min(set(fields) - {'use_min'})}: objective fiberpo is gated by the hierarchy and has no "
-            f"field here but use_min; with algorithm.objective: {known}"
+            f"algorithm.gating.{others[0]}: objective fiberpo is gated by the hierarchy and has no field here but "
+            f"use_min; with algorithm.objective: {known}"
         )
     return {"gating": build(OBJECTIVES[objective] or HierarchyGating, fields, "algorithm.gating")}
 
