@@ -147,7 +147,7 @@ def first_of_each_domain(prompts, number: int):
 def supervised_step(actor, hierarchy, optimizer, scheduler, examples, global_batch: int) -> None:
     """One optimizer step on -mean log-likelihood of the answers, each answer weighing the same."""
     from nemo_fiberpo.aligner.minibatch import flat, in_rows, shape_of, take
-    from nemo_fiberpo.objective.cells import build_cells
+    from nemo_fiberpo.objective import build_cells
 
     width = max(len(prompt) + len(answer) for prompt, answer in examples)
     tokens = torch.full((len(examples), width), actor.tokenizer.eos_id)
@@ -161,7 +161,7 @@ def supervised_step(actor, hierarchy, optimizer, scheduler, examples, global_bat
     labels = {"trajectory": flat(torch.arange(len(examples)), mask, rows)}
     columns = {"mask": mask, "logprobs": torch.zeros(mask.shape), "advantage": torch.ones(len(examples))}
     cells = build_cells(["trajectory"], labels, take(mask, rows), shape=shape_of(rows))
-    minibatch = in_rows(columns, rows, weights, cells, None)
+    minibatch = in_rows(columns, rows, weights, cells.shared, None)
     actor.prepare_for_training()
     optimizer.zero_grad()
     actor.prepare_for_training_step()

@@ -28,8 +28,7 @@ from yaml import YAMLError
 
 from .objective import Budget, ExpertPartitions, Hierarchy, SlopeCap, Stratum
 from .objective.expert_partitions import COLUMN
-from .objective.hierarchy import positive_number
-from .objective.wording import nearest
+from .objective.stratum import nearest, positive_number
 
 STRATUM_KEYS = ("name", "budget", "budgets", "slope", "enabled", "join", "only", "beside", "min_tokens")
 

@@ -24,7 +24,7 @@ from nemo_fiberpo.aligner.settings import SECTIONS, check_resume, cluster_settin
 from nemo_fiberpo.config import load_expert_partitions, load_hierarchy, reject_unknown_keys
 from nemo_fiberpo.megatron.timeouts import limit_collectives
 from nemo_fiberpo.objective import ExpertPartitions, Hierarchy
-from nemo_fiberpo.objective.hierarchy import positive_number
+from nemo_fiberpo.objective.stratum import positive_number
 from nemo_fiberpo.plan.batches import Batches
 
 _NEMO = ("model", "trainer", "exp_manager", "hydra")  # sections whose unknown keys Hydra refuses

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nemo_fiberpo.megatron.sequences import Rows
-from nemo_fiberpo.objective import Cells
+from nemo_fiberpo.objective import SharedCells
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Minibatch:
     weights: Sequence[Tensor]
     weighted_advantage: Sequence[Tensor]
     mask: Sequence[Tensor]
-    cells: Cells
-    parts: Sequence[Cells] | None = None
+    cells: SharedCells
+    parts: Sequence[SharedCells] | None = None
     expert_labels: Sequence[Tensor] | None = None
 
 
@@ -42,8 +42,8 @@ def in_rows(
     part: Mapping[str, Tensor],
     rows: Sequence[Rows],
     weights: Tensor,
-    cells: Cells,
-    parts: Sequence[Cells] | None,
+    cells: SharedCells,
+    parts: Sequence[SharedCells] | None,
     expert_labels: str | None = None,
 ) -> Minibatch:
     """The columns of a minibatch, [b, s - 1], in the rows of its micro-batches; `weights` are in rows already, flat.

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_fiberpo.aligner import storage
 from nemo_fiberpo.aligner.manifest import write_atomically
-from nemo_fiberpo.objective.wording import nearest
+from nemo_fiberpo.objective.stratum import nearest
 
 # What may change whenever a run goes on: how long it runs, how often it is looked at and saved, and what grades faster.
 _MAY_CHANGE = (

@@ -17,8 +17,7 @@ from nemo_fiberpo.aligner.algorithm import AlgorithmSettings, KlSettings
 from nemo_fiberpo.aligner.fields import build, choice, plain, whole
 from nemo_fiberpo.config import mapping, reject_unknown_keys
 from nemo_fiberpo.objective import OBJECTIVES, RatioGating
-from nemo_fiberpo.objective.hierarchy import positive_number
-from nemo_fiberpo.objective.wording import nearest
+from nemo_fiberpo.objective.stratum import nearest, positive_number
 from nemo_fiberpo.plan.assumptions import Assumptions
 
 TOO_LONG = ("error", "drop")

@@ -31,8 +31,7 @@ from nemo_fiberpo.megatron.groups import exchange, non_finite
 from nemo_fiberpo.megatron.one_pass import one_pass_cells
 from nemo_fiberpo.megatron.sequences import Rows
 from nemo_fiberpo.megatron.step import StepResult
-from nemo_fiberpo.objective import Cells, Hierarchy, check_gating, token_weights
-from nemo_fiberpo.objective.cells import build_cells
+from nemo_fiberpo.objective import Cells, Hierarchy, build_cells, check_gating, token_weights
 from nemo_fiberpo.objective.expert_partitions import COLUMN
 
 

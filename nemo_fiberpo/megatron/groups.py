@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_fiberpo.objective.cells import Cells
+from nemo_fiberpo.objective import Cells, SharedCells
 
 GATHERED = ("slice", "sum")
 """What the backward pass of a gather of log-probs does with the gradient [b, s] that every rank of the axis computes:
@@ -286,7 +286,7 @@ def exchange(
     axes: TokenAxes,
     facts: Mapping[str, Any] | None = None,
     problem: str | None = None,
-) -> list[Cells]:
+) -> list[SharedCells]:
     """Agree on the cells of all minibatches of a rollout: global counts and slots, by one exchange.
 
     Args

@@ -16,14 +16,12 @@ from torch import Tensor
 from nemo_fiberpo.megatron.groups import Reducer, TokenAxes, gather_censuses
 from nemo_fiberpo.megatron.schedule import Policy, loss_scale, refuse_inexact
 from nemo_fiberpo.megatron.step import StepResult, StepTokens, backward_pass, shape_problem
-from nemo_fiberpo.objective.cells import Cells
-from nemo_fiberpo.objective.hierarchy import Hierarchy
-from nemo_fiberpo.objective.ratio_gating import RatioGating
-from nemo_fiberpo.objective.regimes import make_report, merge_parts
-from nemo_fiberpo.objective.surrogate import Surrogate, surrogate
+from nemo_fiberpo.objective import Cells, Hierarchy, RatioGating, SharedCells, Surrogate, surrogate
+from nemo_fiberpo.objective.report import empty_fields, make_report, merge, pack, unpack
+from nemo_fiberpo.objective.sharing import all_reduce
 
 
-def one_pass_cells(cells: Sequence[Cells], axes: TokenAxes, problem: str | None = None) -> list[Cells]:
+def one_pass_cells(cells: Sequence[Cells], axes: TokenAxes, problem: str | None = None) -> list[SharedCells]:
     """The cells of every micro-batch of a step, each shared within its context-parallel group alone.
 
     Args
@@ -57,7 +55,7 @@ def one_pass_cells(cells: Sequence[Cells], axes: TokenAxes, problem: str | None 
 def _in_two_places(
     cells: Sequence[Cells], level: int, label: int, first: tuple, second: tuple, names: list[str]
 ) -> ValueError:
-    stratum = cells[0].levels[level]
+    stratum = cells[0].stages.strata[level]
     rank_names = [name for name in names if name != "cp"]
 
     def said(place: tuple[tuple[int, ...], int]) -> str:
@@ -65,8 +63,8 @@ def _in_two_places(
         return f"micro-batch {place[1]}{where}"
 
     return ValueError(
-        f"one pass: {stratum.name} {stratum.called(label)} has tokens in {said(first)} and in {said(second)}; put "
-        f"every {stratum.name} into one micro-batch, or use two passes, which are exact for any split"
+        f"one pass: {stratum} {cells[0].called(level, label)} has tokens in {said(first)} and in {said(second)}; put "
+        f"every {stratum} into one micro-batch, or use two passes, which are exact for any split"
     )
 
 
@@ -74,11 +72,12 @@ def one_pass_step(
     policy: Policy,
     microbatches: Sequence[Any],
     tokens: StepTokens,
-    parts: Sequence[Cells],
+    parts: Sequence[SharedCells],
     hierarchy: Hierarchy,
     reducer: Reducer,
     *,
     gating: RatioGating | None = None,
+    use_min: bool = False,
     extra_loss: Callable[[Tensor, Any], Tensor] | None = None,
 ) -> StepResult:
     """Accumulate the gradient of -J(global batch) (+ extra losses) with one forward and one backward pass.
@@ -109,7 +108,7 @@ def one_pass_step(
         try:
             log_ratio = (torch.zeros_like(old) if misfit else log_probs.to(old.device) - old).reshape(-1)
             weighted = tokens.weighted_advantage[index].reshape(-1)
-            result = surrogate(log_ratio, weighted, parts[index], hierarchy, within, gating)
+            result = surrogate(log_ratio, weighted, parts[index], hierarchy, within, gating, use_min)
         except ValueError as error:
             # The other ranks are in the middle of Megatron's schedule: they are told at its end.
             problems.append(f"micro-batch {index}: {error}")
@@ -123,15 +122,13 @@ def one_pass_step(
     scale = loss_scale(len(microbatches), reducer.axes)
     extra = backward_pass(policy, microbatches, coefficients_of, scale, extra_loss)
     speaks = within is None or within.axes.axes[0].rank == 0
-    merged = merge_parts([result.parts for result in results] if speaks else [], tokens.cells)
-    value = sum(result.value for result in results) if speaks else 0.0
-    head = merged[0].new_tensor([float(bool(problems)), value])
-    summed = reducer(torch.cat([head, *(part.reshape(-1) for part in merged)]))
-    if problems or float(summed[0]):
+    fields = merge([result.fields for result in results] if speaks else [], empty_fields(tokens.cells))
+    refused = fields["value"].new_tensor([float(bool(problems))])
+    summed = all_reduce({"refused": refused, **pack(fields, tokens.cells)}, reducer)
+    if problems or float(summed.pop("refused")):
         raise ValueError(problems[0] if problems else "one pass: another rank has refused its tokens; see its error")
-    flat = summed[2:].split([part.numel() for part in merged])
-    report = make_report([part.view(like.shape) for part, like in zip(flat, merged, strict=True)], tokens.cells)
-    return StepResult(-float(summed[1]), report, extra, 0.0, coefficients)
+    value, report = make_report(unpack(summed), tokens.cells)
+    return StepResult(-value, report, float(extra), 0.0, coefficients)
 
 
 def _within_context_parallel(axes: TokenAxes) -> Reducer | None:

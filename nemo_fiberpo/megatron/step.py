@@ -18,14 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_fiberpo.megatron.agreement import Agreeing
+from nemo_fiberpo.megatron.agreement import agreement
 from nemo_fiberpo.megatron.groups import Reducer
 from nemo_fiberpo.megatron.schedule import Policy, loss_scale, refuse_inexact, run, without_trace
-from nemo_fiberpo.objective.cells import Cells
-from nemo_fiberpo.objective.hierarchy import Hierarchy
-from nemo_fiberpo.objective.ratio_gating import RatioGating
-from nemo_fiberpo.objective.regimes import Report
-from nemo_fiberpo.objective.surrogate import on_policy_coefficients, surrogate
+from nemo_fiberpo.objective import (
+    Hierarchy,
+    RatioGating,
+    Report,
+    SharedCells,
+    on_policy_coefficients,
+    surrogate,
+)
 
 __all__ = ["Policy", "StepResult", "StepTokens", "current_log_probs", "exact_step", "linear_loss"]
 
@@ -45,7 +48,7 @@ class StepTokens:
     old_log_probs: Sequence[Tensor]
     weighted_advantage: Sequence[Tensor]
     mask: Sequence[Tensor]
-    cells: Cells
+    cells: SharedCells
 
     def __post_init__(self) -> None:
         for name in ("weighted_advantage", "mask"):
@@ -86,6 +89,7 @@ def exact_step(
     reducer: Reducer,
     *,
     gating: RatioGating | None = None,
+    use_min: bool = False,
     on_policy: bool = False,
     extra_loss: Callable[[Tensor, Any], Tensor] | None = None,
     forward_only: bool = False,
@@ -95,6 +99,7 @@ def exact_step(
     Args
         microbatches  this rank's micro-batches of the optimizer step; as many on every rank
         gating        a map of `objective.ratio_gating` instead of FiberPO's, see `surrogate`
+        use_min       as in `surrogate`
         on_policy     the current policy is the one that gave the old log-probs: same weights, precision and layout. The
                       log-ratios are 0, c_j = w_j A_j, and pass A and both reductions are skipped
         extra_loss    (log-probs [b, s], micro-batch) -> scalar to be added to the loss, such as a KL penalty: this
@@ -126,22 +131,25 @@ def exact_step(
         flat = on_policy_coefficients(flat_advantage, tokens.cells)
     else:
         current = current_log_probs(policy, microbatches) if problem is None else []
-        agreeing = Agreeing(reducer, len(microbatches), problem or _shape_problem(current, tokens.old_log_probs))
-        log_ratio = _log_ratio(current, tokens) if agreeing.problem is None else torch.zeros_like(flat_advantage)
-        result = surrogate(log_ratio, flat_advantage, tokens.cells, hierarchy, agreeing, gating)
+        problem = problem or _shape_problem(current, tokens.old_log_probs)
+        log_ratio = _log_ratio(current, tokens) if problem is None else torch.zeros_like(flat_advantage)
+        riders = agreement(reducer.axes, len(microbatches), problem, flat_advantage.device)
+        result = surrogate(log_ratio, flat_advantage, tokens.cells, hierarchy, reducer, gating, use_min, riders)
         flat, loss, report, reference = result.coefficients, -result.value, result.report, current or reference
     coefficients = split_like(flat, tokens.old_log_probs)
-    extra, gaps = 0.0, [0.0]
+    extra, gaps = torch.zeros(()), [torch.zeros(())]
 
     def coefficients_of(index: int, log_probs: Tensor) -> Tensor:
         difference = (log_probs - reference[index].to(log_probs.device)).abs()
-        gaps.append(float(torch.where(tokens.mask[index].to(log_probs.device), difference, 0.0).amax()))
+        gaps.append(torch.where(tokens.mask[index].to(log_probs.device), difference, 0.0).amax())
         return coefficients[index]
 
     if not forward_only:
         scale = loss_scale(len(microbatches), reducer.axes)
         extra = backward_pass(policy, microbatches, coefficients_of, scale, extra_loss)
-    return StepResult(loss, report, extra, max(gaps), coefficients)
+    gap = torch.stack([value.double().to(gaps[-1].device) for value in gaps]).amax()
+    extra_sum, gap_most = torch.stack([extra.double().to(gap.device), gap]).tolist()
+    return StepResult(loss, report, extra_sum, gap_most, coefficients)
 
 
 def current_log_probs(policy: Policy, microbatches: Sequence[Any]) -> list[Tensor]:
@@ -166,8 +174,9 @@ def backward_pass(
     coefficients_of: Callable[[int, Tensor], Tensor],
     scale: float,
     extra_loss: Callable[[Tensor, Any], Tensor] | None,
-) -> float:
-    """Pass D: forward and backward of (-sum_j c_j log pi_j + extra losses) * scale; returns this rank's extra losses.
+) -> Tensor:
+    """Pass D: forward and backward of (-sum_j c_j log pi_j + extra losses) * scale; returns this rank's extra losses,
+    which the host has not read.
 
     `coefficients_of(index, log-probs)` gives the c_j of a micro-batch, from its log-probs without gradient; it is
     called on the last stage alone.
@@ -185,7 +194,7 @@ def backward_pass(
         return policy.forward(batch, module), loss_func
 
     kept = run(policy, forward_step, microbatches, forward_only=False, collect_non_loss_data=False)
-    return float(sum(entry["extra"] for entry in kept))
+    return torch.stack([entry["extra"] for entry in kept]).sum() if kept else torch.zeros(())
 
 
 def linear_loss(log_probs: Tensor, coefficients: Tensor) -> Tensor:

@@ -1,11 +1,10 @@
 """The objective, in pure torch: strata and cells, gates, the gating operator and its adjoint, weights, reports."""
 
-from .cells import Cells, build_cells
 from .expert_partitions import ExpertPartitions
 from .fibration import gated_log_ratio, token_coefficients
-from .hierarchy import Budget, Hierarchy, SlopeCap, Stratum
-from .levels import Level
-from .named_cells import NamedReport
+from .gates import Gate
+from .hierarchy import Hierarchy, build_cells
+from .labels import prefix_state_labels
 from .ratio_gating import (
     OBJECTIVES,
     Apc,
@@ -15,11 +14,10 @@ from .ratio_gating import (
     TrulyPpo,
     check_gating,
 )
-from .ratio_objective import gated_ratio
-from .regimes import ChannelReport, Report, StratumReport
-from .sharing import Reduce
-from .states import prefix_state_labels
-from .surrogate import Surrogate, on_policy_coefficients, surrogate, token_weights
+from .report import ChannelReport, NamedReport, Report, StratumReport
+from .sharing import Cells, Level, Reduce, Riders, SharedCells
+from .stratum import Budget, SlopeCap, Stratum
+from .surrogate import Surrogate, gated_ratio, on_policy_coefficients, surrogate, token_weights
 
 __all__ = [
     "OBJECTIVES",
@@ -28,6 +26,7 @@ __all__ = [
     "Cells",
     "ChannelReport",
     "ExpertPartitions",
+    "Gate",
     "Gspo",
     "Hierarchy",
     "Level",
@@ -36,6 +35,8 @@ __all__ = [
     "RatioGating",
     "Reduce",
     "Report",
+    "Riders",
+    "SharedCells",
     "SlopeCap",
     "Stratum",
     "StratumReport",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .wording import nearest
+from .stratum import nearest
 
 KINDS = ("tv", "kl")
 

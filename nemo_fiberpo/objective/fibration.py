@@ -1,34 +1,32 @@
-"""The gating operator over a chain of strata (EQUATIONS, MASTER; (26), (31), (32)) and its adjoint (section 6).
+"""The gating operator on forests of cells and its exact adjoint: (26), (31), (32) and the gradient (19).
 
-Value, for a token i with label l_i and finest cell c:
-    L_i = sum_l [ sum_n g(X_n^l; C_n^l, k_n) + clip(a_i^l - M_c^l, +-eps) ],    rhat_i = exp(L_i)
-The gates and the clip of the channel that token i is not in depend on the cell and the label alone, so that
-    L_i = offset^{l_i}(c) + clip(ell_i - M_c^{l_i}, +-eps)
-    offset^l(c) = sum_{l',n} g(X_n^{l'}) + clip(-M_c^{-l}, +-eps)
+Per channel l, a_i^l = ell_i where token i is in channel l, else 0; A_j^l its sums over joint cells, N_j their tokens of
+this rank, and count_n the tokens of a node over all ranks. Forests are extracted one after the other, each from what
+those before it have left (a chain is one forest; its branches follow it, and `sweeps` repeats both):
 
-Adjoint, for any y_i (y_i = w_i A_i rhat_i gives the gradient of the objective), with G = g'(X), Y^l the sum of the y_i
-of label l in a cell, Y = Y^+ + Y^-, and sat^l the part of Y^l whose own clip is saturated:
-    finest   Z_K^l(c) = (G_K^l - 1) Y + sat^l + 1[|M_c^l| > eps] Y^{-l}
-    coarser  Z_n^l(c) = sum over the children c' of (G_n^l(c) - G_{n+1}^l(c')) Y(c')
-    c_j = 1[own clip not saturated] y_j + sum_n Z_n^{l_j}(c_n(j)) / N_{c_n(j)}
-This is Z_n^l(c) = sum_i y_i (G_n^l - G_{n+1}^l) with the terms that cancel left out: while nothing saturates every Z is
-exactly 0, and c_j = y_j to the bit. Z is linear in sums over tokens, so sums of different ranks add up.
+    O = 0, X_f = 0
+    for f in visits:     m = up(A - N O) / count          the mean of what is left, (9) and (33)      one reduction
+                         X_f += m - m[parent];  O += m[leaf]
+    log rhat_i = L_i = clip(ell_i - O^{l_i}, +-eps) + offset^{l_i},   l_i the token's own channel
+    offset^l = sum over f and the path from the leaf to the root of g(X_f^+) + g(X_f^-),  + clip(-O^{-l}, +-eps)
 
-A cell r that is merged into its parent p (`Stratum.min_tokens`) has M_r := M_p, hence X_r = 0 and G_r = 1, so that
-dM_r is dM_p: Z(r) is added to Z(p), from the finest level up, and then 0.
+While no gate and no clip acts, L_i = ell_i. With G = g'(X), y_i = w_i A_i rhat_i (or any other derivative of a function
+of L), Y^l its sums over joint cells, Y = Y^+ + Y^-:
 
-Where the tokens of cells are weighed by memberships q_ie (membership.py), L_ie is as above for token i in cell e, with
-sums and counts weighed by q, and L_i = sum_e q_ie L_ie, c_j = sum_e q_je (chi_je y_j + sum_n Z_n(c_n(j, e)) / Q_n).
+    Obar^l = sum of those y of channel l whose own clip is saturated + [|O^l| > eps] Y^{-l},   Z = 0
+    for f in reversed(visits):  mbar = minus_children((G - 1) up(Y)) + Obar at the leaves             one reduction
+                                b = mbar / count, summed over the path to the root;  Z += b;  Obar -= N b
+    c_i = dJ / d ell_i = [own clip not saturated] y_i + Z^{l_i}
 
-SPMD: token tensors are sharded over ranks, per-cell tensors hold the cells of this rank, with global values. `reduce`
-is called exactly twice by each of `token_coefficients` and `gated_log_ratio` (forward and backward); with branches
-`Hierarchy.num_reductions` times, half of them forward and half of them backward. What is said here of the finest cell
-holds with branches for the joint cell, with the sum of all extractions in place of M_c (see branches.py).
+With G - 1 and the saturated part as seeds every Z is exactly 0 on-policy, and c_i = w_i A_i to the bit.
+
+SPMD: tokens are sharded over ranks. A node's values are global on every rank that holds it. A, N and Obar are this
+rank's parts; only sums at shared nodes travel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,163 +34,170 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .branches import BranchedCells, joint_adjoint, stage_adjoint
-from .cells import Cells
-from .drift import Drift, check_tokens, compute_dtype, measure
-from .gates import aggregate_gate, log_clip
+from . import kernels
+from .gates import log_clip
 from .hierarchy import Hierarchy
-from .levels import merge_into_parents
-from .sharing import Reduce, exchange
+from .kernels import Weighed, compute_dtype
+from .sharing import NO_RIDERS, Cells, Reduce, Riders, SharedCells, all_reduce
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Log-ratios and weights (of `kernels.weigh`) of this rank's tokens [T], and as their pieces hold them [P, S]."""
+
+    log_ratio: Tensor
+    weight: Tensor | None
+    log_ratio_PS: Tensor
+    weight_PS: Tensor | None
+
+    @classmethod
+    def of(cls, cells: SharedCells, log_ratio: Tensor, weight: Tensor | None = None) -> Tokens:
+        """Of tensors that `checked` has passed, without their gradients."""
+        log_ratio, weight = log_ratio.detach(), None if weight is None else weight.detach()
+        spread = cells.layout.spread
+        return cls(log_ratio, weight, spread(log_ratio), None if weight is None else spread(weight))
+
+
+@dataclass(frozen=True, eq=False)
+class Drift:
+    """What the log-ratios come to in cells, float64.
+
+    sums_2J       A: this rank's channel sums of joint cells
+    mean          per forest [2, N]: channel means M of its nodes, over all their tokens
+    drift         per forest [2, N]: X, what a node drifts beyond its parent and the forests before it
+    reference_2J  O: what tokens measure their own residual from
+    largest_P     the largest |ell| of each piece
+    """
+
+    sums_2J: Tensor
+    mean: list[Tensor]
+    drift: list[Tensor]
+    reference_2J: Tensor
+    largest_P: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Gates:
-    """Aggregate gates of all cells of this rank, per level, coarsest first, float64.
+    """The gates of all nodes, per forest: budget C, value g(X) and derivative G, [2, N] each; and the token clip of
+    every joint cell [J] with what a token adds to its own clipped residual [2, J]."""
 
-    `budget`, `value` and `slope` are [2, C] each; `mean_2C` and `offset_2C` are what tokens read from their finest
-    cell. `crossed`: the mean of some finest cell is beyond the token clip, so that the other channel is clipped there.
-    """
-
-    drift: Drift
     budget: list[Tensor]
     value: list[Tensor]
     slope: list[Tensor]
-    mean_2C: Tensor
-    offset_2C: Tensor
-    token_clip: float
-    crossed: bool = False
+    clip_J: Tensor
+    offset_2J: Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class TokenSums:
-    """Local sums over tokens, float64: y and its saturated part per finest cell [2, C]; clipped tokens; max |ell|.
+def measure(
+    tokens: Tokens, cells: SharedCells, reduce: Reduce | None, riders: Riders = NO_RIDERS
+) -> tuple[Drift, dict[str, Tensor]]:
+    """The extraction above; and the sums of the riders, which are checked before anything else.
 
-    Where no mean of a cell is beyond the token clip, the channels of y are never read apart, and the first row of
-    `total_2C` holds all of it.
+    Raises ValueError on every rank where a live token of any rank has a non-finite log-ratio or weight, or where the
+    reduction is over other ranks than those that share the cells.
     """
+    layout, forests = cells.layout, cells.forests
+    sums_P2, largest_P, bad_P2 = kernels.run(kernels.measure, tokens.log_ratio_PS, tokens.weight_PS, layout.entries)
+    sums_2J, bad_2 = layout.cell_sums(sums_P2), bad_P2.sum(0)
+    local = [forest.up(sums_2J) for forest in forests]
+    parts = {"checks": torch.cat([bad_2, bad_2.new_ones(1)]), **riders.parts}
+    parts |= {f"sums {index}": forest.slots.pack(local[index]) for index, forest in enumerate(forests)}
+    summed = all_reduce(parts, reduce)
+    riders.check(summed)
+    _check(summed["checks"], bad_2, tokens, cells, reduce)
+    sums = [forest.slots.unpack(local[index], summed[f"sums {index}"]) for index, forest in enumerate(forests)]
+    drift = [torch.zeros_like(value) for value in sums]
+    reference_2J = torch.zeros_like(sums_2J)
+    for number, index in enumerate(cells.stages.visits):
+        forest, left = forests[index], sums[index]
+        if number:
+            left = forest.up(sums_2J - cells.count_J * reference_2J)
+            left = forest.slots.unpack(left, all_reduce({"": forest.slots.pack(left)}, reduce)[""])
+        mean_2N = left / forest.count_N
+        drift[index] = drift[index] + forest.minus_parent(mean_2N)
+        reference_2J = reference_2J + forest.at(mean_2N)
+    means = [value / forest.count_N for value, forest in zip(sums, forests, strict=True)]
+    return Drift(sums_2J, means, drift, reference_2J, largest_P), summed
 
-    total_2C: Tensor
-    saturated_2C: Tensor
-    clipped: Tensor
-    largest: Tensor
 
-
-def gate_cells(drift: Drift, cells: Cells, hierarchy: Hierarchy) -> Gates:
-    """Gate the residual mean of every cell with the budgets and slopes that `hierarchy` gives it."""
-    hierarchy.check_levels(cells)
+def gate_cells(drift: Drift, cells: SharedCells, hierarchy: Hierarchy) -> Gates:
+    """Gate the drift of every node with the gate, budgets and slope that `hierarchy` gives its stratum."""
     budgets, values, slopes = [], [], []
-    for stratum, level, residual in zip(hierarchy.active, cells.levels, drift.residual, strict=True):
-        budget_2C, slope_C = stratum.resolve(level)
-        value, slope = aggregate_gate(residual, budget_2C, slope_C)
-        budgets.append(budget_2C)
+    clip_J = hierarchy.clip_of(cells)
+    offset_J = torch.zeros_like(drift.reference_2J[0])
+    for forest, drift_2N in zip(cells.forests, drift.drift, strict=True):
+        gated = []
+        for stratum, nodes in forest.slices.items():
+            budget_2C, slope_C = hierarchy.budget_of(cells.levels[stratum])
+            budget, slope = budget_2C[:, forest.cell_N[nodes]], slope_C[forest.cell_N[nodes]]
+            gated.append((budget, *hierarchy.active[stratum].gate(drift_2N[:, nodes], budget, slope)))
+        budget, value, slope = (torch.cat(part, 1) for part in zip(*gated, strict=True))
+        offset_J = offset_J + forest.path(value.sum(0))
+        budgets.append(budget)
         values.append(value)
         slopes.append(slope)
-    if not cells.levels:
-        zeros = torch.zeros(2, 1, dtype=torch.float64, device=cells.layout.cell_P.device)
-        return Gates(drift, [], [], [], zeros, zeros, hierarchy.token_clip)
-    mean_2C = drift.mean[-1] if drift.reference_2C is None else drift.reference_2C
-    offset_2C = cells.down(values).sum(0) + log_clip(-mean_2C.flip(0), hierarchy.token_clip)
-    crossed = bool((mean_2C.abs() > hierarchy.token_clip).any())
-    return Gates(drift, budgets, values, slopes, mean_2C, offset_2C, hierarchy.token_clip, crossed)
+    return Gates(budgets, values, slopes, clip_J, offset_J + log_clip(-drift.reference_2J.flip(0), clip_J))
 
 
-def weigh_tokens(
-    log_ratio_T: Tensor, weight_T: Tensor, cells: Cells, gates: Gates, exponentiate: bool, counting: bool = False
-) -> tuple[Tensor, TokenSums]:
-    """y_j where a token's own clip is not saturated, else 0, as [T]; and the sums of y that the adjoint needs.
-
-    y = weight * exp(L) with `exponentiate`, else the weight itself. `counting` also fills the figures of the report.
-    """
-    layout, dtype, eps = cells.layout, compute_dtype(log_ratio_T), gates.token_clip
-    mean_2P, offset_2P = layout.spread(gates.mean_2C).to(dtype), layout.spread(gates.offset_2C).to(dtype)
-    total_2P, saturated_2P = layout.zeros(), layout.zeros()
-    make = torch.empty if layout.num_cells else torch.zeros
-    out_T = make(cells.num_tokens, dtype=dtype, device=log_ratio_T.device)
-    clipped, largest = total_2P.new_zeros(()), total_2P.new_zeros(())
-    for block in layout.blocks():
-        x = block.take(log_ratio_T, dtype, "x")
-        neg = block.negative(x)
-        residual = block.own(mean_2P, neg, "residual")
-        torch.sub(x, residual, out=residual)
-        clip = log_clip(residual, eps, out=block.buffer("clip", dtype))
-        outside = residual.sub_(clip).ne_(0.0)
-        y = block.take(weight_T, dtype, "y")
-        if exponentiate:
-            ratio = block.mixed(clip.add_(block.own(offset_2P, neg, "offset"))).exp_()
-            y = torch.mul(y, ratio, out=ratio)
-        if counting:
-            clipped += block.total(outside)
-            largest = torch.maximum(largest, x.abs().amax().double())
-        if gates.crossed:
-            block.add(total_2P, neg, y)
-        else:
-            block.add_undivided(total_2P, y)
-        saturated = outside.mul_(y)
-        block.write_rest(out_T, y, saturated)
-        block.add(saturated_2P, neg, saturated)
-    return out_T, TokenSums(layout.fold(total_2P), layout.fold(saturated_2P), clipped, largest)
+def weigh(
+    tokens: Tokens, cells: SharedCells, drift: Drift, gates: Gates, exponentiate: bool = True, use_min: bool = False
+) -> Weighed:
+    """y of every token and its sums, see `kernels.weigh`."""
+    pieces = tokens.log_ratio_PS, tokens.weight_PS, _table(tokens, cells, drift, gates), cells.layout.entries
+    weighed: Weighed = kernels.run(kernels.weigh, *pieces, exponentiate, use_min)
+    return weighed
 
 
-def adjoint_sums(sums: TokenSums, cells: Cells, gates: Gates) -> list[Tensor]:
-    """Z_n^l of every level, coarsest first, [2, C]: this rank's part, linear in its tokens."""
-    if not cells.levels:
-        return []
-    y_2C = sums.total_2C
-    crossed = (gates.mean_2C.abs() > gates.token_clip).to(y_2C.dtype)
-    if isinstance(cells, BranchedCells):
-        return stage_adjoint(gates.slope, y_2C, sums.saturated_2C + crossed * y_2C.flip(0), cells)
-    finest = (gates.slope[-1] - 1.0) * y_2C.sum(0) + sums.saturated_2C + crossed * y_2C.flip(0)
-    total = [level_2C.sum(0) for level_2C in cells.up(y_2C)]
-    out = [finest]
-    for index in range(len(cells.levels) - 1, 0, -1):
-        parent_C = cells.levels[index].up_C
-        above = gates.slope[index - 1]
-        terms = (above[:, parent_C] - gates.slope[index]) * total[index]
-        out.append(torch.zeros_like(above).index_add_(1, parent_C, terms))
-    return merge_into_parents(out[::-1], cells.levels, range(len(out)))
+def _table(tokens: Tokens, cells: SharedCells, drift: Drift, gates: Gates) -> Tensor:
+    """What the pieces read of their joint cells, see `kernels.gate`."""
+    table_5J = torch.cat([drift.reference_2J, gates.offset_2J, gates.clip_J[None]])
+    return cells.layout.table(table_5J, compute_dtype(tokens.log_ratio))
 
 
-def add_adjoint(
-    out_T: Tensor, log_ratio_T: Tensor, adjoint: list[Tensor], cells: Cells, reduce: Reduce | None
-) -> Tensor:
-    """Add sum_n Z_n^{l_j} / N_n of the own cells to every live token, in place; `adjoint` is global."""
-    if not cells.levels:
-        return out_T
-    if isinstance(cells, BranchedCells):
-        per_token_2C = joint_adjoint(adjoint, cells, reduce)
-    else:
-        per_token_2C = cells.down([z_2C / level.count_C for z_2C, level in zip(adjoint, cells.levels, strict=True)])
-    if not bool(per_token_2C.any()):
-        return out_T
-    table_2P = cells.layout.spread(per_token_2C).to(out_T.dtype)
-    for block in cells.layout.blocks():
-        neg = block.negative(block.take(log_ratio_T, out_T.dtype, "x"))
-        block.accumulate(out_T, block.own(table_2P, neg, "own"))
-    return out_T
-
-
-def evaluate(
-    log_ratio_T: Tensor,
-    weighted_advantage_T: Tensor,
-    cells: Cells,
-    hierarchy: Hierarchy,
+def coefficients(
+    tokens: Tokens,
+    weighed: Weighed,
+    cells: SharedCells,
+    drift: Drift,
+    gates: Gates,
     reduce: Reduce | None,
-    head: Callable[[Gates, TokenSums], Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Coefficients [T] and the global sum of `head`, a float64 vector that rides in the second reduction."""
-    hierarchy.check_levels(cells)
-    check_tokens("log_ratio", log_ratio_T, cells)
-    check_tokens("weighted_advantage", weighted_advantage_T, cells)
-    log_ratio_T, weight_T = log_ratio_T.detach().contiguous(), weighted_advantage_T.detach().contiguous()
-    gates = gate_cells(measure(log_ratio_T, cells, reduce, weight_T), cells, hierarchy)
-    out_T, sums = weigh_tokens(log_ratio_T, weight_T, cells, gates, exponentiate=True, counting=head is not None)
-    extra = sums.total_2C.new_zeros(0) if head is None else head(gates, sums)
-    extra, adjoint = exchange(extra, adjoint_sums(sums, cells, gates), cells, reduce)
-    return add_adjoint(out_T, log_ratio_T, adjoint, cells, reduce).to(log_ratio_T.dtype), extra
+    riders: Mapping[str, Tensor],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """c of every token, [T] in the dtype of `log_ratio`, by the adjoint above; and `riders` of its first reduction."""
+    layout = cells.layout
+    total_2J, blocked_2J = layout.cell_sums(weighed.total), layout.cell_sums(weighed.saturated)
+    total_J = total_2J.sum(0)
+    blocked_2J = blocked_2J + torch.where(drift.reference_2J.abs() > gates.clip_J, total_2J.flip(0), 0.0)
+    adjoint_2J = torch.zeros_like(blocked_2J)
+    riding, summed = dict(riders), dict[str, Tensor]()
+    for index in reversed(cells.stages.visits):
+        forest = cells.forests[index]
+        back_2N = forest.minus_children((gates.slope[index] - 1.0) * forest.up(total_J)) + forest.at_leaves(blocked_2J)
+        told = all_reduce({**riding, "back": forest.slots.pack(back_2N)}, reduce)
+        back_2J = forest.path(forest.slots.unpack(back_2N, told.pop("back")) / forest.count_N)
+        adjoint_2J = adjoint_2J + back_2J
+        blocked_2J = blocked_2J - cells.count_J * back_2J
+        riding, summed = {}, summed | told
+    if not cells.forests:
+        summed = all_reduce(riding | {"back": adjoint_2J.new_zeros(0)}, reduce)
+    adjoint = layout.table(adjoint_2J, weighed.passed.dtype)
+    out = kernels.run(kernels.pull, weighed.passed, tokens.log_ratio_PS, adjoint, layout.entries)
+    return narrowed(layout.collect(out), tokens.log_ratio.dtype), summed
+
+
+def narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` in `dtype`; beyond its range, its largest number."""
+    limit = torch.finfo(dtype).max
+    return value if value.dtype == dtype else value.clamp(-limit, limit).to(dtype)
 
 
 def token_coefficients(
-    log_ratio: Tensor, weighted_advantage: Tensor, cells: Cells, hierarchy: Hierarchy, reduce: Reduce | None = None
+    log_ratio: Tensor,
+    weighted_advantage: Tensor,
+    cells: Cells | SharedCells,
+    hierarchy: Hierarchy,
+    reduce: Reduce | None = None,
+    use_min: bool = False,
 ) -> Tensor:
     """c_j = dJ/d ell_j of J = sum_i w_i A_i rhat_i in closed form: the exact gradient (19) of (18) and (30).
 
@@ -202,6 +207,8 @@ def token_coefficients(
         cells, hierarchy    cells of the hierarchy's active strata; budgets and slopes come from the hierarchy
         reduce              sums a float64 vector over the ranks; called `hierarchy.num_reductions` times: exactly
                             twice without branches. None for one process
+        use_min             J = sum_i w_i min(r_i A_i, rhat_i A_i), the pessimism of PPO on top of the hierarchy: where
+                            the token's own ratio is the minimum, its gradient w_i A_i r_i passes through no gate
 
     Returns [T] in the dtype of `log_ratio`, without a gradient; exactly 0 at masked tokens, whatever they hold.
     Elementwise math is in that dtype (float32 for half types), sums over tokens and all per-cell math in float64.
@@ -209,50 +216,101 @@ def token_coefficients(
     Raises ValueError for a non-finite value on a live token, naming sample and token position; on every rank, after the
     first reduction. SPMD: tokens sharded over ranks, the result likewise; independent of how they are split.
     """
-    return evaluate(log_ratio, weighted_advantage, cells, hierarchy, reduce)[0]
+    cells = checked(cells, hierarchy, log_ratio=log_ratio, weighted_advantage=weighted_advantage)
+    tokens = Tokens.of(cells, log_ratio, weighted_advantage)
+    drift, _ = measure(tokens, cells, reduce)
+    gates = gate_cells(drift, cells, hierarchy)
+    weighed = weigh(tokens, cells, drift, gates, use_min=use_min)
+    return coefficients(tokens, weighed, cells, drift, gates, reduce, {})[0]
 
 
 class _GatedLogRatio(torch.autograd.Function):
     """L as a function of ell, with the adjoint as its derivative."""
 
     @staticmethod
-    def forward(ctx: Any, log_ratio_T: Tensor, cells: Cells, hierarchy: Hierarchy, reduce: Reduce | None) -> Tensor:
-        log_ratio_T = log_ratio_T.contiguous()
-        gates = gate_cells(measure(log_ratio_T, cells, reduce), cells, hierarchy)
-        ctx.save_for_backward(log_ratio_T)
-        ctx.cells, ctx.gates, ctx.reduce = cells, gates, reduce
-        dtype, layout = compute_dtype(log_ratio_T), cells.layout
-        mean_2P, offset_2P = layout.spread(gates.mean_2C).to(dtype), layout.spread(gates.offset_2C).to(dtype)
-        out_T = torch.zeros_like(log_ratio_T)
-        for block in layout.blocks():
-            x = block.take(log_ratio_T, dtype, "x")
-            neg = block.negative(x)
-            residual = block.own(mean_2P, neg, "residual")
-            gated = log_clip(torch.sub(x, residual, out=residual), gates.token_clip, out=residual)
-            gated += block.own(offset_2P, neg, "offset")
-            block.write(out_T, gated)
-        return out_T
+    def forward(ctx: Any, log_ratio: Tensor, cells: SharedCells, hierarchy: Hierarchy, reduce: Reduce | None) -> Tensor:
+        tokens = Tokens.of(cells, log_ratio)
+        drift, _ = measure(tokens, cells, reduce)
+        gates = gate_cells(drift, cells, hierarchy)
+        ctx.save_for_backward(log_ratio)
+        ctx.held = cells, drift, gates, reduce
+        table = _table(tokens, cells, drift, gates)
+        gated = kernels.run(kernels.gate, tokens.log_ratio_PS, table, cells.layout.entries)
+        return cells.layout.collect(gated).to(log_ratio.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None, None, None]:
-        (log_ratio_T,) = ctx.saved_tensors
-        cells, gates = ctx.cells, ctx.gates
-        out_T, sums = weigh_tokens(log_ratio_T, grad_T.contiguous(), cells, gates, exponentiate=False)
-        none = sums.total_2C.new_zeros(0)
-        _, adjoint = exchange(none, adjoint_sums(sums, cells, gates), cells, ctx.reduce)
-        return add_adjoint(out_T, log_ratio_T, adjoint, cells, ctx.reduce).to(grad_T.dtype), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        cells, drift, gates, reduce = ctx.held
+        (log_ratio,) = ctx.saved_tensors
+        tokens = Tokens.of(cells, log_ratio, grad)
+        weighed = weigh(tokens, cells, drift, gates, exponentiate=False)
+        out, _ = coefficients(tokens, weighed, cells, drift, gates, reduce, {})
+        return out.to(grad.dtype), None, None, None
 
 
-def gated_log_ratio(log_ratio: Tensor, cells: Cells, hierarchy: Hierarchy, reduce: Reduce | None = None) -> Tensor:
-    """L_i = log rhat_i (MASTER; (7) with (8)-(16), (31) and (32)), differentiable once in `log_ratio`.
+def gated_log_ratio(
+    log_ratio: Tensor, cells: Cells | SharedCells, hierarchy: Hierarchy, reduce: Reduce | None = None
+) -> Tensor:
+    """L_i = log rhat_i ((7) with (8)-(16), (31) and (32)), differentiable once in `log_ratio`.
 
     Arguments, dtype, errors and SPMD layout as `token_coefficients`; half of the calls of `reduce` (one, without
     branches) are made in the forward pass, half in the backward pass, which every rank must therefore run.
     With shared cells the derivative is that of the sum of all ranks' losses. The result is 0 at masked tokens, and what
     gradient arrives there is ignored.
     """
-    hierarchy.check_levels(cells)
-    check_tokens("log_ratio", log_ratio, cells)
+    cells = checked(cells, hierarchy, log_ratio=log_ratio)
     gated: Tensor = _GatedLogRatio.apply(log_ratio, cells, hierarchy, reduce)
     return gated
+
+
+def checked(cells: Cells | SharedCells, hierarchy: Hierarchy | None, **tokens: Tensor) -> SharedCells:
+    """The shared cells, after the checks that they are of this hierarchy, and that `tokens`, by the names of their
+    arguments, are floating-point [T] on the device of the cells."""
+    cells = cells.shared
+    if hierarchy is not None:
+        hierarchy.check_cells(cells)
+    for name, value in tokens.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            got = getattr(value, "dtype", type(value).__name__)
+            raise ValueError(f"{name}: must be a floating-point tensor, got {got}")
+        if value.ndim != 1 or value.numel() != cells.num_tokens:
+            raise ValueError(f"{name}: must have shape [{cells.num_tokens}] like the labels, got {list(value.shape)}")
+        if value.device != cells.layout.device:
+            raise ValueError(f"{name}: is on {value.device}, but the cells are on {cells.layout.device}")
+    return cells
+
+
+def _check(summed: Tensor, bad_2: Tensor, tokens: Tokens, cells: SharedCells, reduce: Reduce | None) -> None:
+    """Refuse what the first reduction told: bad input on any rank, and another number of ranks than share the cells."""
+    *here, first, second, ranks = torch.cat([bad_2, summed]).tolist()
+    if ranks != cells.world_size:
+        what = f"sums over {int(ranks)} rank(s)" if reduce is not None else "is required"
+        raise ValueError(f"reduce: {what}, but the cells are shared by {cells.world_size} rank(s); see `Cells.share`")
+    names, values = ("log_ratio", "weighted_advantage"), (tokens.log_ratio, tokens.weight)
+    for own, total, name, value in zip(here, (first, second), names, values, strict=True):
+        if own:
+            assert value is not None
+            index = int(bad_tokens(value, cells).nonzero()[0])
+            raise ValueError(
+                f"{name}: {value[index].item()} on a live token, {place(index, cells)}; "
+                f"{round(total)} such tokens in all, all live values must be finite"
+            )
+        if total:
+            raise ValueError(
+                f"{name}: {round(total)} live tokens on another rank are not finite; see that rank's error"
+            )
+
+
+def bad_tokens(value: Tensor, cells: SharedCells) -> Tensor:
+    """Bool [T]: live tokens whose value is not finite."""
+    bad = ~(value.abs() <= kernels.LARGEST.get(value.dtype, torch.finfo(value.dtype).max))
+    return bad if cells.layout.mask_T is None else bad & cells.layout.mask_T
+
+
+def place(index: int, cells: SharedCells) -> str:
+    """Where a token is: sample and position in it where the shape of the batch is known."""
+    batch = cells.layout.batch
+    if batch is None:
+        return f"token {index} of the flat batch"
+    return f"sample {index // batch[1]}, token position {index % batch[1]}"

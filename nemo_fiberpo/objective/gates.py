@@ -1,8 +1,39 @@
-"""The two scalar gates, each with its value and its slope: the aggregate gate (10) and the token clip (12)."""
+"""Gates: the bounded response to a drift, with its derivative. The aggregate gate (10) and others, and the token clip.
+
+A gate is a function (x, budget, slope) -> (value, derivative) of float64 tensors: the drift x of cells, of either sign;
+their budgets C > 0; their slopes k > 0. It is odd, g(0) = 0 and g'(0) = 1, so that on-policy the Jacobian is the
+identity. What lies beyond C is open in the paper (E.5.2).
+"""
 
 from __future__ import annotations
 
-from torch import Tensor, clamp, sign, where, zeros_like
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GateFunction = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A gate with what is known of it.
+
+    name      how a config calls it
+    function  (x, budget, slope) -> (value, derivative), elementwise over broadcastable float64 tensors
+    passes    up to |x| = passes * C the value is x and the derivative 1, both exactly; 0 for a gate that bends at once
+    kinks     (budget, slope) -> the |x| at which the derivative may jump
+    """
+
+    name: str
+    function: GateFunction
+    passes: float = 0.0
+    kinks: Callable[[Tensor, Tensor], Sequence[Tensor]] = lambda budget, slope: ()
+
+    def __call__(self, drift: Tensor, budget: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        return self.function(drift, budget, slope)
 
 
 def aggregate_gate(drift: Tensor, budget: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,11 +52,112 @@ def aggregate_gate(drift: Tensor, budget: Tensor, slope: Tensor) -> tuple[Tensor
     size = drift.abs()
     passes = size <= budget
     room = budget - slope * (size - budget)
-    value = where(passes, drift, sign(drift) * room.clamp_min(0.0))
-    derivative = where(passes, 1.0, where(room > 0.0, -slope, zeros_like(room)))
+    value = torch.where(passes, drift, drift.sign() * room.clamp_min(0.0))
+    derivative = torch.where(passes, 1.0, torch.where(room > 0.0, -slope, torch.zeros_like(room)))
     return value, derivative
 
 
-def log_clip(residual: Tensor, token_clip: float, out: Tensor | None = None) -> Tensor:
-    """Logarithm of the clip (12): clip(x, +-eps), elementwise. Its derivative is 1 where it returns x, else 0."""
-    return clamp(residual, -token_clip, token_clip, out=out)
+def zeroed_from(budget: Tensor, slope: Tensor) -> Tensor:
+    """C* = C (1 + 1/k), the drift from which the aggregate gate (10) is 0."""
+    return budget * (1.0 + 1.0 / slope)
+
+
+def clip_gate(drift: Tensor, budget: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """g(x) = clip(x, +-C): saturates at the budget, derivative 0 beyond it, so nothing pushes back. `slope` is unused.
+
+    Arguments and result as `aggregate_gate`.
+    """
+    value = torch.minimum(torch.maximum(drift, -budget), budget)
+    return value, (drift.abs() <= budget).to(drift.dtype)
+
+
+def soft_gate(drift: Tensor, budget: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """g(x) = x exp(-(x / C)^2 / 2): smooth, the identity to second order at 0, with its peak of .61 C at x = C.
+
+    Beyond C it falls to 0 without ever being flat: g'(x) = (1 - (x / C)^2) exp(-(x / C)^2 / 2). `slope` is unused.
+    Arguments and result as `aggregate_gate`.
+    """
+    square = (drift / budget).square()
+    falling = torch.exp(-0.5 * square)
+    return drift * falling, (1.0 - square) * falling
+
+
+GATES = {
+    gate.name: gate
+    for gate in (
+        Gate("rollback", aggregate_gate, passes=1.0, kinks=lambda budget, slope: (budget, zeroed_from(budget, slope))),
+        Gate("clip", clip_gate, passes=1.0, kinks=lambda budget, slope: (budget,)),
+        Gate("soft", soft_gate),
+    )
+}
+
+
+def log_clip(residual: Tensor, token_clip: Tensor) -> Tensor:
+    """Logarithm of the token clip (12): clip(x, +-eps), elementwise. Its derivative is 1 where it returns x, else 0."""
+    return residual.clamp(-token_clip, token_clip)
+
+
+def find_gate(given: object) -> Gate:
+    """The gate that a config calls `given`: a name of `GATES`, "package.module:function" of a gate function or of a
+    `Gate`, or a `Gate` itself. One that is not ours is checked, see `check_gate`. ValueError names the field `gate`."""
+    if isinstance(given, str) and given in GATES:
+        return GATES[given]
+    if isinstance(given, Gate):
+        gate = given
+    elif isinstance(given, str) and given.count(":") == 1:
+        gate = _imported(given)
+    else:
+        raise ValueError(f"gate: must be one of {', '.join(GATES)}, or package.module:function, got {given!r}")
+    if gate not in GATES.values():
+        check_gate(gate)
+    return gate
+
+
+def _imported(given: str) -> Gate:
+    module, _, name = given.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"gate: {given!r} cannot be imported: {error}") from error
+    if isinstance(found, Gate):
+        return Gate(given, found.function, found.passes, found.kinks)
+    if not callable(found):
+        raise ValueError(f"gate: {given!r} is no function and no Gate, but {found!r}")
+    return Gate(given, found)
+
+
+def check_gate(gate: Gate) -> None:
+    """ValueError where a gate breaks what is promised of gates, see the module and `Gate`; tried at many drifts,
+    budgets and slopes, and the derivative against central differences away from the kinks that it declares."""
+    budget = torch.tensor([0.003, 0.04, 1.0], dtype=torch.float64)[:, None, None]
+    slope = torch.tensor([0.5, 1.0, 32.0, 1000.0], dtype=torch.float64)[None, :, None]
+    size = budget * torch.cat([torch.zeros(1), torch.logspace(-3, 1, 400)]).double()
+
+    def at(x: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            value, derivative = gate(x, budget, slope)
+            return value.expand(3, 4, -1), derivative.expand(3, 4, -1)
+        except Exception as error:
+            raise ValueError(f"gate: {gate.name!r} fails on float64 tensors: {error!r}") from error
+
+    (value, derivative), (mirrored, mirrored_derivative) = at(size), at(-size)
+    step = 1e-6 * size.clamp_min(1e-3 * budget)
+    difference = (at(size + step)[0] - at(size - step)[0]) / (2.0 * step)
+    smooth = torch.ones_like(value, dtype=torch.bool)
+    for kink in gate.kinks(budget, slope):
+        smooth &= (size - kink).abs() > 2.0 * step
+    inside = size <= gate.passes * budget
+    problems = {
+        "is not finite": ~(value.isfinite() & derivative.isfinite()),
+        "is not 0 at x = 0": (size == 0) & (value != 0),
+        "has a derivative other than 1 at x = 0": (size == 0) & (derivative != 1),
+        "is not odd": (mirrored != -value) | (mirrored_derivative != derivative),
+        f"does not pass exactly up to {gate.passes:g} C": inside & ((value != size) | (derivative != 1)),
+        "has a derivative that differs from finite differences": smooth
+        & ((difference - derivative).abs() > 1e-4 * (1.0 + derivative.abs())),
+    }
+    for problem, where in problems.items():
+        if bool(where.any()):
+            place = tuple(where.nonzero()[0].tolist())
+            x, c, k = (float(t.expand(3, 4, size.shape[-1])[place]) for t in (size, budget, slope))
+            raise ValueError(f"gate: {gate.name!r} {problem} (x = {x:.6g}, C = {c:g}, k = {k:g})")

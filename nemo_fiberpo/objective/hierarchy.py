@@ -1,31 +1,26 @@
-"""Strata, budgets and their order: what a user configures, checked when it is made.
-
-Legend of the suffixes used in this package
-    _T    tokens of this rank, flattened; live tokens are those the mask keeps
-    _K    active strata, coarsest first (K = how many); level n is the n-th of them, level K-1 the finest
-    _C    cells of one level that hold a live token of this rank, in ascending order of their label
-    _2C   channel by cell: row 0 the positive channel, row 1 the negative one (EQUATIONS (13): label +1 where ell >= 0)
-    _P    pieces: the rows of a flattened batch, or the cells of the finest level themselves (see layout.py)
-
-Budgets, the token clip and drifts are in units of the log-ratio (nats), averaged over the tokens of a cell.
-"""
+"""A hierarchy: the chain of strata, its branches and the token clip, and the cells that it makes of labelled tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
-from .branches import BranchedCells, build_branched_cells, plan_visits
-from .cells import Cells, build_cells, check_labels
-from .labels import resolve_labels
-from .levels import Part, Traits
-from .membership import Membership, find_membership
-from .stratum import Budget, SlopeCap, Stratum, positive_number
-from .structure import check_data, check_structure
-from .wording import nearest
+from .labels import Column, check_labels, find_membership, resolve_labels
+from .sharing import Cells, Level, SharedCells, Stages, make_cells
+from .stratum import (
+    Budget,
+    SlopeCap,
+    Stratum,
+    belongs_into_the_chain,
+    check_structure,
+    nearest,
+    nothing_left,
+    positive_number,
+)
 
 __all__ = ["Budget", "Hierarchy", "SlopeCap", "Stratum", "positive_number"]
 
@@ -34,31 +29,42 @@ __all__ = ["Budget", "Hierarchy", "SlopeCap", "Stratum", "positive_number"]
 class Hierarchy:
     """A chain of strata, coarsest first, down to the token, and the token clip eps.
 
-    branches   further classifications of the same tokens that do not nest with the chain, see branches.py
-    sweeps     how often the part of the chain that a branch stands beside, and the branch, are extracted in turn
+    token_clip   eps of (12); `token_clips` overrides it in cells of the coarsest stratum by name
+    branches     further classifications of the same tokens that do not nest with the chain (Remark 6.5)
+    sweeps       how often the part of the chain that a branch stands beside, and the branch, are extracted in turn
+                 (back-fitting): the drifts converge to the joint orthogonal projection
+
+    Budgets, the token clip and drifts are in units of the log-ratio (nats), averaged over the tokens of a cell.
     """
 
     strata: tuple[Stratum, ...]
     token_clip: float
     branches: tuple[Stratum, ...] = ()
     sweeps: int = 1
+    token_clips: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strata", tuple(self.strata))
         object.__setattr__(self, "token_clip", positive_number(self.token_clip, "token_clip"))
         object.__setattr__(self, "branches", tuple(self.branches))
+        if not isinstance(self.token_clips, Mapping):
+            raise ValueError(f"token_clips: must be a mapping from names of cells to numbers, got {self.token_clips!r}")
+        clips = {key: positive_number(value, f"token_clips.{key}") for key, value in self.token_clips.items()}
+        object.__setattr__(self, "token_clips", clips)
         check_structure(self.strata, self.branches, self.sweeps)
+        if clips and not self._chain:
+            raise ValueError("token_clips: go by the cells of the coarsest stratum, but every stratum is switched off")
 
-    @property
+    @cached_property
     def active(self) -> tuple[Stratum, ...]:
         """The strata that are switched on: the chain, coarsest first, then the branches."""
         return self._chain + self._branches
 
-    @property
+    @cached_property
     def _chain(self) -> tuple[Stratum, ...]:
         return tuple(stratum for stratum in self.strata if stratum.enabled)
 
-    @property
+    @cached_property
     def _branches(self) -> tuple[Stratum, ...]:
         return tuple(branch for branch in self.branches if branch.enabled)
 
@@ -75,17 +81,29 @@ class Hierarchy:
 
     @property
     def num_reductions(self) -> int:
-        """How often one evaluation calls `reduce`, the same on every rank: 2 without branches.
+        """How often one evaluation calls `reduce`, the same on every rank: 2 for every visit to a forest, 2 without
+        branches. With b branches beside the finest stratum it is 2 (1 + b) sweeps; finer strata after a stratum with
+        branches are a forest of their own, which makes 2 more."""
+        return 2 * max(1, len(self.stages.visits))
 
-        2 for every visit to a stage, see branches.py: with b branches beside the finest stratum 2 (1 + b) sweeps. Finer
-        strata after a stratum with branches are a stage of their own, which makes 2 more.
-        """
-        return 2 * len(self._visits)
-
-    @property
-    def _visits(self) -> tuple[range, ...]:
+    @cached_property
+    def stages(self) -> Stages:
+        """The forests, and the order in which they are extracted: a part of the chain and then the branches beside its
+        last stratum, `sweeps` times over; then the next part."""
         chain = [stratum.name for stratum in self._chain]
-        return plan_visits(len(chain), [chain.index(b.beside or chain[-1]) for b in self._branches], self.sweeps)
+        beside = [chain.index(branch.beside or chain[-1]) for branch in self._branches]
+        forests: list[range] = []
+        visits: list[int] = []
+        first = 0
+        for last in sorted({*beside, len(chain) - 1} if chain else ()):
+            branches = [len(chain) + index for index, at in enumerate(beside) if at == last]
+            stage = [range(first, last + 1), *(range(branch, branch + 1) for branch in branches)]
+            visits += list(range(len(forests), len(forests) + len(stage))) * (self.sweeps if branches else 1)
+            forests += stage
+            first = last + 1
+        floors = tuple(stratum.min_tokens or 0 for stratum in self.active)
+        names = tuple(stratum.name for stratum in self.active)
+        return Stages(names, len(chain), tuple(forests), tuple(visits), floors)
 
     def cells(
         self,
@@ -100,8 +118,8 @@ class Hierarchy:
             labels  stratum name -> int64 [T], a value per token, unique over the global batch; every name of `columns`
                     must be there, labels of other names are not read. Where `only` leaves a stratum out, its labels
                     are not read; for branches, joins and strata with `only` a negative label is no cell. One column
-                    may be soft, uint8 [T, P]: the token's shares in P values in units of 1/255, which sum to 255, see
-                    membership.py
+                    may be soft, uint8 [T, Q]: the token's shares in Q values in units of 1/255, which sum to 255, see
+                    `labels.Membership`
             mask    bool [T], True for live tokens; all tokens are live without it. What a masked token holds is ignored
             names   stratum name -> names of its label values: value v is called names[stratum][v]. A stratum with
                     `budgets` overrides needs them
@@ -111,37 +129,82 @@ class Hierarchy:
         an override that names no cell, for cells that do not nest (a prompt group with tokens in two domains), and for
         shares that do not sum to 255.
 
-        SPMD: tokens are sharded; counts cover this rank until `Cells.share`, without which cells of a stratum with
-        `min_tokens` are refused by whatever evaluates them.
+        SPMD: tokens are sharded; the cells stand for one process until they are shared, see `Cells.share`.
         """
         names, known = names or {}, {stratum.name for stratum in (*self.strata, *self.branches)} | set(labels)
         for name in names:
             if name not in known:
                 raise ValueError(f"names: no stratum is called {name!r}{nearest(name, known)}")
+        self._require(labels)
         soft = find_membership(labels, self.columns, mask, names)
-        if soft is None:
-            resolved, named, parts = self._resolve(labels, mask, names, shape)
-        else:  # first as if it were hard: what is wrong with other columns is then said of tokens, not of their entries
-            hard = {name: labels[name] for name in self.columns if name in labels} | {soft.column: soft.largest()}
-            check_labels({f"labels[{name!r}]": label for name, label in hard.items()}, mask, shape)
-            self._resolve(hard, mask, names, shape)
-            resolved, named, parts = self._resolve(*soft.entries(hard), names, None)
+        hard = {name: labels[name] for name in self.columns}
+        if soft is not None:
+            hard |= {soft.column: soft.largest()}
+        some = hard or {name: label for name, label in labels.items() if isinstance(label, Tensor) and label.ndim == 1}
+        num = check_labels({f"labels[{name!r}]": label for name, label in some.items()}, mask, shape)
+        if num is None:
+            raise ValueError("labels: with no active stratum, labels, mask or shape must tell the number of tokens")
+        # First as if it were hard: what is wrong with other columns is then said of tokens, not of their entries.
+        columns = self._resolve(hard, mask, names)
+        if soft is not None:
+            columns = self._resolve(*soft.entries(hard), names, soft.column)
         for stratum in self.active:
-            stratum.check_names(named.get(stratum.name))
-        chain, traits = [stratum.name for stratum in self._chain], self._traits(parts, soft)
-        if self._branches:
-            branches = [branch.name for branch in self._branches]
-            return build_branched_cells(chain, branches, self._visits, resolved, mask, named, shape, traits, soft)
-        return build_cells(chain, resolved, mask, named, shape, traits, soft)
+            stratum.check_names(columns[stratum.name].names)
+        self._check_clips(columns)
+        cells = make_cells(self.stages, columns, num, mask, shape, soft)
+        cells.census()  # refuses cells that do not nest
+        return cells
 
-    def _traits(self, parts: Mapping[str, tuple[Part, ...]], soft: Membership | None) -> dict[str, Traits]:
-        out, column, within = {}, None if soft is None else soft.column, False
-        for stratum in self._chain:
-            within = within or column in stratum.columns  # and all that is finer
-            out[stratum.name] = Traits(bool(stratum.only), stratum.min_tokens or 0, within, parts.get(stratum.name, ()))
-        for branch in self._branches:
-            out[branch.name] = Traits(soft=column in branch.columns, parts=parts.get(branch.name, ()))
-        return out
+    def _resolve(
+        self,
+        labels: Mapping[str, Tensor],
+        mask: Tensor | None,
+        names: Mapping[str, Sequence[str]],
+        soft: str | None = None,
+    ) -> dict[str, Column]:
+        return resolve_labels(self.active, [branch.name for branch in self._branches], labels, mask, names, soft)
+
+    def _require(self, labels: Mapping[str, Tensor]) -> None:
+        for stratum in self.active:
+            for column in stratum.columns:
+                if column not in labels:
+                    given = ", ".join(map(repr, labels)) or "none"
+                    what = "the join" if stratum.join else "the active stratum"
+                    raise ValueError(f"labels: {what} {stratum.name!r} needs labels of {column!r} (given: {given})")
+
+    def _check_clips(self, columns: Mapping[str, Column]) -> None:
+        if not self.token_clips:
+            return
+        name = self._chain[0].name
+        names = columns[name].names
+        if names is None:
+            raise ValueError(f"names: token_clips go by cells of {name!r}, so names[{name!r}] must list their names")
+        for key in self.token_clips:
+            if key not in names:
+                raise ValueError(f"token_clips.{key}: no cell of {name!r} has this name{nearest(key, names)}")
+
+    def budget_of(self, level: Level) -> tuple[Tensor, Tensor]:
+        """Budgets C [2, C] and rollback slopes k [C] of the cells of an active stratum, float64, on its device."""
+        stratum = next(stratum for stratum in self.active if stratum.name == level.name)
+        stratum.check_names(level.names)
+        named = [stratum.budgets.get(name, stratum.budget) for name in level.names or ()] if stratum.budgets else []
+        pairs = [[budget.pos, budget.neg] for budget in named or [stratum.budget]]
+        table = torch.tensor(pairs, dtype=torch.float64, device=level.label_C.device).T
+        index_C = level.label_C if named else torch.zeros_like(level.label_C)
+        if stratum.slope is None:
+            return table[:, index_C], level.count_C
+        if isinstance(stratum.slope, SlopeCap):
+            return table[:, index_C], level.count_C.clamp_max(stratum.slope.cap)
+        return table[:, index_C], torch.full_like(level.count_C, stratum.slope)
+
+    def clip_of(self, cells: SharedCells) -> Tensor:
+        """The token clip eps of every joint cell, float64 [J]."""
+        if not self.token_clips:
+            return torch.full_like(cells.count_J, self.token_clip)
+        level = cells.levels[0]
+        clips = [self.token_clips.get(name, self.token_clip) for name in level.names or ()]
+        table = torch.tensor(clips, dtype=torch.float64, device=level.label_C.device)
+        return table[level.label_C[level.cell_J]]
 
     def check_data(
         self, labels: Mapping[str, Tensor], mask: Tensor | None = None, names: Mapping[str, Sequence[str]] | None = None
@@ -149,39 +212,61 @@ class Hierarchy:
         """Refuse, with an explanation, joins and branches that would count a drift twice with these labels.
 
         `labels`, `mask` and `names` as in `cells`, of a whole data set: one token per prompt will do. Labels that only
-        a rollout has may be left out, with what is made from them. Raises ValueError.
+        a rollout has may be left out, with what is made from them. A single batch is never held against a hierarchy:
+        two classifications may coincide in it by chance. Raises ValueError.
         """
-        here = {stratum.name for stratum in self.active if set(stratum.columns) <= set(labels)}
-        chain = tuple(stratum for stratum in self._chain if stratum.name in here)
-        branches = tuple(branch for branch in self._branches if branch.name in here)
-        resolved, *_ = resolve_labels(chain, branches, labels, mask, names or {}, None)
-        check_data(self._chain, self._branches, resolved, mask)
+        here = [stratum for stratum in self.active if set(stratum.columns) <= set(labels)]
+        branches = [branch.name for branch in self._branches]
+        columns = resolve_labels(here, branches, labels, mask, names or {})
+        known = {name: label for name, label in labels.items() if isinstance(label, Tensor) and label.ndim == 1}
+        above: Tensor | None = None
+        for stratum in here:  # where it is missing, tokens are told apart as in the stratum above
+            column = columns[stratum.name]
+            known[stratum.name] = column.label_E
+            if column.present_E is not None:
+                assert above is not None
+                known[stratum.name] = torch.where(column.present_E, column.label_E, -1 - above.abs())
+            above = known[stratum.name]
 
-    def _resolve(
-        self, labels: Mapping[str, Tensor], mask: Tensor | None, names: Mapping[str, Sequence[str]], shape: Any
-    ) -> tuple[Mapping[str, Tensor], Mapping[str, Sequence[str]], Mapping[str, tuple[Part, ...]]]:
-        """Labels and names of the active strata, with joins and `only` worked in, and the named parts of joins."""
-        if self._branches or any(stratum.join or stratum.only for stratum in self._chain):
-            return resolve_labels(self._chain, self._branches, labels, mask, names, shape)
-        return labels, names, {}
+        def refines(finer: str, coarser: str) -> bool:
+            if finer not in known or coarser not in known:
+                return False
+            pairs = torch.stack([known[finer], known[coarser]])
+            pairs = pairs if mask is None else pairs[:, mask]
+            return bool(torch.unique(pairs, dim=1).shape[1] == torch.unique(pairs[0]).numel())
 
-    def check_levels(self, cells: Cells) -> None:
+        for stratum in self.active:
+            for part in stratum.join:
+                if refines(part, stratum.name):
+                    others = " and one ".join(other for other in stratum.join if other != part)
+                    raise ValueError(
+                        f"stratum {stratum.name!r}, join: in this data every {part} lies in one {others}, so the join "
+                        f"is {part} itself; use {part} in its place"
+                    )
+        chain = [stratum.name for stratum in self._chain]
+        for index, branch in enumerate(self._branches):
+            beside = branch.beside or chain[-1]
+            same = [other.name for other in self._branches[:index] if (other.beside or chain[-1]) == beside]
+            for taken in (beside, *same):
+                if refines(taken, branch.name):
+                    raise ValueError(f"branch {branch.name!r}: in this data {nothing_left(branch.name, taken)}")
+            following = chain[chain.index(beside) + 1 :]
+            if refines(branch.name, beside) and (not following or refines(following[0], branch.name)):
+                raise ValueError(f"branch {branch.name!r}: in this data {belongs_into_the_chain(branch.name, beside)}")
+
+    def check_cells(self, cells: SharedCells) -> None:
         """Refuse cells that were built for other strata than the active ones."""
-        wanted, held = [stratum.name for stratum in self.active], [level.name for level in cells.levels]
-        if wanted != held:
-            raise ValueError(f"cells: built for the strata {held}, but the hierarchy's active strata are {wanted}")
-        visits = cells.visits if isinstance(cells, BranchedCells) else (range(len(held)),)
-        if visits != self._visits:
+        wanted, held = self.stages, cells.stages
+        if wanted.strata != held.strata:
+            raise ValueError(
+                f"cells: built for the strata {list(held.strata)}, but the hierarchy's active strata are "
+                f"{list(wanted.strata)}"
+            )
+        if (wanted.forests, wanted.visits) != (held.forests, held.visits):
             raise ValueError("cells: built for a hierarchy with other branches, or other `beside` or `sweeps` of them")
-        for stratum, level in zip(self.active, cells.levels, strict=True):
-            floor, built = stratum.min_tokens or 0, level.traits.min_tokens
+        for name, floor, built in zip(wanted.strata, wanted.min_tokens, held.min_tokens, strict=True):
             if floor != built:
-                raise ValueError(f"cells: stratum {level.name!r} was built with min_tokens {built}, but it is {floor}")
-            if floor and level.small_C is None:
-                raise ValueError(
-                    f"cells: stratum {level.name!r} merges cells of fewer than {floor} tokens over all ranks, which is "
-                    "known once cells are shared; for one process: cells.share([cells.census()], 0)"
-                )
+                raise ValueError(f"cells: stratum {name!r} was built with min_tokens {built}, but it is {floor}")
 
     def describe(self) -> str:
         """One line per stratum, coarsest first, and the token clip; branches follow the chain."""
@@ -192,6 +277,8 @@ class Hierarchy:
                 slope = f"min(token count, {slope.cap:g})"
             budget = f"C+ {stratum.budget.pos:g}  C- {stratum.budget.neg:g}  k {slope}"
             over = "".join(f"  {name}: C+ {b.pos:g} C- {b.neg:g}" for name, b in stratum.budgets.items())
+            if stratum.gate.name != "rollback":
+                over += f"  gate {stratum.gate.name}"
             if stratum.join:
                 over += f"  join of {', '.join(stratum.join)}"
             if stratum.min_tokens:
@@ -200,4 +287,21 @@ class Hierarchy:
             if stratum in self.branches:
                 over += f"  branch beside {stratum.beside or 'the finest stratum'}, {self.sweeps} x"
             lines.append(f"{stratum.name:<15} {budget}{over}" + ("" if stratum.enabled else "  (switched off)"))
-        return "\n".join([*lines, f"{'token':<16}clip {self.token_clip:g}"])
+        clips = "".join(f"  {name}: {clip:g}" for name, clip in self.token_clips.items())
+        return "\n".join([*lines, f"{'token':<16}clip {self.token_clip:g}{clips}"])
+
+
+def build_cells(
+    strata: Sequence[str],
+    labels: Mapping[str, Tensor],
+    mask: Tensor | None = None,
+    names: Mapping[str, Sequence[str]] | None = None,
+    shape: tuple[int, int] | None = None,
+) -> Cells:
+    """Cells of the chain `strata` (coarsest first); arguments, errors and SPMD layout as in `Hierarchy.cells`.
+
+    Serves where no hierarchy is at hand: `build_cells(["trajectory"], {"trajectory": ids}, mask)` counts trajectories
+    for `token_weights`.
+    """
+    chain = tuple(Stratum(name, Budget(1.0, 1.0)) for name in strata)
+    return Hierarchy(chain, token_clip=1.0).cells(labels, mask, names, shape)

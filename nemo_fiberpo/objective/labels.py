@@ -1,6 +1,6 @@
-"""Labels that a hierarchy makes from those of the data: joins, and strata that are missing in parts of the tree.
+"""Columns of labels -> the labels of every stratum at every token: joins, missing strata, memberships by share.
 
-Both are arithmetic on the labels of a token, so that they come out the same on every rank.
+All of it is arithmetic on the labels of a token, so that it comes out the same on every rank.
 """
 
 from __future__ import annotations
@@ -8,119 +8,256 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .cells import check_labels
-from .levels import Part
-from .stratum import Stratum
-from .wording import nearest
+from .expert_partitions import MEMBERSHIP_UNITS
+from .stratum import Stratum, nearest
 
 UNNAMED_LABELS = 1 << 31
 """Labels of a part of a join that has no names must be below it."""
-_LARGEST = torch.iinfo(torch.int64).max
 
 Names = Mapping[str, Sequence[str]]
 
 
+@dataclass(frozen=True)
+class Part:
+    """A classification with names by which the cells of a stratum are told apart: its own, or a part of its join.
+
+    The name of a cell of label v is names[v // stride % len(names)].
+    """
+
+    name: str
+    names: tuple[str, ...]
+    stride: int = 1
+
+    def value(self, label: Tensor) -> Tensor:
+        """Index of the name of a label."""
+        return label // self.stride % len(self.names)
+
+
+@dataclass(frozen=True, eq=False)
+class Column:
+    """The labels of one stratum.
+
+    label_E    int64, a label per entry: per token, or per token and share where the membership of some column is soft
+    present_E  bool, entries that have a cell of this stratum; None for all of them
+    names      names of the labels, if they have some: label v is names[v]
+    parts      those parts of its join that have names
+    soft       a token may lie in several of its cells
+    """
+
+    label_E: Tensor
+    present_E: Tensor | None = None
+    names: tuple[str, ...] | None = None
+    parts: tuple[Part, ...] = ()
+    soft: bool = False
+
+    def at(self, index: Tensor) -> Column:
+        """The column of some of the entries."""
+        present = None if self.present_E is None else self.present_E[index]
+        return replace(self, label_E=self.label_E[index], present_E=present)
+
+
+@dataclass(frozen=True, eq=False)
+class Membership:
+    """Soft membership: a token has a share in each value of one column, such as a partition of the experts.
+
+    Token i with value e is an entry with share q_ie >= 0, sum_e q_ie = 1. Cells are cells of entries, which count for
+    their shares:
+        M_c^l = sum_{(i,e) in c} q_ie a_i^l / Q_c,    k = Q_c = sum_{(i,e) in c} q_ie,    L_i = sum_e q_ie L_ie
+    Shares are integers in units of 1/UNIT, so that counts are exact and the same however tokens are split over ranks.
+
+    column, share_TQ   the column's name; uint8 [T, Q], 0 at masked tokens. Entries are token-major
+    """
+
+    column: str
+    share_TQ: Tensor
+
+    UNIT = MEMBERSHIP_UNITS
+
+    def largest(self) -> Tensor:
+        """The value in which each token has the largest share, the lowest of equal ones: int64 [T]."""
+        return self.share_TQ.argmax(1)
+
+    def entries(self, labels: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Labels of entries, int64 [T Q], from those of tokens, and which entries count for something, bool [T Q]."""
+        num, values = self.share_TQ.shape
+        out = {name: label.repeat_interleave(values) for name, label in labels.items()}
+        out[self.column] = torch.arange(values, device=self.share_TQ.device).repeat(num)
+        return out, (self.share_TQ > 0).flatten()
+
+
+def find_membership(
+    labels: Mapping[str, Tensor], columns: Sequence[str], mask: Tensor | None, names: Names
+) -> Membership | None:
+    """The column of `columns` whose labels are shares, uint8 [T, Q], if there is one.
+
+    Raises ValueError for two of them, for shares that do not sum to 255 at a live token, and where a column has other
+    than Q names. What masked tokens hold is ignored.
+    """
+    soft = [name for name in columns if _is_soft(labels.get(name))]
+    if not soft:
+        return None
+    if len(soft) > 1:
+        raise ValueError(f"labels[{soft[1]!r}]: is soft, as {soft[0]!r} is; one column at most can have shares")
+    name, share_TQ = soft[0], labels[soft[0]]
+    where = f"labels[{name!r}]"
+    num, values = share_TQ.shape
+    if name in names and len(names[name]) != values:
+        raise ValueError(f"{where}: has shares in {values} values, but names[{name!r}] has {len(names[name])}")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.shape != (num,) or mask.dtype != torch.bool:
+            raise ValueError(f"mask: must be a tensor of torch.bool, a value for each of the {num} tokens of {where}")
+        share_TQ = share_TQ * mask[:, None]
+    total_T = share_TQ.sum(1, dtype=torch.int64)
+    wrong_T = total_T != Membership.UNIT if mask is None else mask & (total_T != Membership.UNIT)
+    if bool(wrong_T.any()):
+        index = int(wrong_T.nonzero()[0])
+        raise ValueError(
+            f"{where}: the shares of token {index} of the flat batch sum to {int(total_T[index])}; those of a live "
+            f"token are in units of 1/{Membership.UNIT} and must sum to {Membership.UNIT}"
+        )
+    return Membership(name, share_TQ)
+
+
+def _is_soft(label: object) -> bool:
+    return isinstance(label, Tensor) and label.ndim == 2 and label.dtype == torch.uint8
+
+
+def check_labels(fields: Mapping[str, Tensor], mask: Tensor | None, shape: tuple[int, int] | None) -> int | None:
+    """Number of tokens (None if nothing tells it), after the checks of type, dtype, dimension, length and shape."""
+    wanted = dict.fromkeys(fields, torch.int64)
+    tensors = dict(fields)
+    if mask is not None:
+        tensors["mask"], wanted["mask"] = mask, torch.bool
+    num_tokens = None
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) or value.dtype != wanted[name]:
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name}: must be a tensor of {wanted[name]}, got {got}")
+        if value.ndim != 1:
+            raise ValueError(f"{name}: must have one dimension [T], got shape {list(value.shape)}")
+        if num_tokens is None:
+            first, num_tokens = name, value.numel()
+        if value.numel() != num_tokens:
+            raise ValueError(f"{name}: has {value.numel()} tokens, but {first} has {num_tokens}")
+    if shape is not None:
+        if len(shape) != 2 or any(isinstance(size, bool) or not isinstance(size, int) or size < 0 for size in shape):
+            raise ValueError(f"shape: must be two integers (B, S), got {shape!r}")
+        if num_tokens is not None and shape[0] * shape[1] != num_tokens:
+            raise ValueError(f"shape: {shape[0]} x {shape[1]} is not the number of tokens, {num_tokens}")
+        num_tokens = shape[0] * shape[1]
+    return num_tokens
+
+
 def resolve_labels(
-    chain: Sequence[Stratum],
-    branches: Sequence[Stratum],
+    strata: Sequence[Stratum],
+    branches: Sequence[str],
     labels: Mapping[str, Tensor],
     mask: Tensor | None,
     names: Names,
-    shape: tuple[int, int] | None,
-) -> tuple[dict[str, Tensor], dict[str, Sequence[str]], dict[str, tuple[Part, ...]]]:
-    """Labels and names of every active stratum, and of joins the parts that have names, from those of the data.
+    soft: str | None = None,
+) -> dict[str, Column]:
+    """The column of every one of `strata`, coarser ones first, from the labels and names of the data.
 
         a join    ((l_1 * n_2) + l_2) * n_3 + ..., called "a/b" where all parts have names; n is the number of a part's
                   names, `UNNAMED_LABELS` without names
-        missing   where `only` leaves a stratum out: -1 - (l * K + n) of its nearest ancestor that is there, which has
-                  label l at place n of a chain of K. The cell repeats its parent's
+        missing   a stratum with `only` is not present outside of the cells that it names
 
-    Raises ValueError where labels are missing, or where a live token is in no cell (a negative label) of a join, a
+    `branches` are those of `strata` that are, of which every live token must be in a cell; `soft` is the column whose
+    values are entries, as are those of strata that join it, and of finer ones. Raises ValueError where labels are
+    missing, where names are not unique or too few, or where a live token is in no cell (a negative label) of a join, a
     branch or a stratum with `only`. What masked tokens hold is ignored.
     """
-    columns = [column for stratum in (*chain, *branches) for column in stratum.columns]
-    for column in columns:
-        if column not in labels:
-            user = next(stratum for stratum in (*chain, *branches) if column in stratum.columns)
-            given = ", ".join(map(repr, labels)) or "none"
-            what = "the join" if user.join else "the active stratum"
-            raise ValueError(f"labels: {what} {user.name!r} needs labels of {column!r} (given: {given})")
-    check_labels({f"labels[{column!r}]": labels[column] for column in columns}, mask, shape)
-    out, named = dict(labels), dict(names)
-    parts: dict[str, tuple[Part, ...]] = {}
-    for stratum in (*chain, *branches):
+    out: dict[str, Column] = {}
+    above = False
+    for stratum in strata:
+        divided = soft in stratum.columns or (above and stratum.name not in branches)
+        above = above or divided
         if stratum.join and stratum.name in names:
             raise ValueError(f"names[{stratum.name!r}]: is a join, whose names are made from those of its parts")
-        here = mask
+        present = None
         for coarser, kept in stratum.only.items():
-            inside = _inside(stratum, coarser, kept, out[coarser], named.get(coarser))
-            here = inside if here is None else here & inside
+            inside = _inside(stratum, coarser, kept, out[coarser])
+            present = inside if present is None else present & inside
+        here = present if mask is None or present is None else mask & present
+        here = mask if here is None else here
         if stratum.join:
-            out[stratum.name], joined, parts[stratum.name] = _join(stratum, labels, names, here)
-            if joined is not None:
-                named[stratum.name] = joined
-        elif stratum.only or stratum in branches:
-            _refuse_outside(stratum, stratum.name, labels[stratum.name], 0, None, here)
-        if stratum.only:
-            out[stratum.name] = _repeat_parent(stratum, chain, out, mask, here)
-    return out, named, parts
+            out[stratum.name] = replace(_join(stratum, labels, names, here), present_E=present, soft=divided)
+            continue
+        label, of_labels = labels[stratum.name], None
+        if stratum.only or stratum.name in branches:
+            _refuse_outside(stratum, stratum.name, label, 0, None, here)
+        if stratum.name in names:
+            of_labels = tuple(names[stratum.name])
+        out[stratum.name] = Column(label, present, of_labels, soft=divided)
+    for name, column in out.items():
+        if column.names and not column.parts:
+            present = column.present_E
+            _check_names(name, column, mask if present is None else present if mask is None else present & mask)
+    return out
 
 
-def _inside(
-    stratum: Stratum, coarser: str, kept: Sequence[str], label_T: Tensor, names: Sequence[str] | None
-) -> Tensor:
-    """Bool [T]: tokens in the cells of `coarser` that are called one of `kept`."""
+def _check_names(name: str, column: Column, here: Tensor | None) -> None:
+    names, label = column.names or (), column.label_E
+    if len(set(names)) != len(names):
+        raise ValueError(f"names[{name!r}]: names must be unique, got {list(names)}")
+    outside = (label < 0) | (label >= len(names))
+    outside = label[outside if here is None else outside & here]
+    if outside.numel():
+        raise ValueError(f"labels[{name!r}]: value {int(outside.min())} has no name; names[{name!r}] has {len(names)}")
+
+
+def _inside(stratum: Stratum, coarser: str, kept: Sequence[str], column: Column) -> Tensor:
+    """Bool: entries in the cells of `coarser` that are called one of `kept`."""
     where = f"stratum {stratum.name!r}, only.{coarser}"
-    if names is None:
+    if column.names is None:
         raise ValueError(f"{where}: goes by name, so names[{coarser!r}] must list the names of its label values")
     for name in kept:
-        if name not in names:
-            raise ValueError(f"{where}: no cell of the data is called {name!r}{nearest(name, names)}")
-    values = torch.tensor([list(names).index(name) for name in kept], dtype=torch.int64, device=label_T.device)
-    return torch.isin(label_T, values)
+        if name not in column.names:
+            raise ValueError(f"{where}: no cell of the data is called {name!r}{nearest(name, column.names)}")
+    values = [column.names.index(name) for name in kept]
+    inside = torch.isin(column.label_E, torch.tensor(values, dtype=torch.int64, device=column.label_E.device))
+    return inside if column.present_E is None else inside & column.present_E
 
 
-def _join(
-    stratum: Stratum, labels: Mapping[str, Tensor], names: Names, here: Tensor | None
-) -> tuple[Tensor, list[str] | None, tuple[Part, ...]]:
-    """The labels of a joined stratum, its names where all its parts have some, and the parts that have."""
+def _join(stratum: Stratum, labels: Mapping[str, Tensor], names: Names, here: Tensor | None) -> Column:
     sizes = [len(names[part]) if part in names else UNNAMED_LABELS for part in stratum.join]
-    if math.prod(sizes) > _LARGEST:
+    if math.prod(sizes) > torch.iinfo(torch.int64).max:
         raise ValueError(
             f"stratum {stratum.name!r}, join: {sum(part not in names for part in stratum.join)} of its parts have no "
             "names; at most one can be without, or two if no other part has many"
         )
-    joined_T = torch.zeros_like(labels[stratum.join[0]])
+    joined = torch.zeros_like(labels[stratum.join[0]])
     for part, size in zip(stratum.join, sizes, strict=True):
         _refuse_outside(stratum, part, labels[part], size, names.get(part), here)
-        joined_T = joined_T * size + labels[part]
+        joined = joined * size + labels[part]
     strides = [math.prod(sizes[index + 1 :]) for index in range(len(sizes))]
     known = zip(stratum.join, strides, strict=True)
     parts = tuple(Part(part, tuple(names[part]), stride) for part, stride in known if part in names)
     if len(parts) < len(stratum.join):
-        return joined_T, None, parts
-    called = ["/".join(of_parts) for of_parts in itertools.product(*(names[part] for part in stratum.join))]
-    return joined_T, called, parts
+        return Column(joined, parts=parts)
+    called = tuple("/".join(of_parts) for of_parts in itertools.product(*(names[part] for part in stratum.join)))
+    return Column(joined, names=called, parts=parts)
 
 
 def _refuse_outside(
-    stratum: Stratum, column: str, label_T: Tensor, size: int, names: Sequence[str] | None, here: Tensor | None
+    stratum: Stratum, column: str, label: Tensor, size: int, names: Sequence[str] | None, here: Tensor | None
 ) -> None:
-    """Refuse a token, of those `here`, that has no label in `column`, or for `size` > 0 one that is not below it."""
-    wrong = label_T < 0
+    """Refuse an entry, of those `here`, that has no label in `column`, or for `size` > 0 one that is not below it."""
+    wrong = label < 0
     if size:
-        wrong |= label_T >= size
+        wrong |= label >= size
     if here is not None:
         wrong &= here
     if not bool(wrong.any()):
         return
     index = int(wrong.nonzero()[0])
-    label = int(label_T[index])
-    if label < 0:
+    value = int(label[index])
+    if value < 0:
         kind = "join" if stratum.join else "stratum" if stratum.only else "branch"
         why = f"token {index} of the flat batch is in no cell; the {kind} {stratum.name!r} needs one for every token"
         if stratum.only:
@@ -129,24 +266,32 @@ def _refuse_outside(
         why = f"has no name; names[{column!r}] has {len(names)}"
     else:
         why = f"labels without names must be below {size} to be joined in {stratum.name!r}"
-    raise ValueError(f"labels[{column!r}]: value {label}: {why}")
+    raise ValueError(f"labels[{column!r}]: value {value}: {why}")
 
 
-def _repeat_parent(
-    stratum: Stratum, chain: Sequence[Stratum], labels: Mapping[str, Tensor], mask: Tensor | None, here: Tensor | None
-) -> Tensor:
-    """The labels of a stratum of the chain, with those of its nearest ancestor, marked as such, where it is missing."""
-    place = [other.name for other in chain].index(stratum.name)
-    parent = chain[place - 1]
-    parent_T = labels[parent.name]
-    assert here is not None
-    missing = ~here if mask is None else mask & ~here
-    largest = (_LARGEST - len(chain)) // len(chain)
-    wrong = missing & ((parent_T > largest) if parent.only else (parent_T < 0) | (parent_T > largest))
-    if bool(wrong.any()):
-        label = int(parent_T[wrong.nonzero()[0]])
-        raise ValueError(
-            f"labels[{parent.name!r}]: value {label}: must be within 0 .. {largest} where {stratum.name!r} is missing"
-        )
-    marked_T = torch.where(parent_T < 0, parent_T, -1 - (parent_T * len(chain) + place - 1))
-    return torch.where(here, labels[stratum.name], marked_T)
+def prefix_state_labels(tokens: Tensor, group: Tensor) -> Tensor:
+    """Labels of the states of an autoregressive policy, for a stratum of states: one per prefix and prompt group.
+
+    Args: `tokens` int64 [b, s]; `group` int64 [b], the label of each row's prompt group.
+    Returns int64 [b, s - 1]: entry t belongs to the choice of tokens[:, t + 1] and is a 63-bit hash of the group and of
+    tokens[:, :t + 1], so that ranks need not talk about it.
+
+    A state lies in one prompt group, but trajectories share it and pass through many: a chain with states, such as
+    domain, prompt_group, state, has no stratum of trajectories.
+    """
+    place = torch.arange(tokens.shape[1] - 1, device=tokens.device)
+    prefix = _mix(tokens[:, :-1] + _mix(place)).cumsum(1)  # int64 arithmetic wraps around
+    return _mix(prefix + _mix(place + _mix(group)[:, None])) & (2**63 - 1)
+
+
+def _mix(value: Tensor) -> Tensor:
+    """The step of splitmix64: int64 -> int64 that look random, one to one."""
+    value = value - 0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        value = (value ^ _shift(value, shift)) * factor
+    return value ^ _shift(value, 31)
+
+
+def _shift(value: Tensor, bits: int) -> Tensor:
+    """Shift to the right with zeros moving in, where int64 would repeat the sign."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)

@@ -38,19 +38,19 @@ SPACES = ("ratio", "log")
 
 @dataclass(frozen=True, eq=False)
 class Gated:
-    """A map G at the live tokens of this rank (_L), float64, and its derivatives in the form
+    """A map G at the tokens of this rank, float64 [T], and its derivatives in the form
         dG_i / d ell_j = own_i [i = j] + give_i take_j [same cell, and i != j if `others_only`]
 
-    ratio_L    G_i
-    clipped_L  bool: the gate has cut the token's own ratio
-    give_L, take_L   None for a map that couples no tokens
+    ratio    G_i
+    clipped  bool: the gate has cut the token's own ratio
+    give, take   None for a map that couples no tokens
     """
 
-    ratio_L: Tensor
-    own_L: Tensor
-    clipped_L: Tensor
-    give_L: Tensor | None = None
-    take_L: Tensor | None = None
+    ratio: Tensor
+    own: Tensor
+    clipped: Tensor
+    give: Tensor | None = None
+    take: Tensor | None = None
     others_only: bool = False
 
 
@@ -61,10 +61,10 @@ class RatioGating(Protocol):
     def stratum(self) -> str | None:
         """The stratum whose cells couple tokens; None for a map that acts token by token."""
 
-    def feature(self, x_L: Tensor, count_L: Tensor) -> Tensor:
+    def feature(self, x: Tensor, count: Tensor) -> Tensor:
         """What is summed over a cell, from log-ratios and the token counts of their cells."""
 
-    def gate(self, x_L: Tensor, positive_L: Tensor, sum_L: Tensor, count_L: Tensor) -> Gated:
+    def gate(self, x: Tensor, positive: Tensor, total: Tensor, count: Tensor) -> Gated:
         """G from the log-ratios, whether the advantage is >= 0, and each token's cell's sum and count."""
 
 
@@ -73,7 +73,7 @@ class _TokenWise:
 
     stratum: ClassVar[str | None] = None
 
-    def feature(self, x_L: Tensor, count_L: Tensor) -> Tensor:
+    def feature(self, x: Tensor, count: Tensor) -> Tensor:
         raise AssertionError("a token-wise map sums nothing")
 
 
@@ -95,12 +95,12 @@ class PpoClip(_TokenWise):
     def __post_init__(self) -> None:
         _check_clip(self)
 
-    def gate(self, x_L: Tensor, positive_L: Tensor, sum_L: Tensor, count_L: Tensor) -> Gated:
-        ratio_L, low, high = _exp(x_L), 1.0 - self.low, 1.0 + self.high
-        above, below = ratio_L > high, ratio_L < low
-        clipped_L = torch.where(positive_L, above, below) if self.use_min else above | below
-        gated_L = torch.where(clipped_L, ratio_L.clamp(low, high), ratio_L)
-        return Gated(gated_L, torch.where(clipped_L, 0.0, ratio_L), clipped_L)
+    def gate(self, x: Tensor, positive: Tensor, total: Tensor, count: Tensor) -> Gated:
+        ratio, low, high = _exp(x), 1.0 - self.low, 1.0 + self.high
+        above, below = ratio > high, ratio < low
+        clipped = torch.where(positive, above, below) if self.use_min else above | below
+        gated = torch.where(clipped, ratio.clamp(low, high), ratio)
+        return Gated(gated, torch.where(clipped, 0.0, ratio), clipped)
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,13 @@ class Gspo:
         _check_clip(self)
         _check_stratum(self.stratum)
 
-    def feature(self, x_L: Tensor, count_L: Tensor) -> Tensor:
-        return x_L
+    def feature(self, x: Tensor, count: Tensor) -> Tensor:
+        return x
 
-    def gate(self, x_L: Tensor, positive_L: Tensor, sum_L: Tensor, count_L: Tensor) -> Gated:
-        whole = PpoClip(self.low, self.high, self.use_min).gate(sum_L / count_L, positive_L, sum_L, count_L)
-        nothing_L = torch.zeros_like(x_L)
-        return Gated(whole.ratio_L, nothing_L, whole.clipped_L, give_L=whole.own_L, take_L=1.0 / count_L)
+    def gate(self, x: Tensor, positive: Tensor, total: Tensor, count: Tensor) -> Gated:
+        whole = PpoClip(self.low, self.high, self.use_min).gate(total / count, positive, total, count)
+        nothing = torch.zeros_like(x)
+        return Gated(whole.ratio, nothing, whole.clipped, give=whole.own, take=1.0 / count)
 
 
 @dataclass(frozen=True)
@@ -155,14 +155,14 @@ class TrulyPpo(_TokenWise):
         _at_most_one(self.eps, "eps")
         _check_bool(self.use_min, "use_min")
 
-    def gate(self, x_L: Tensor, positive_L: Tensor, sum_L: Tensor, count_L: Tensor) -> Gated:
-        ratio_L = _exp(x_L)
-        above, below = ratio_L >= 1.0 + self.eps, ratio_L <= 1.0 - self.eps
-        edge_L = ratio_L.clamp(1.0 - self.eps, 1.0 + self.eps)
-        clipped_L = torch.where(positive_L, above, below) if self.use_min else above | below
-        rolled_L = (1.0 + self.alpha) * edge_L - self.alpha * ratio_L
-        own_L = torch.where(clipped_L, -self.alpha * ratio_L, ratio_L)
-        return Gated(torch.where(clipped_L, rolled_L, ratio_L), own_L, clipped_L)
+    def gate(self, x: Tensor, positive: Tensor, total: Tensor, count: Tensor) -> Gated:
+        ratio = _exp(x)
+        above, below = ratio >= 1.0 + self.eps, ratio <= 1.0 - self.eps
+        edge = ratio.clamp(1.0 - self.eps, 1.0 + self.eps)
+        clipped = torch.where(positive, above, below) if self.use_min else above | below
+        rolled = (1.0 + self.alpha) * edge - self.alpha * ratio
+        own = torch.where(clipped, -self.alpha * ratio, ratio)
+        return Gated(torch.where(clipped, rolled, ratio), own, clipped)
 
 
 @dataclass(frozen=True)
@@ -197,34 +197,34 @@ class Apc:
         if self.space not in SPACES:
             raise ValueError(f"space: must be one of {', '.join(SPACES)}, got {self.space!r}")
 
-    def _deviation(self, x_L: Tensor) -> Tensor:
-        return x_L if self.space == "log" else x_L.clamp_max(LARGEST_EXPONENT).expm1()
+    def _deviation(self, x: Tensor) -> Tensor:
+        return x if self.space == "log" else x.clamp_max(LARGEST_EXPONENT).expm1()
 
-    def feature(self, x_L: Tensor, count_L: Tensor) -> Tensor:
+    def feature(self, x: Tensor, count: Tensor) -> Tensor:
         # A token beyond B zeroes all others whatever its size, and what is left of C1 after subtracting one of e^200
         # would be rounding. At 2 B it still zeroes them when the sum has been rounded.
-        return torch.minimum(self._deviation(x_L).abs(), 4.0 * self.delta * count_L)
+        return torch.minimum(self._deviation(x).abs(), 4.0 * self.delta * count)
 
-    def gate(self, x_L: Tensor, positive_L: Tensor, sum_L: Tensor, count_L: Tensor) -> Gated:
-        deviation_L = self._deviation(x_L)
-        others_L = (sum_L - self.feature(x_L, count_L)).clamp_min(0.0)
-        room_L = (2.0 * self.delta * count_L - others_L).clamp_min(0.0)
-        passes_L = (deviation_L.abs() <= room_L) & (room_L > 0.0)
-        sign_L = deviation_L.sign()
-        clipped_L = torch.where(passes_L, deviation_L, sign_L * room_L)
+    def gate(self, x: Tensor, positive: Tensor, total: Tensor, count: Tensor) -> Gated:
+        deviation = self._deviation(x)
+        others = (total - self.feature(x, count)).clamp_min(0.0)
+        room = (2.0 * self.delta * count - others).clamp_min(0.0)
+        passes = (deviation.abs() <= room) & (room > 0.0)
+        sign = deviation.sign()
+        clipped = torch.where(passes, deviation, sign * room)
         if self.space == "log":
-            ratio_L = _exp(clipped_L)
-            outer_L, inner_L = ratio_L, torch.ones_like(x_L)
+            ratio = _exp(clipped)
+            outer, inner = ratio, torch.ones_like(x)
         else:
-            ratio_L = 1.0 + clipped_L
-            outer_L, inner_L = torch.ones_like(x_L), _exp(x_L)
-        rollback_L = ~passes_L & (room_L > 0.0)
+            ratio = 1.0 + clipped
+            outer, inner = torch.ones_like(x), _exp(x)
+        rollback = ~passes & (room > 0.0)
         return Gated(
-            ratio_L,
-            torch.where(passes_L, outer_L * inner_L, 0.0),
-            ~passes_L,
-            give_L=torch.where(rollback_L, -sign_L * outer_L, 0.0),
-            take_L=sign_L * inner_L,
+            ratio,
+            torch.where(passes, outer * inner, 0.0),
+            ~passes,
+            give=torch.where(rollback, -sign * outer, 0.0),
+            take=sign * inner,
             others_only=True,
         )
 
@@ -263,8 +263,8 @@ def check_gating(gating: RatioGating | None, hierarchy: Hierarchy, soft: Collect
             )
 
 
-def _exp(x_L: Tensor) -> Tensor:
-    return x_L.clamp_max(LARGEST_EXPONENT).exp()
+def _exp(x: Tensor) -> Tensor:
+    return x.clamp_max(LARGEST_EXPONENT).exp()
 
 
 def _check_clip(gating: PpoClip | Gspo) -> None:

@@ -1,16 +1,20 @@
-"""One stratum and its budgets: the parts that a user configures, checked when they are made."""
+"""Strata, budgets, and which strata may stand together: what a user configures, checked when it is made."""
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
+from .gates import Gate, find_gate
 
-from .levels import Level
-from .wording import nearest
+
+def nearest(given: object, valid: Iterable[object]) -> str:
+    """The tail of a message about an unknown name: the nearest valid one, or all of them where none is near."""
+    options = [str(option) for option in valid]
+    close = difflib.get_close_matches(str(given), options, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(sorted(options)) or 'none'}"
 
 
 def positive_number(value: object, where: str) -> float:
@@ -48,15 +52,16 @@ class SlopeCap:
 class Stratum:
     """One level of the chain, or a branch.
 
-    budget   the budgets of its cells; `budgets` overrides them for cells by name
-    slope    rollback slope k of (10): None for the cell's token count, a number, or a SlopeCap
-    enabled  a stratum that is switched off takes no part: as if it were not in the chain
-    join     classifications whose common refinement this is: its cells are their intersections. Without it, tokens are
-             labelled by the stratum's own name
-    only     coarser stratum -> names of its cells: elsewhere this stratum is missing, and finer ones follow the coarser
-    beside   of a branch: the stratum of the chain after which it is extracted; the finest one without it
+    budget      the budgets of its cells; `budgets` overrides them for cells by name
+    slope       rollback slope k of (10): None for the cell's token count, a number, or a SlopeCap
+    enabled     a stratum that is switched off takes no part, as if it were not in the chain
+    join        classifications whose common refinement this is: its cells are their intersections. Without it, tokens
+                are labelled by the stratum's own name
+    only        coarser stratum -> names of its cells: elsewhere this stratum is missing
+    beside      of a branch: the stratum of the chain after which it is extracted; the finest one by default
     min_tokens  a cell with fewer live tokens, over all ranks, is merged into its parent: it has no drift of its own,
-             and what is finer in it is measured from the parent. Without it every cell counts, even of one token
+                and what is finer in it is measured from the parent. Without it every cell counts, even of one token
+    gate        the name of the gate in `gates.GATES`, "package.module:function", or a `Gate`
     """
 
     name: str
@@ -68,6 +73,7 @@ class Stratum:
     only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     beside: str | None = None
     min_tokens: int | None = None
+    gate: Gate = "rollback"  # type: ignore[assignment]  # any name of `find_gate`, made a Gate below
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -95,6 +101,7 @@ class Stratum:
             raise ValueError(
                 f"min_tokens: must be a whole number of at least 2, got {floor!r}; leave it out for no floor"
             )
+        object.__setattr__(self, "gate", find_gate(self.gate))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -114,26 +121,150 @@ class Stratum:
                     f"stratum {self.name!r}, budgets.{key}: no cell of the data has this name{nearest(key, names)}"
                 )
 
-    def resolve(self, level: Level) -> tuple[Tensor, Tensor]:
-        """Budgets C [2, C] and rollback slopes k [C] of the cells of `level`, float64, on its device."""
-        self.check_names(level.names)
-        pairs = [[self.budget.pos, self.budget.neg]]
-        if self.budgets:
-            assert level.names is not None
-            chosen = [self.budgets.get(name, self.budget) for name in level.names]
-            pairs = [[budget.pos, budget.neg] for budget in chosen]
-        table = torch.tensor(pairs, dtype=torch.float64, device=level.label_C.device).T
-        index_C = level.label_C.clamp_min(0) if self.budgets else torch.zeros_like(level.label_C)
-        if self.slope is None:
-            slope_C = level.count_C
-        elif isinstance(self.slope, SlopeCap):
-            slope_C = level.count_C.clamp_max(self.slope.cap)
-        else:
-            slope_C = torch.full_like(level.count_C, self.slope)
-        return table[:, index_C], slope_C
-
 
 def _names(value: object, where: str) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(name, str) for name in value):
         raise ValueError(f"{where}: must be a list of names, got {value!r}")
     return tuple(value)
+
+
+def check_structure(strata: Sequence[Stratum], branches: Sequence[Stratum], sweeps: object) -> None:
+    """Refuse what the configuration shows to be wrong; ValueError names the field."""
+    if not strata:
+        raise ValueError("strata: at least one stratum is required")
+    if isinstance(sweeps, bool) or not isinstance(sweeps, int) or sweeps < 1:
+        raise ValueError(f"sweeps: must be a whole number of at least 1, got {sweeps!r}")
+    if sweeps > 1 and not branches:
+        raise ValueError("sweeps: repeats the extraction of branches, but there are none; a chain is exact at once")
+    _unique(strata, branches)
+    for where, stratum in _placed(strata, branches):
+        _check_join(where, stratum, strata, branches)
+    for index, stratum in enumerate(strata):
+        if stratum.beside is not None:
+            raise ValueError(
+                f"strata[{index}].beside: is for branches; a stratum of the chain stands where the list has it"
+            )
+        _check_only(f"strata[{index}].only", stratum, strata, index)
+        if stratum.min_tokens and stratum.enabled and not any(other.enabled for other in strata[:index]):
+            raise ValueError(
+                f"strata[{index}].min_tokens: {stratum.name!r} is the coarsest active stratum, so that its small cells "
+                "have no parent to be merged into"
+            )
+    for index, branch in enumerate(branches):
+        _check_branch(f"branches[{index}]", branch, strata, branches[:index])
+
+
+def _placed(strata: Sequence[Stratum], branches: Sequence[Stratum]) -> Iterator[tuple[str, Stratum]]:
+    for kind, listed in (("strata", strata), ("branches", branches)):
+        for index, stratum in enumerate(listed):
+            yield f"{kind}[{index}]", stratum
+
+
+def _unique(strata: Sequence[Stratum], branches: Sequence[Stratum]) -> None:
+    seen: dict[str, str] = {}
+    for where, stratum in _placed(strata, branches):
+        if stratum.name in seen:
+            why = "names must be unique"
+            if where.startswith("branches"):
+                why = "the same classification twice would count its drift twice"
+            raise ValueError(f"{where}.name: {stratum.name!r} is already the name of {seen[stratum.name]}; {why}")
+        seen[stratum.name] = where
+
+
+def _check_join(where: str, stratum: Stratum, strata: Sequence[Stratum], branches: Sequence[Stratum]) -> None:
+    if not stratum.join:
+        return
+    chain = [other.name for other in strata]
+    for index, part in enumerate(stratum.join):
+        if part == stratum.name:
+            raise ValueError(f"{where}.join: names {part!r} itself, whose name it has; give the join a name of its own")
+        if part in stratum.join[:index]:
+            raise ValueError(f"{where}.join: names {part!r} twice; a classification joined with itself is itself")
+        inner = next((other for other in (*strata, *branches) if other.name == part and other.join), None)
+        if inner is not None:
+            raise ValueError(f"{where}.join: {part!r} is a join; name its parts instead: {list(inner.join)}")
+    if len(stratum.join) < 2:
+        raise ValueError(f"{where}.join: must name two or more classifications, got {list(stratum.join)}")
+    nested = sorted((chain.index(part), part) for part in stratum.join if part in chain)
+    if len(nested) > 1:
+        (_, coarser), (_, finer) = nested[:2]
+        raise ValueError(
+            f"{where}.join: every {finer} lies in one {coarser}, since both are in the chain: their join is {finer} "
+            "itself, whose drift counts there already"
+        )
+    if stratum.name in chain and nested and nested[0][0] > chain.index(stratum.name):
+        part = nested[0][1]
+        raise ValueError(
+            f"{where}.join: {part!r} is coarser than the join that refines it, but stands after it; strata are listed "
+            "coarsest first"
+        )
+    for there, other in _placed(strata, branches):
+        if there == where:
+            return
+        if other.enabled and stratum.enabled and set(other.join) == set(stratum.join):
+            raise ValueError(
+                f"{where}.join: {there} ({other.name!r}) is the join of the same classifications; the same "
+                "classification twice would count its drift twice"
+            )
+
+
+def _check_only(where: str, stratum: Stratum, strata: Sequence[Stratum], place: int) -> None:
+    coarser = {other.name: other for other in strata[:place]}
+    for name in stratum.only:
+        if name not in coarser:
+            later = any(other.name == name for other in strata)
+            why = "is not coarser than this stratum" if later else "is no stratum of the chain"
+            raise ValueError(f"{where}.{name}: {why}; name one that stands before it{nearest(name, coarser)}")
+        if stratum.enabled and not coarser[name].enabled:
+            raise ValueError(f"{where}.{name}: is switched off")
+
+
+def _check_branch(where: str, branch: Stratum, strata: Sequence[Stratum], earlier: Sequence[Stratum]) -> None:
+    if branch.only:
+        raise ValueError(
+            f"{where}.only: a branch must cover every token, else its means are no projection; label the others with a "
+            "cell of their own"
+        )
+    if branch.min_tokens is not None:
+        raise ValueError(
+            f"{where}.min_tokens: a branch has no parent that its small cells could be merged into; the token's own "
+            "residual is measured from the chain and the branch together"
+        )
+    names = [stratum.name for stratum in strata]
+    if branch.beside is not None and branch.beside not in names:
+        raise ValueError(f"{where}.beside: no stratum of the chain is called {branch.beside!r}"
+                         f"{nearest(branch.beside, names)}")  # fmt: skip
+    if not branch.enabled:
+        return
+    active = [stratum for stratum in strata if stratum.enabled]
+    if not active:
+        raise ValueError(f"{where}: a branch stands beside a chain, but every stratum is switched off")
+    beside = branch.beside or active[-1].name
+    if beside not in [stratum.name for stratum in active]:
+        raise ValueError(f"{where}.beside: {beside!r} is switched off")
+    above = strata[: names.index(beside) + 1]
+    known = {part for stratum in above if not stratum.only for part in (stratum.name, *stratum.columns)}
+    if set(branch.columns) <= known:
+        raise ValueError(f"{where}: {nothing_left(branch.name, beside)}")
+    if beside == active[-1].name and set(active[-1].columns) <= set(branch.columns):
+        raise ValueError(f"{where}: {belongs_into_the_chain(branch.name, beside)}")
+    for other in earlier:
+        if other.enabled and (other.beside or active[-1].name) == beside and set(branch.columns) <= set(other.columns):
+            raise ValueError(f"{where}: {nothing_left(branch.name, other.name)}")
+
+
+def nothing_left(name: str, finer: str) -> str:
+    """Why a branch that is coarser than what was extracted before it makes no sense."""
+    return (
+        f"every {finer} lies in one {name}, so the drift of {name} is part of what {finer} has taken, and counts there "
+        f"already: nothing would be left for the budget of {name}. Put {name} before {finer}: into `strata`, if they "
+        "nest there, or as a branch beside a coarser stratum"
+    )
+
+
+def belongs_into_the_chain(name: str, coarser: str) -> str:
+    """Why a branch that nests with the chain makes no sense."""
+    return (
+        f"every {name} lies in one {coarser}, and finer strata in one {name}: it nests, so it belongs into `strata`, "
+        f"after {coarser}, where its drift is counted beyond that of {coarser}"
+    )

@@ -7,34 +7,29 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .cells import Cells
-from .drift import bad_tokens, check_tokens, num_bad, place
-from .fibration import Gates, TokenSums, evaluate
-from .hierarchy import Hierarchy, positive_number
-from .ratio_gating import RatioGating
-from .ratio_objective import evaluate_gating
-from .regimes import Report, make_report, report_parts
-from .sharing import Reduce
-from .wording import nearest
+from .fibration import Drift, Tokens, bad_tokens, checked, coefficients, gate_cells, measure, narrowed, place, weigh
+from .hierarchy import Hierarchy
+from .ratio_gating import Gated, RatioGating, check_gating
+from .report import Report, make_report, pack, report_fields, unpack
+from .sharing import NO_RIDERS, Cells, Level, Reduce, Riders, SharedCells, all_reduce
+from .stratum import nearest, positive_number
 
 WEIGHTS = ("trajectory_mean", "token_mean", "fixed_length_mean")
 
 
 @dataclass(frozen=True, eq=False)
 class Surrogate:
-    """value: J of all ranks; coefficients: [T], dJ/dlogp of this rank's tokens; report: the gates of all ranks.
-
-    parts   what the report is made from, see `regimes.merge_parts`
-    """
+    """value: J of all ranks; coefficients: [T], dJ/dlogp of this rank's tokens; report: the gates of all ranks, made of
+    `fields`, see report.py."""
 
     value: float
     coefficients: Tensor
     report: Report
-    parts: list[Tensor] = field(repr=False)
+    fields: dict[str, Tensor] = field(repr=False)
 
 
 def token_weights(
-    cells: Cells,
+    cells: Cells | SharedCells,
     kind: str = "trajectory_mean",
     *,
     stratum: str = "trajectory",
@@ -60,28 +55,28 @@ def token_weights(
         raise ValueError(f"kind: unknown weighting {kind!r}{nearest(kind, WEIGHTS)}")
     if (kind == "fixed_length_mean") != (length is not None):
         raise ValueError(f"length: is for fixed_length_mean and required there, got {length!r} with {kind}")
-    level = cells.level(stratum)
-    if level.traits.partial:
+    cells = cells.shared
+    level = cells.hard_level(stratum)
+    if not level.everywhere:
         raise ValueError(f"stratum: {stratum!r} is missing in parts of the tree; build cells of it by itself")
     if kind == "trajectory_mean":
         weight_C = 1.0 / (level.num_cells * level.count_C)
-        cell_T = cells.cell_per_token(stratum)
-        weight_T = weight_C.to(dtype)[cell_T] if weight_C.numel() else weight_C.new_zeros(cells.num_tokens, dtype=dtype)
     else:
         total = level.num_tokens if length is None else level.num_cells * positive_number(length, "length")
-        weight_T = level.count_C.new_full((cells.num_tokens,), 1.0 / max(total, 1), dtype=dtype)
-    return weight_T if cells.layout.mask_T is None else torch.where(cells.layout.mask_T, weight_T, 0.0)
+        weight_C = torch.full_like(level.count_C, 1.0 / max(total, 1))
+    return cells.layout.at_tokens(level.at(weight_C)).to(dtype)
 
 
-def on_policy_coefficients(weighted_advantage: Tensor, cells: Cells) -> Tensor:
+def on_policy_coefficients(weighted_advantage: Tensor, cells: Cells | SharedCells) -> Tensor:
     """Coefficients at log-ratio exactly 0, where the Jacobian is the identity: w_i A_i on live tokens, 0 elsewhere.
 
     [T] -> [T], no reduction. Right only where the old log-probabilities come from the very model, weights, precision
     and layout that is trained. Raises ValueError for a non-finite value on a live token of this rank.
     """
-    check_tokens("weighted_advantage", weighted_advantage, cells)
-    if num_bad(weighted_advantage, cells):
-        index = int(bad_tokens(weighted_advantage, cells).nonzero()[0])
+    cells = checked(cells, None, weighted_advantage=weighted_advantage)
+    bad = bad_tokens(weighted_advantage, cells)
+    if bool(bad.any()):
+        index = int(bad.nonzero()[0])
         value = weighted_advantage[index].item()
         raise ValueError(f"weighted_advantage: {value} on a live token, {place(index, cells)}; it must be finite")
     mask_T = cells.layout.mask_T
@@ -92,35 +87,105 @@ def on_policy_coefficients(weighted_advantage: Tensor, cells: Cells) -> Tensor:
 def surrogate(
     log_ratio: Tensor,
     weighted_advantage: Tensor,
-    cells: Cells,
+    cells: Cells | SharedCells,
     hierarchy: Hierarchy,
     reduce: Reduce | None = None,
     gating: RatioGating | None = None,
+    use_min: bool = False,
+    riders: Riders = NO_RIDERS,
 ) -> Surrogate:
     """J = sum_i w_i A_i rhat_i over all ranks, (18) and (30), its per-token coefficients, and the report of the gates.
 
     Arguments and errors as `token_coefficients`. `reduce` is called `hierarchy.num_reductions` times, also on a rank
     without tokens; with `gating` half as often and once more. That is twice without branches: (1) counts of non-finite
-    input and S+, S- of the shared cells; (2) J, the report's sums, Z+, Z- of the shared cells.
+    input, S+, S- of the shared nodes, and `riders`; (2) J, the report's fields, and the adjoint's sums of shared nodes.
 
     gating   a map G of `ratio_gating` instead of FiberPO's: J = sum_i w_i A_i G(r)_i, (2). The hierarchy then only
              reports: its gates as they would act on these log-ratios, and as clipped tokens those that G cuts. A map
              that couples the tokens of a stratum needs it among the active ones, else ValueError
 
+    The host reads twice from the device: what the first reduction says of bad input, and value and report at the end.
+
     SPMD: coefficients are sharded like the tokens; value and report are the same on every rank.
     """
-    sizes: list[torch.Size] = []
-
-    def head(gates: Gates, sums: TokenSums) -> Tensor:
-        parts = [sums.total_2C.sum().reshape(1), *report_parts(gates, sums, cells)]
-        sizes.extend(part.shape for part in parts)
-        return torch.cat([part.reshape(-1) for part in parts])
-
+    cells = checked(cells, hierarchy, log_ratio=log_ratio, weighted_advantage=weighted_advantage)
+    tokens = Tokens.of(cells, log_ratio, weighted_advantage)
     if gating is None:
-        coefficients, summed = evaluate(log_ratio, weighted_advantage, cells, hierarchy, reduce, head)
+        drift, _ = measure(tokens, cells, reduce, riders)
+        gates = gate_cells(drift, cells, hierarchy)
+        weighed = weigh(tokens, cells, drift, gates, use_min=use_min)
+        head = pack(report_fields(drift, gates, cells, weighed.value.sum(), weighed.clipped.sum()), cells)
+        out, summed = coefficients(tokens, weighed, cells, drift, gates, reduce, head)
     else:
-        tokens = log_ratio, weighted_advantage, cells
-        coefficients, summed = evaluate_gating(gating, *tokens, hierarchy, reduce, head)
-    flat = summed.split([size.numel() for size in sizes])
-    parts = [part.view(size) for part, size in zip(flat, sizes, strict=True)]
-    return Surrogate(float(parts[0]), coefficients, make_report(parts[1:], cells), parts[1:])
+        check_gating(gating, hierarchy)
+        out, summed = _evaluate_map(gating, tokens, cells, hierarchy, reduce, riders)
+    fields = unpack(summed)
+    value, report = make_report(fields, cells)
+    return Surrogate(value, out, report, fields)
+
+
+def _evaluate_map(
+    gating: RatioGating,
+    tokens: Tokens,
+    cells: SharedCells,
+    hierarchy: Hierarchy,
+    reduce: Reduce | None,
+    riders: Riders,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Coefficients [T] of a ratio-gating map, and the summed fields of the report of the hierarchy's gates, as they
+    would act on these log-ratios."""
+    drift, gated, y, level = _gate_tokens(gating, tokens, cells, reduce, riders)
+    live = cells.layout.mask_T
+    clipped = gated.clipped if live is None else gated.clipped & live
+    gates = gate_cells(drift, cells, hierarchy)
+    parts = pack(report_fields(drift, gates, cells, (y * gated.ratio).sum(), clipped.sum(dtype=y.dtype)), cells)
+    out = y * gated.own
+    if level is None:
+        summed = all_reduce(parts, reduce)
+    else:
+        assert gated.give is not None and gated.take is not None
+        given = y * gated.give
+        given_C = level.sums(cells.layout.sum_tokens(given))
+        summed = all_reduce({**parts, "given": level.slots.pack(given_C)}, reduce)
+        pulled = cells.layout.at_tokens(level.at(level.slots.unpack(given_C, summed.pop("given"))))
+        # A token alone in its cell, or beyond the budget, gave all there is: the difference is exactly 0.
+        out = out + gated.take * (pulled - given if gated.others_only else pulled)
+    out = out if live is None else torch.where(live, out, 0.0)
+    return narrowed(out, tokens.log_ratio.dtype), summed
+
+
+def _gate_tokens(
+    gating: RatioGating, tokens: Tokens, cells: SharedCells, reduce: Reduce | None, riders: Riders
+) -> tuple[Drift, Gated, Tensor, Level | None]:
+    """The drift of all cells; the map at the tokens, whose sums over cells ride in the first reduction; w A, float64,
+    0 at masked tokens; and the level whose cells the map couples."""
+    layout = cells.layout
+    assert tokens.weight is not None
+    x, y = tokens.log_ratio.double(), tokens.weight.double()
+    if layout.mask_T is not None:
+        x, y = torch.where(layout.mask_T, x, 0.0), torch.where(layout.mask_T, y, 0.0)
+    if gating.stratum is None:
+        return measure(tokens, cells, reduce, riders)[0], gating.gate(x, y >= 0, x, x), y, None
+    level = cells.hard_level(gating.stratum)
+    count = layout.at_tokens(level.at(level.count_C)).clamp_min(1.0)
+    sum_C = level.sums(layout.sum_tokens(gating.feature(x, count)))
+    riders = Riders({**riders.parts, "feature": level.slots.pack(sum_C)}, riders.check)
+    drift, summed = measure(tokens, cells, reduce, riders)
+    total = layout.at_tokens(level.at(level.slots.unpack(sum_C, summed["feature"])))
+    return drift, gating.gate(x, y >= 0, total, count), y, level
+
+
+def gated_ratio(
+    log_ratio: Tensor,
+    weighted_advantage: Tensor,
+    cells: Cells | SharedCells,
+    gating: RatioGating,
+    reduce: Reduce | None = None,
+) -> Tensor:
+    """G(r)_i of (2), float64 [T]; 1 at masked tokens. Arguments and errors as `surrogate`, of which this is the first
+    reduction. SPMD: sharded like the tokens.
+    """
+    cells = checked(cells, None, log_ratio=log_ratio, weighted_advantage=weighted_advantage)
+    tokens = Tokens.of(cells, log_ratio, weighted_advantage)
+    ratio = _gate_tokens(gating, tokens, cells, reduce, NO_RIDERS)[1].ratio
+    return ratio if cells.layout.mask_T is None else torch.where(cells.layout.mask_T, ratio, 1.0)

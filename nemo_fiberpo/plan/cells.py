@@ -13,16 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_fiberpo.objective.cells import Cells, build_cells
+from nemo_fiberpo.megatron.agreement import SIZE as AGREEMENT
+from nemo_fiberpo.objective import Cells, Hierarchy, RatioGating, SharedCells, build_cells, surrogate
 from nemo_fiberpo.objective.expert_partitions import COLUMN, soft_membership
-from nemo_fiberpo.objective.hierarchy import Hierarchy
-from nemo_fiberpo.objective.ratio_gating import RatioGating
-from nemo_fiberpo.objective.regimes import merge_parts
-from nemo_fiberpo.objective.surrogate import surrogate
+from nemo_fiberpo.objective.report import empty_fields, pack
 
 OF_ROLLOUT = ("prompt_group", "trajectory", "state")
-AGREEMENT = 4
-"""Numbers that `megatron.agreement` adds to the first reduction of a step."""
 
 
 @dataclass(frozen=True)
@@ -169,15 +165,15 @@ def _cells(
     return hierarchy.cells(labels, names={name: names[name] for name in labels if name in names})
 
 
-def _reductions(hierarchy: Hierarchy, cells: Cells, gating: RatioGating | None, passes: int) -> tuple[int, int]:
+def _reductions(hierarchy: Hierarchy, cells: SharedCells, gating: RatioGating | None, passes: int) -> tuple[int, int]:
     """Reductions of one step, and the numbers in their buffers."""
     if passes == 1:
-        return 1, 2 + sum(part.numel() for part in merge_parts([], cells))
+        return 1, 1 + sum(part.numel() for part in pack(empty_fields(cells), cells).values())
     sizes: list[int] = []
 
     def reduce(buffer: Tensor) -> Tensor:
         sizes.append(buffer.numel())
-        return buffer
+        return buffer * cells.world_size  # as if every rank had the same
 
     nothing = torch.zeros(cells.num_tokens)
     surrogate(nothing, nothing, cells, hierarchy, reduce, gating)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-import nemo_fiberpo as fpo
 from nemo_fiberpo.objective.layout import RowLayout, ScatteredLayout
 from nemo_fiberpo.objective.pieces import dense_ids
+
+import nemo_fiberpo as fpo
 from tests.objective.cases import make_hierarchy
 
 LABELS = {"domain": torch.tensor([0, 0, 1, 1]), "prompt_group": torch.tensor([3, 3, 9, 8])}

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-import nemo_fiberpo as fpo
-from nemo_fiberpo.objective.named_regimes import (
+from nemo_fiberpo.objective.report import (
     GLOBAL_REGIMES,
     LOCAL_REGIMES,
     global_regimes,
     named_regimes,
     zeroed_from,
 )
+
+import nemo_fiberpo as fpo
 from tests.objective.cases import make_case
 from tests.objective.ranks import on_ranks
 from tests.objective.test_branches import make_case as make_branched_case
