@@ -90,7 +90,7 @@ def test_labels_of_a_tree_are_checked_where_the_stratum_is_there():
         replace(hierarchy, strata=(hierarchy.strata[0], wrong)).cells(labels, names=DOMAINS)
     finer = fpo.Hierarchy((*hierarchy.strata, stratum("trajectory")), 0.1)
     labels = {"domain": torch.tensor([0, 1]), "topic": torch.tensor([0, 0]), "trajectory": torch.tensor([7, 7])}
-    with pytest.raises(ValueError, match=r"tokens in topic none \(the stratum is missing there\) and in topic 0"):
+    with pytest.raises(ValueError, match=r"value 7 has tokens in domain 0 \('code'\) and in topic 0; every traj"):
         finer.cells(labels, names=DOMAINS)
 
 
