@@ -1,4 +1,4 @@
-"""The three passes over tokens: compiled as uncompiled, in blocks as at once, the same bits twice, compiler failures."""
+"""The passes over tokens: compiled as uncompiled, in blocks as at once, the same bits twice, a failing compiler."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch._dynamo
+import torch._inductor.config
 from torch import Tensor
 
 import nemo_fiberpo as fpo
@@ -29,24 +31,27 @@ def in_rows(case: Case, length: int) -> tuple[Case, tuple[int, int]]:
     return replace(case, labels=labels), (len(case.mask) // length, length)
 
 
-def evaluated(case: Case, dtype: torch.dtype, shape: tuple[int, int] | None, use_min: bool) -> dict[str, Tensor]:
-    """What each of the passes has a part in."""
+def evaluated(
+    case: Case, dtype: torch.dtype, shape: tuple[int, int] | None, use_min: bool, gated: bool = True
+) -> dict[str, Tensor]:
+    """What each of the passes has a part in; `gated` log-ratios and their derivative as well."""
     cells = case.hierarchy.cells(case.labels, case.mask, case.names, shape)
     ell, weight = case.log_ratio.to(dtype), case.weight.to(dtype)
     result = fpo.surrogate(ell, weight, cells, case.hierarchy, use_min=use_min)
-    leaf = ell.clone().requires_grad_()
-    gated = fpo.gated_log_ratio(leaf, cells, case.hierarchy)
-    gated.backward(weight)
     metrics = torch.tensor(list(result.report.metrics().values()), dtype=torch.float64)
-    value = torch.tensor(result.value, dtype=torch.float64)
-    return {"J": value, "c": result.coefficients, "L": gated.detach(), "grad": leaf.grad, "metrics": metrics}
+    out = {"J": torch.tensor(result.value, dtype=torch.float64), "c": result.coefficients, "metrics": metrics}
+    if gated:
+        leaf = ell.clone().requires_grad_()
+        log_rhat = fpo.gated_log_ratio(leaf, cells, case.hierarchy)
+        log_rhat.backward(weight)
+        out |= {"L": log_rhat.detach(), "grad": leaf.grad}
+    return out
 
 
 COMPILED = {
     "rows, float32": (lambda: in_rows(make_case(3, 1, num=80), 20), torch.float32, True),
     "any order, float64": (lambda: (branched_case("in two places", 1), None), torch.float64, False),
     "soft, float32": (lambda: (expert_case("P2", 1, soft=True), None), torch.float32, True),
-    "soft, float64": (lambda: (expert_case("P1", 1, soft=True), None), torch.float64, False),
 }
 
 
@@ -57,7 +62,8 @@ def test_compiled_passes_give_what_uncompiled_ones_give(name: str, run: Passes, 
     # a weight that would give itself away where it is masked
     case.weight = torch.where(case.mask, case.weight, float("nan"))
     case.log_ratio = torch.where(case.mask, case.log_ratio, float("nan"))
-    expected = evaluated(case, dtype, shape, use_min)
+    gated = name.startswith("any order")
+    expected = evaluated(case, dtype, shape, use_min, gated)
     compiled: list[str] = []
     compile_ = torch.compile
 
@@ -67,17 +73,18 @@ def test_compiled_passes_give_what_uncompiled_ones_give(name: str, run: Passes, 
 
     monkeypatch.setattr(torch, "compile", counted)
     monkeypatch.setenv("NEMO_FIBERPO_COMPILE", "1")
-    with warnings.catch_warnings():
+    torch._dynamo.reset()
+    with warnings.catch_warnings(), torch._inductor.config.patch(compile_threads=1):  # no pool of processes
         warnings.filterwarnings("error", message="torch.compile failed")
-        got = evaluated(case, dtype, shape, use_min)
-    assert sorted(compiled) == ["gate", "measure", "pull", "weigh"]
+        got = evaluated(case, dtype, shape, use_min, gated)
+    assert compiled == ["measure", "weigh", "pull", *(["gate"] if gated else [])]
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
     for key, value in expected.items():
         assert got[key].dtype == value.dtype
         torch.testing.assert_close(
             got[key], value, rtol=tolerance, atol=tolerance, msg=lambda m, key=key: f"{key}: {m}"
         )
-    assert (got["c"][~case.mask] == 0).all() and (got["L"][~case.mask] == 0).all()
+    assert all((got[key][~case.mask] == 0).all() for key in ("c", "L") if key in got)
 
 
 @pytest.mark.parametrize("fails", ["at once", "when it is called"])
