@@ -3,8 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/token_coefficients.py          (and with OMP_NUM_THREADS=2)
 
 A batch of 64 x 8192 float32 tokens in 2 domains, 8 prompt groups and 64 trajectories, responses of unequal length
-under a mask. Rows: `token_coefficients` and the building of cells, with and without `shape`, with the tokens of all
-trajectories shuffled, and the surrogate with its report. Times are medians of interleaved repetitions in one process;
+under a mask. Rows: GRPO compiled; the building of cells; `token_coefficients` and the surrogate with its report, eager
+and compiled, on rows (`shape` given), without `shape`, and with the tokens of all trajectories shuffled.
+
+Times are the CPU time of this thread (with one thread) or wall time, medians of interleaved repetitions in one process;
 memory is the peak of live allocations above what was there before, counted from the allocator's events, internal
 temporaries included.
 """
@@ -24,15 +26,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import nemo_fiberpo as fpo
+from nemo_fiberpo.objective.kernels import compile_passes
 
 HIERARCHY = fpo.load_hierarchy(
     {
         "token_clip": 0.04,
-        "strata": [
-            {"name": "domain", "budget": {"pos": 0.02, "neg": 0.015}},
-            {"name": "prompt_group", "budget": {"pos": 0.04, "neg": 0.03}},
-            {"name": "trajectory", "budget": {"pos": 0.12, "neg": 0.05}},
-        ],
+        "strata": {
+            "domain": {"budget": {"pos": 0.02, "neg": 0.015}},
+            "prompt_group": {"budget": {"pos": 0.04, "neg": 0.03}},
+            "trajectory": {"budget": {"pos": 0.12, "neg": 0.05}},
+        },
     }
 )
 
@@ -63,13 +66,26 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 def medians(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median seconds of each, run in turns so that a slow spell of the machine hits all alike."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in works}
+    for work in works.values():
+        work()
     for _ in range(repeats):
         for name, work in works.items():
-            start = time.perf_counter()
+            start = clock()
             work()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(spent[1:]) for name, spent in times.items()}
+            times[name].append(clock() - start)
+    return {name: statistics.median(spent) for name, spent in times.items()}
+
+
+def with_passes(mode: str, work: Callable[[], object]) -> Callable[[], object]:
+    """`work` with the objective's passes compiled ("1") or not ("0")."""
+
+    def run() -> object:
+        compile_passes(mode)
+        return work()
+
+    return run
 
 
 def processor() -> str:
@@ -101,23 +117,23 @@ def main() -> None:
         return lambda: HIERARCHY.cells(labels, **kwargs)  # type: ignore[arg-type]
 
     build = {
-        "rows, shape given": cells(labels, mask=mask, shape=shape),
-        "rows, no shape": cells(labels, mask=mask),
-        "rows, no mask, no shape": cells(labels),
+        "rows": cells(labels, mask=mask, shape=shape),
+        "rows without shape": cells(labels, mask=mask),
         "shuffled tokens": cells(shuffled, mask=mask),
     }
-    works: dict[str, Callable[[], object]] = {"eager GRPO": lambda: grpo(log_ratio, advantage, mask)}
-    works["eager GRPO, no mask"] = lambda: grpo(log_ratio, advantage, None)
-    for name, make in build.items():
-        works[f"cells: {name}"] = make
-    for name, make in build.items():
-        works[f"token_coefficients: {name}"] = partial(fpo.token_coefficients, log_ratio, advantage, make(), HIERARCHY)
-    rows = build["rows, shape given"]()
-    works["surrogate with report: rows"] = lambda: fpo.surrogate(log_ratio, advantage, rows, HIERARCHY)
+    compiled_grpo = torch.compile(grpo)
+    works: dict[str, Callable[[], object]] = {"GRPO, eager": lambda: grpo(log_ratio, advantage, mask)}
+    works["GRPO, compiled"] = lambda: compiled_grpo(log_ratio, advantage, mask)
+    works |= {f"cells: {name}": (lambda make=make: make().shared) for name, make in build.items()}  # type: ignore[misc]
+    for mode, kind in (("0", "eager"), ("1", "compiled")):
+        for name, make in build.items():
+            for function in (fpo.token_coefficients, fpo.surrogate):
+                work = partial(function, log_ratio, advantage, make().shared, HIERARCHY)
+                works[f"{function.__name__}, {kind}: {name}"] = with_passes(mode, work)
 
     seconds = medians(works, args.repeats)
     peaks = {name: peak_bytes(work) for name, work in works.items()}
-    base = "eager GRPO"
+    base = "GRPO, eager"
     print(
         f"{args.rows} x {args.length} tokens, float32, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
     )

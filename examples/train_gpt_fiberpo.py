@@ -31,7 +31,7 @@ from nemo_fiberpo.aligner.settings import algorithm_settings, check_precision, d
 from nemo_fiberpo.aligner.stopping import stop_before_training, stop_in_training
 from nemo_fiberpo.objective import check_gating
 
-launch.register_resolvers()
+launch.prepare_hydra()
 preemption.install(__name__)
 CHECK_ONLY = "--check" in sys.argv
 

@@ -27,7 +27,7 @@ from nemo_fiberpo.aligner.resume import RunRecord
 from nemo_fiberpo.aligner.resumption import take_directory
 from nemo_fiberpo.aligner.settings import data_settings, reward_settings, warm_start_settings
 
-launch.register_resolvers()
+launch.prepare_hydra()
 
 
 def run(cfg: DictConfig) -> None:

@@ -2,23 +2,29 @@
 field, and the file if any.
 
 token_clip: 0.04
-strata:
-  - {name: domain, budget: {pos: 0.02, neg: 0.015}, budgets: {code: {pos: 0.03, neg: 0.02}}}
-  - {name: prompt_group, budget: {pos: 0.04, neg: 0.03}, slope: {cap: 32}}
-  - {name: task, budget: {pos: 0.03, neg: 0.02}, only: {domain: [code, math]}}
-  - {name: task_language, join: [task, language], budget: {pos: 0.03, neg: 0.02}}
-  - {name: trajectory, budget: {pos: 0.12, neg: 0.05}, slope: 32, enabled: true}
-  - {name: trajectory_expert, join: [trajectory, expert_partition], budget: {pos: 0.12, neg: 0.05}, min_tokens: 16}
+token_clips: {code: 0.06}                      # of named cells of the coarsest stratum
+strata:                                        # by name, coarsest first
+  domain: {budget: {pos: 0.02, neg: 0.015}, budgets: {code: {pos: 0.03, neg: 0.02}}}
+  prompt_group: {budget: {pos: 0.04, neg: 0.03}, slope: {cap: 32}}
+  task: {budget: {pos: 0.03, neg: 0.02}, only: {domain: [code, math]}}
+  task_language: {join: [task, language], budget: {pos: 0.03, neg: 0.02}}
+  trajectory: {budget: {pos: 0.12, neg: 0.05}, slope: 32, gate: rollback, enabled: true}
+  trajectory_expert: {join: [trajectory, expert_partition], budget: {pos: 0.12, neg: 0.05}, min_tokens: 16}
 branches:
-  - {name: modality, beside: domain, budget: {pos: 0.02, neg: 0.015}}
+  modality: {beside: domain, budget: {pos: 0.02, neg: 0.015}}
 sweeps: 2
 expert_partitions: {by: {cold: [0, 3], hot: [1, 2]}, layers: all, membership: hard, agreement: true}
+
+`strata` and `branches` may be lists too: `- {name: domain, budget: {pos: 0.02, neg: 0.015}}`. A key whose value is null
+is as if it were left out.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,28 +32,34 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from .budget_warnings import log_budget_warnings
 from .objective import Budget, ExpertPartitions, Hierarchy, SlopeCap, Stratum
 from .objective.expert_partitions import COLUMN
 from .objective.stratum import nearest, positive_number
 
-STRATUM_KEYS = ("name", "budget", "budgets", "slope", "enabled", "join", "only", "beside", "min_tokens")
+NAMED = ("strata", "branches")
+"""The keys of a hierarchy that hold strata, by name or as a list."""
+
+Source = Mapping[str, Any] | DictConfig | str | os.PathLike[str]
 
 
-def load_hierarchy(cfg: Mapping[str, Any] | DictConfig | str | os.PathLike[str]) -> Hierarchy:
+def load_hierarchy(cfg: Source) -> Hierarchy:
     """The hierarchy that `cfg` describes: a mapping, a DictConfig (interpolations are resolved) or a YAML file's path.
 
     `budget` of a stratum and `token_clip` are required; budgets, token_clip and slope are finite and positive; `slope`
     is a number or {cap: number}; names are unique. What a chain and its branches must keep to, so that no drift counts
-    twice, is in `objective/structure.py`. Raises ValueError naming the full path of the field, for an unknown
-    key with the nearest valid one, and for a file with its path and, for a syntax error, the line.
+    twice, is in `objective/stratum.py`. Raises ValueError naming the full path of the field as `cfg` writes it
+    (`strata.domain.budget`, or `strata[0].budget` in a list), for an unknown key with the nearest valid one, and for a
+    file with its path and, for a syntax error or a key that stands twice, the line. Logs what `budget_warnings`
+    finds.
     """
-    with _section(cfg) as plain:
-        return _hierarchy(plain)
+    with section(cfg) as plain:
+        hierarchy = parse_hierarchy(plain)
+    log_budget_warnings(hierarchy, f"{os.fspath(cfg)}: " if isinstance(cfg, str | os.PathLike) else "")
+    return hierarchy
 
 
-def load_expert_partitions(
-    cfg: Mapping[str, Any] | DictConfig | str | os.PathLike[str],
-) -> ExpertPartitions | None:
+def load_expert_partitions(cfg: Source) -> ExpertPartitions | None:
     """`expert_partitions` of a hierarchy; `cfg` as for `load_hierarchy`. None where no active stratum needs the column
     `expert_partition`.
 
@@ -55,27 +67,41 @@ def load_expert_partitions(
     default. Raises ValueError naming the field, as `load_hierarchy`; for a hierarchy that needs the column without the
     block, and for the block where no stratum has the column, switched on or off.
     """
-    with _section(cfg) as plain:
-        hierarchy = _hierarchy(plain)
-        block = plain.get("expert_partitions")
-        strata = (*hierarchy.strata, *hierarchy.branches)
-        if block is None:
-            if COLUMN in hierarchy.columns:
-                raise ValueError(
-                    f"expert_partitions: is required, because {_users(hierarchy.active)} needs the column {COLUMN!r}; "
-                    "it says how experts are partitioned, e.g. {by: expert_parallel}"
-                )
-            return None
-        block = mapping(block, "expert_partitions")
-        reject_unknown_keys(block, ["by", "layers", "membership", "agreement"], "expert_partitions")
-        with _at("expert_partitions."):
-            partitions = ExpertPartitions(**block)
-        if not any(COLUMN in stratum.columns for stratum in strata):
+    with section(cfg) as plain:
+        return parse_expert_partitions(plain, parse_hierarchy(plain))
+
+
+def parse_expert_partitions(cfg: Mapping[str, Any], hierarchy: Hierarchy) -> ExpertPartitions | None:
+    """`load_expert_partitions` of plain values, whose hierarchy is parsed already."""
+    block = cfg.get("expert_partitions")
+    if block is None:
+        if COLUMN in hierarchy.columns:
             raise ValueError(
-                f"expert_partitions: no stratum is called {COLUMN!r} or joins it, so nothing would use the partitions; "
-                "add one, or leave the block out"
+                f"expert_partitions: is required, because {_users(hierarchy.active)} needs the column {COLUMN!r}; "
+                "it says how experts are partitioned, e.g. {by: expert_parallel}"
             )
-        return partitions if COLUMN in hierarchy.columns else None
+        return None
+    block = mapping(block, "expert_partitions")
+    reject_unknown_keys(block, ["by", "layers", "membership", "agreement"], "expert_partitions")
+    with _at("expert_partitions."):
+        partitions = ExpertPartitions(**block)
+    if not any(COLUMN in stratum.columns for stratum in (*hierarchy.strata, *hierarchy.branches)):
+        raise ValueError(
+            f"expert_partitions: no stratum is called {COLUMN!r} or joins it, so nothing would use the partitions; "
+            "add one, or leave the block out"
+        )
+    return partitions if COLUMN in hierarchy.columns else None
+
+
+def strata_by_name(value: Any) -> Any:
+    """A list of strata as a mapping by their names, in order. Anything else, and a list in which not every entry has a
+    name of its own, as it is: `load_hierarchy` says what is wrong with it."""
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        return value
+    names = [entry.get("name") for entry in value]
+    if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+        return value
+    return {entry["name"]: {key: field for key, field in entry.items() if key != "name"} for entry in value}
 
 
 def _users(strata: Iterable[Stratum]) -> str:
@@ -83,7 +109,7 @@ def _users(strata: Iterable[Stratum]) -> str:
 
 
 @contextmanager
-def _section(cfg: Mapping[str, Any] | DictConfig | str | os.PathLike[str]) -> Iterator[Any]:
+def section(cfg: Source) -> Iterator[Any]:
     """`cfg` as plain dicts and lists; for a file's path, errors of the block begin with it."""
     if isinstance(cfg, str | os.PathLike):
         path = os.fspath(cfg)
@@ -148,40 +174,66 @@ def _required(cfg: dict[str, Any], key: str, where: str) -> Any:
     return cfg[key]
 
 
-def _hierarchy(cfg: Any) -> Hierarchy:
+def parse_hierarchy(cfg: Any) -> Hierarchy:
+    """`load_hierarchy` of plain values, without warnings."""
     cfg = mapping(cfg, "hierarchy")
-    reject_unknown_keys(cfg, ["token_clip", "strata", "branches", "sweeps", "expert_partitions"])
-    token_clip, strata = _required(cfg, "token_clip", ""), _required(cfg, "strata", "")
-    if not isinstance(strata, list):
-        raise ValueError(f"strata: must be a list of strata, coarsest first, got {strata!r}")
-    branches = cfg.get("branches") or []
-    if not isinstance(branches, list):
-        raise ValueError(f"branches: must be a list of strata, got {branches!r}")
-    return Hierarchy(
-        tuple(_stratum(entry, f"strata[{i}]") for i, entry in enumerate(strata)),
-        token_clip,
-        tuple(_stratum(entry, f"branches[{i}]") for i, entry in enumerate(branches)),
-        cfg.get("sweeps", 1),
-    )
+    reject_unknown_keys(cfg, [*_HIERARCHY, "expert_partitions"])
+    for key in ("token_clip", "strata"):
+        _required(cfg, key, "")
+    fields = {key: read(cfg[key], key) for key, read in _HIERARCHY.items() if cfg.get(key) is not None}
+    try:
+        return Hierarchy(**fields)
+    except ValueError as error:
+        raise ValueError(_as_written(str(error), cfg)) from error.__cause__
+
+
+def _as_written(message: str, cfg: dict[str, Any]) -> str:
+    """`message` with the paths of strata as `cfg` has them: where it is a mapping, `strata.domain` for `strata[0]`."""
+
+    def path(match: re.Match[str]) -> str:
+        entries, place = cfg.get(match[1]), int(match[2])
+        if not isinstance(entries, dict) or place >= len(entries):
+            return match[0]
+        return f"{match[1]}.{list(entries)[place]}"
+
+    return re.sub(rf"\b({'|'.join(NAMED)})\[(\d+)\](?:\.name\b)?", path, message)
+
+
+def _strata(cfg: Any, where: str) -> tuple[Stratum, ...]:
+    if isinstance(cfg, list):
+        return tuple(_stratum(entry, f"{where}[{i}]") for i, entry in enumerate(cfg))
+    if not isinstance(cfg, dict):
+        raise ValueError(f"{where}: must be a mapping from names to strata, coarsest first, or a list, got {cfg!r}")
+    return tuple(_named_stratum(name, cfg, where) for name in cfg)
+
+
+def _named_stratum(name: Any, siblings: dict[Any, Any], where: str) -> Stratum:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{where}: the name of a stratum must be a non-empty text, got {name!r}")
+    where, entry = f"{where}.{name}", siblings[name]
+    if entry is None:
+        raise ValueError(f"{where}: must be a mapping, got None; enabled: false switches a stratum off")
+    entry = mapping(entry, where)
+    if entry.get("name", name) != name:
+        raise ValueError(f"{where}.name: is {name!r} by its key, got {entry['name']!r}; leave it out")
+    try:
+        return _stratum({**entry, "name": name}, where)
+    except ValueError as error:
+        # An override of a stratum by a name that it does not have makes a new one, without most of what that needs.
+        others = [str(other) for other in siblings if other != name]
+        if str(error).endswith(": is required") and (close := difflib.get_close_matches(name, others, 1, 0.8)):
+            raise ValueError(f"{error}; did you mean the stratum {close[0]!r}?") from error.__cause__
+        raise
 
 
 def _stratum(cfg: Any, where: str) -> Stratum:
     cfg = mapping(cfg, where)
-    reject_unknown_keys(cfg, STRATUM_KEYS, where)
-    name = _required(cfg, "name", where)
-    budget = _budget(_required(cfg, "budget", where), f"{where}.budget")
-    overrides = mapping(cfg.get("budgets") or {}, f"{where}.budgets")
-    budgets = {str(key): _budget(value, f"{where}.budgets.{key}") for key, value in overrides.items()}
-    slope = cfg.get("slope")
-    if isinstance(slope, dict):
-        reject_unknown_keys(slope, ["cap"], f"{where}.slope")
-        slope = SlopeCap(positive_number(_required(slope, "cap", f"{where}.slope"), f"{where}.slope.cap"))
-    elif slope is not None:
-        slope = positive_number(slope, f"{where}.slope")
+    reject_unknown_keys(cfg, ["name", *_STRATUM], where)
+    for key in ("name", "budget"):
+        _required(cfg, key, where)
+    fields = {key: read(cfg[key], f"{where}.{key}") for key, read in _STRATUM.items() if cfg.get(key) is not None}
     with _at(f"{where}."):
-        enabled, join, only = cfg.get("enabled", True), cfg.get("join") or (), cfg.get("only") or {}
-        beside, min_tokens = cfg.get("beside"), cfg.get("min_tokens")
-        return Stratum(name, budget, budgets, slope, enabled, join, only, beside, min_tokens)
+        return Stratum(cfg["name"], **fields)
 
 
 def _budget(cfg: Any, where: str) -> Budget:
@@ -190,3 +242,45 @@ def _budget(cfg: Any, where: str) -> Budget:
     pos, neg = (_required(cfg, key, where) for key in ("pos", "neg"))
     with _at(f"{where}."):
         return Budget(pos, neg)
+
+
+def _budgets(cfg: Any, where: str) -> dict[str, Budget]:
+    budgets: dict[str, Budget] = {}
+    for key, value in mapping(cfg, where).items():
+        if str(key) in budgets:
+            raise ValueError(f"{where}.{key}: stands there twice, as text and as {key!r}")
+        budgets[str(key)] = _budget(value, f"{where}.{key}")
+    return budgets
+
+
+def _slope(cfg: Any, where: str) -> float | SlopeCap:
+    if not isinstance(cfg, dict):
+        return positive_number(cfg, where)
+    reject_unknown_keys(cfg, ["cap"], where)
+    return SlopeCap(positive_number(_required(cfg, "cap", where), f"{where}.cap"))
+
+
+def _as_given(value: Any, _where: str) -> Any:
+    """For `Stratum` or `Hierarchy` to check."""
+    return value
+
+
+# Field -> how it is read, given its value and its path.
+_HIERARCHY: dict[str, Callable[[Any, str], Any]] = {
+    "token_clip": _as_given,
+    "token_clips": _as_given,
+    "strata": _strata,
+    "branches": _strata,
+    "sweeps": _as_given,
+}
+_STRATUM: dict[str, Callable[[Any, str], Any]] = {
+    "budget": _budget,
+    "budgets": _budgets,
+    "slope": _slope,
+    "enabled": _as_given,
+    "join": _as_given,
+    "only": _as_given,
+    "beside": _as_given,
+    "min_tokens": _as_given,
+    "gate": _as_given,
+}

@@ -6,6 +6,7 @@
 # error say so in a line, in which the sbatch script finds the first: srun's own status is that of the worst.
 set -uo pipefail
 resumable=75
+exec {nothing}<> <(:) # a pipe that nobody writes to: to read from it with a time-out is to sleep, and signals end that
 
 # Until the training script has a handler of its own, a warning must not end it: the sbatch script repeats the warning.
 # What is ignored here stays ignored in the processes that are started here.
@@ -25,23 +26,24 @@ pass_on() { # SIGNAL
     fi
 }
 
-# run COMMAND...: sets `status`, the command's own. `wait` ends with every signal to this shell, too.
+# run COMMAND...: sets `status`, the command's own.
 run() {
     local result
     trap 'pass_on TERM' TERM
-    "$@" &
+    "$@" {nothing}<&- &
     child=$!
     trap 'pass_on USR1' USR1 # after the start: now the child ignores it
     [ -z "$pending" ] || kill -s "$pending" "$child"
+    # Not in `wait`: bash loses the status of a child that ends while a signal to this shell ends `wait`.
+    while kill -0 "$child" 2>/dev/null; do read -rt 0.5 <&"$nothing"; done
     status=127
-    while true; do
+    while
         interrupted=0
         wait "$child"
         result=$?
-        [ "$result" -eq 127 ] && [ "$status" -ne 127 ] && break # nothing is left to wait for
-        status=$result
-        [ "$interrupted" = 1 ] || break
-    done
+        [ "$result" -eq 127 ] || status=$result # 127: bash has said it already
+        [ "$interrupted" = 1 ]                  # by a signal, whose number may be in that result: ask again
+    do :; done
 }
 
 # report RANK LOCAL_RANK: that a run can go on is said once a node.

@@ -27,6 +27,8 @@ server_ended=0
 output=/proc/$$/fd/1                                           # the job's, if that is a file
 output_before=$(stat --dereference --format=%s "$output" 2>/dev/null) # of earlier starts
 
+exec {nothing}<> <(:) # a pipe that nobody writes to: to read from it with a time-out is to sleep, and signals end that
+
 say() { echo "[$(date +%FT%T) job $leader restart $restarts] $*"; }
 
 # NodeAddr is the address that SLURM itself uses for the node; for most sites that is its host name.
@@ -116,16 +118,16 @@ end_with() {
 # wait_for_ranks: sets `status`, that of the ranks' srun: the highest of its tasks'.
 wait_for_ranks() {
     local result helper
+    # Not in `wait`: bash loses the status of a child that ends while a signal to this shell ends `wait`.
+    while kill -0 "$ranks_pid" 2>/dev/null; do read -rt 0.5 <&"$nothing"; done
     status=127
-    while true; do
+    while
         interrupted=0
         wait "$ranks_pid"
         result=$?
-        # A signal to this shell ends `wait` too; 127: there is nothing left to wait for
-        [ "$result" -eq 127 ] && [ "$status" -ne 127 ] && break
-        status=$result
-        [ "$interrupted" = 1 ] || break
-    done
+        [ "$result" -eq 127 ] || status=$result # 127: bash has said it already
+        [ "$interrupted" = 1 ]                  # by a signal, whose number may be in that result: ask again
+    do :; done
     for helper in $warner $watcher; do kill "$helper" 2>/dev/null; done
     if [ -n "$served_by" ]; then
         kill -TERM "$served_by" 2>/dev/null || server_ended=1

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
+from nemo_fiberpo.aligner import named_strata
 from nemo_fiberpo.aligner.preemption import shield_resource_tracker
-from nemo_fiberpo.aligner.settings import SECTIONS, check_resume, cluster_settings
-from nemo_fiberpo.config import load_expert_partitions, load_hierarchy, reject_unknown_keys
+from nemo_fiberpo.aligner.settings import SECTIONS, check_resume, cluster_settings, hierarchy_section
+from nemo_fiberpo.budget_warnings import log_budget_warnings
+from nemo_fiberpo.config import reject_unknown_keys
 from nemo_fiberpo.megatron.timeouts import limit_collectives
 from nemo_fiberpo.objective import ExpertPartitions, Hierarchy
 from nemo_fiberpo.objective.stratum import positive_number
@@ -37,51 +39,32 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("int_div", lambda x, y: x // y, replace=True)
 
 
+def prepare_hydra() -> None:
+    """What Hydra needs to compose a run: the resolvers, and strata by name wherever a file has them in a list."""
+    register_resolvers()
+    named_strata.install()
+
+
 def overrides(arguments: Iterable[str]) -> list[str]:
     """The command line's overrides as Hydra takes them, so that anything can be overridden and a typo is explained.
 
-    `hierarchy.strata.domain.budget.pos=0.03` names a stratum of the list, which Hydra cannot; it becomes an entry of
-    `stratum_overrides`, see `apply_stratum_overrides`. Keys of the sections that are checked key by key are passed
-    even if they are unknown: the check names the nearest valid one, Hydra would not.
+    Keys of the sections that are checked key by key are passed even if they are unknown: the check names the nearest
+    valid one, Hydra would not.
     """
-    out = []
-    for argument in arguments:
-        stratum = re.match(r"\+{0,2}hierarchy\.(?:strata|branches)\.([^.=]+)\.([^=]+)=(.*)$", argument, re.DOTALL)
-        if stratum:
-            out.append("++stratum_overrides.{}.{}={}".format(*stratum.groups()))
-        elif re.match(rf"(?!({'|'.join(_NEMO)})\.)\w+\.[^=]+=", argument):
-            out.append("++" + argument)
-        else:
-            out.append(argument)
-    return out
-
-
-def apply_stratum_overrides(cfg: DictConfig) -> None:
-    """Move `stratum_overrides.<name>.<field>` into the stratum of that name. ValueError if there is none."""
-    changes = cfg.get("stratum_overrides")
-    with open_dict(cfg):
-        cfg.pop("stratum_overrides", None)
-        for name, fields in (changes or {}).items():
-            lists = [cfg.hierarchy.get(kind) or [] for kind in ("strata", "branches")]
-            places = {entry.get("name"): (listed, index) for listed in lists for index, entry in enumerate(listed)}
-            where = "hierarchy.strata or branches" if lists[1] else "hierarchy.strata"
-            reject_unknown_keys({name: fields}, places, where)
-            listed, index = places[name]
-            listed[index] = OmegaConf.merge(listed[index], fields)
+    checked = rf"(?!({'|'.join(_NEMO)})\.)\w+\.[^=]+="
+    return [f"++{argument}" if re.match(checked, argument) else argument for argument in arguments]
 
 
 def check_sections(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None]:
-    """Apply `stratum_overrides`, refuse unknown sections; the hierarchy, and how it partitions experts, if it does.
-    ValueError names the field."""
-    apply_stratum_overrides(cfg)
+    """Refuse unknown sections; the hierarchy, and how it partitions experts, if it does. ValueError names the field.
+    Logs `budget_warnings`."""
     reject_unknown_keys(cfg, SECTIONS)
     if "collective_timeout" in cfg:
         positive_number(cfg.collective_timeout, "collective_timeout")
     check_resume(cfg)
-    try:
-        return load_hierarchy(cfg.hierarchy), load_expert_partitions(cfg.hierarchy)
-    except ValueError as error:
-        raise ValueError(f"hierarchy.{error}") from error
+    hierarchy, partitions = hierarchy_section(cfg)
+    log_budget_warnings(hierarchy, "hierarchy: ")
+    return hierarchy, partitions
 
 
 def check_host(cfg: DictConfig) -> None:

@@ -18,9 +18,10 @@ from nemo_fiberpo.aligner.manifest import write_atomically
 class MetricsFile:
     """One JSON object a line: {"rl_step": n, "step": x-axis of the logger, "<prefix>/<name>": number, ...}.
 
-    Given to NeMo-Aligner's logger wrapper beside its TensorBoard logger. Lines are appended and flushed whole; on a
-    resume `rewind` drops what a killed run had written past its checkpoint. Numbers are written with all their digits,
-    NaN and infinity as null.
+    Histograms have lines of their own, {"rl_step": n, "step": optimizer step, "<name>": {"<bin>": count, ...}, ...},
+    which leave out empty bins. Given to NeMo-Aligner's logger wrapper beside its TensorBoard logger. Lines are appended
+    and flushed whole; on a resume `rewind` drops what a killed run had written past its checkpoint. Numbers are written
+    with all their digits, NaN and infinity as null.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -39,6 +40,14 @@ class MetricsFile:
             number = _number(value)
             if number is not None:
                 row[name] = number if math.isfinite(number) else None
+        self._append(row)
+
+    def log_histograms(self, rl_step: int, step: int, histograms: Mapping[str, Sequence[int]]) -> None:
+        """Counts by bin, see `objective.report.HISTOGRAM_EDGES`."""
+        counts = {name: {str(at): count for at, count in enumerate(bins) if count} for name, bins in histograms.items()}
+        self._append({"rl_step": rl_step, "step": step, **counts})
+
+    def _append(self, row: Mapping[str, Any]) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 

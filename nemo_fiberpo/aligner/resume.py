@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nemo_fiberpo.aligner import storage
+from nemo_fiberpo.aligner.identity import identity_of, identity_of_record, under
 from nemo_fiberpo.aligner.manifest import write_atomically
 from nemo_fiberpo.objective.stratum import nearest
 
-# What may change whenever a run goes on: how long it runs, how often it is looked at and saved, and what grades faster.
-_MAY_CHANGE = (
-    "algorithm.rl_steps",
-    "algorithm.data_epochs",
-    "algorithm.val_check_interval",
-    "algorithm.save_interval",
-    "rewards.workers",
-    "rewards.memory_limit_mib",
-    "rewards.server",
-    "data.train",
-    "data.heldout",
-)
 # The layout: NeMo's checkpoints load into any of it. The sums of a step are then rounded otherwise and other random
 # numbers generate, so metrics are those of an uninterrupted run in distribution only; the change is written down.
 _LAYOUT = (
@@ -39,19 +27,6 @@ _LAYOUT = (
     "model.sequence_parallel",
     "ranks",
 )
-_SECTIONS = ("hierarchy", "algorithm", "data", "rewards", "model", "warm_start")
-_TRAINER = ("precision", "gradient_clip_val", "max_steps")
-
-
-def _flat(where: str, value: Any) -> dict[str, Any]:
-    """Leaves by dotted key; the entries of a list of strata by their names."""
-    if isinstance(value, list) and value and all(isinstance(entry, dict) and "name" in entry for entry in value):
-        order = {f"{where}.order": [entry["name"] for entry in value]}
-        rest = {str(entry["name"]): {k: v for k, v in entry.items() if k != "name"} for entry in value}
-        return order | _flat(where, rest)
-    if not isinstance(value, dict) or not value:
-        return {where: value}
-    return {key: leaf for name, entry in value.items() for key, leaf in _flat(f"{where}.{name}", entry).items()}
 
 
 def _sha256(path: Any) -> str | None:
@@ -73,29 +48,12 @@ class RunRecord:
         self._run_dir = str(cfg.run_dir)
         self._data = {name: cfg.data.get(name) for name in ("train", "heldout")}
         self._allowed = _allowed(cfg)
-        self._identity: dict[str, Any] = {"seed": cfg.seed, "cpu": cfg.get("cpu", False)}
-        for section in _SECTIONS:
-            if cfg.get(section) is not None:
-                values = OmegaConf.to_container(cfg[section], resolve=True)
-                self._identity |= _flat(section, values)
-        for name in _TRAINER:
-            self._identity[f"trainer.{name}"] = cfg.trainer.get(name) if "trainer" in cfg else None
-        if cfg.algorithm.get("kl", {}).get("coefficient"):  # the policy that the penalty refers to
-            path = cfg.pretrained_checkpoint.restore_from_path
-            self._identity["pretrained_checkpoint.restore_from_path"] = path
-        partitions = cfg.hierarchy.get("expert_partitions")
-        if partitions is not None and partitions.get("by", "expert_parallel") == "expert_parallel":
-            # Another size of this axis makes other partitions.
-            size = cfg.model.get("expert_model_parallel_size") or 1
-            self._identity["hierarchy.expert_partitions.by"] = f"expert_parallel, {size} ranks"
-        self._identity["ranks"] = int(os.environ.get("WORLD_SIZE", "1"))
-        for key in [key for key in self._identity if _under(key, _MAY_CHANGE)]:
-            del self._identity[key]
+        self._identity = identity_of(cfg)
 
     def check_allowed(self) -> None:
         """ValueError naming an entry of `resume.allow` that is no key of this run, now or as `run_dir` holds it."""
         stored = self._stored()
-        keys = {**self._identity, **(stored["identity"] if stored else {})}  # what was taken out is a change too
+        keys = {**self._identity, **(stored["identity"] if stored else {})}  # of both: what was taken out is a change
         sections = {key.rsplit(".", number)[0] for key in keys for number in range(key.count(".") + 1)}
         files = [f"data.{name}{end}" for name in self._data for end in ("", ".sha256")]
         known = [*keys, *sections, *files]
@@ -106,8 +64,7 @@ class RunRecord:
     def identity(self) -> dict[str, Any]:
         """Now, with the digests of the data files (null where there is none yet), as JSON has it."""
         digests = {f"data.{name}.sha256": _sha256(path) for name, path in self._data.items()}
-        plain: dict[str, Any] = json.loads(json.dumps(self._identity | digests))
-        return plain
+        return self._identity | digests
 
     def _stored(self) -> dict[str, Any] | None:
         """What `run.json` holds, None without one. ValueError that names the file and the ways out where that is not
@@ -121,6 +78,7 @@ class RunRecord:
         try:
             stored: dict[str, Any] = json.loads(raw)
             _check_record(stored)
+            stored["identity"] = identity_of_record(stored["identity"])
         except (ValueError, KeyError, TypeError) as error:  # neither JSON nor text, or another structure
             raise ValueError(
                 f"{self.path}: not the record of a run ({type(error).__name__}: {error}). Put an intact copy back; or "
@@ -134,16 +92,23 @@ class RunRecord:
         return {key: [before.get(key), now.get(key)] for key in {**now, **before} if before.get(key) != now.get(key)}
 
     def check(self) -> None:
-        """ValueError as `check_allowed`; and one naming the first key by which `run_dir` holds another run, unless it
-        is of the layout or `resume.allow` has it or what it is part of: the run would go on as a mixture of both."""
+        """ValueError as `check_allowed`; and one naming every key by which `run_dir` holds another run, unless it is of
+        the layout or `resume.allow` has it or what it is part of: the run would go on as a mixture of both."""
         self.check_allowed()
         stored = self._stored()
-        for key, (before, now) in (self._changed(stored) if stored else {}).items():
-            if not _under(key, (*_LAYOUT, *self._allowed)):
-                raise ValueError(
-                    f"{key}: {now!r}, but the run in {self._run_dir} has {before!r}; give a run_dir of its own, such "
-                    f"as run_dir={self._run_dir}-2, or go on with the change by resume.allow=[{key}]"
-                )
+        changed = self._changed(stored) if stored else {}
+        refused = [key for key in changed if not under(key, (*_LAYOUT, *self._allowed))]
+        if not refused:
+            return
+        who = [f"the run in {self._run_dir}"] + ["it"] * (len(refused) - 1)
+        said = [
+            f"{key}: {changed[key][1]!r}, but {it} has {changed[key][0]!r}"
+            for key, it in zip(refused, who, strict=True)
+        ]
+        raise ValueError(
+            f"{'; '.join(said)}; give a run_dir of its own, such as run_dir={self._run_dir}-2, or go on with the "
+            f"change{'s' if len(refused) > 1 else ''} by resume.allow=[{','.join(refused)}]"
+        )
 
     def remember(self, rl_step: int) -> dict[str, list[Any]]:
         """Write down what the run is from this RL step on; {key: [before, after]} of what has changed since it was
@@ -184,7 +149,3 @@ def _check_record(stored: Any) -> None:
 def _allowed(cfg: DictConfig) -> tuple[str, ...]:
     section = cfg.get("resume")
     return tuple(section.get("allow") or ()) if section is not None else ()
-
-
-def _under(key: str, prefixes: tuple[str, ...]) -> bool:
-    return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)

@@ -1,7 +1,7 @@
-"""The `algorithm`, `data` and `rewards` sections of a run's config, checked before anything is loaded.
+"""The `hierarchy`, `algorithm`, `data` and `rewards` sections of a run's config, checked before anything is loaded.
 
 Unknown keys and values that make no sense are ValueErrors that name the field. The keys of `algorithm` are explained in
-`algorithm.AlgorithmSettings`. `hierarchy` is `nemo_fiberpo.load_hierarchy`'s; `model`, `trainer` and `exp_manager` are
+`algorithm.AlgorithmSettings`, those of `hierarchy` in `nemo_fiberpo.config`; `model`, `trainer` and `exp_manager` are
 NeMo's own.
 """
 
@@ -15,8 +15,8 @@ from omegaconf import DictConfig
 
 from nemo_fiberpo.aligner.algorithm import AlgorithmSettings, KlSettings
 from nemo_fiberpo.aligner.fields import build, choice, plain, whole
-from nemo_fiberpo.config import mapping, reject_unknown_keys
-from nemo_fiberpo.objective import OBJECTIVES, RatioGating
+from nemo_fiberpo.config import mapping, parse_expert_partitions, parse_hierarchy, reject_unknown_keys, section
+from nemo_fiberpo.objective import OBJECTIVES, ExpertPartitions, Hierarchy
 from nemo_fiberpo.objective.stratum import nearest, positive_number
 from nemo_fiberpo.plan.assumptions import Assumptions
 
@@ -115,27 +115,41 @@ class WarmStartSettings:
     check_prompts: int
 
 
+def hierarchy_section(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None]:
+    """The `hierarchy` section, and how it partitions experts, if it does. Raises ValueError naming the field."""
+    try:
+        with section(cfg.hierarchy) as plain:
+            hierarchy = parse_hierarchy(plain)
+            return hierarchy, parse_expert_partitions(plain, hierarchy)
+    except ValueError as error:
+        raise ValueError(f"hierarchy.{error}") from error
+
+
 def algorithm_settings(cfg: DictConfig) -> AlgorithmSettings:
     """The `algorithm` section. Raises ValueError naming the field."""
     values = plain(cfg, "algorithm")
     kl = build(KlSettings, mapping(values.pop("kl", None) or {}, "algorithm.kl"), "algorithm.kl")
+    if "use_min" in values:
+        raise ValueError("algorithm.use_min: unknown key; it belongs below gating: algorithm.gating.use_min")
     gating = _gating(values.get("objective", "fiberpo"), values.pop("gating", None))
-    return build(AlgorithmSettings, values, "algorithm", kl=kl, gating=gating)
+    return build(AlgorithmSettings, values, "algorithm", kl=kl, **gating)
 
 
-def _gating(objective: Any, fields: Any) -> RatioGating | None:
-    """The gating map of an objective; None for fiberpo, and for a name that AlgorithmSettings refuses."""
+def _gating(objective: Any, fields: Any) -> dict[str, Any]:
+    """What the `gating` block says: the map of an objective, or `use_min` of fiberpo, whose gates the hierarchy has.
+    Nothing for a name that AlgorithmSettings refuses."""
     fields = mapping({} if fields is None else fields, "algorithm.gating")
     kind = OBJECTIVES.get(objective) if isinstance(objective, str) else None
-    if kind is None:
-        if fields and objective == "fiberpo":
-            raise ValueError(
-                f"algorithm.gating.{next(iter(fields))}: objective fiberpo is gated by the hierarchy and has no fields "
-                f"here; with algorithm.objective: {', '.join(name for name in OBJECTIVES if name != 'fiberpo')}"
-            )
-        return None
-    gating: RatioGating = build(kind, fields, "algorithm.gating")
-    return gating
+    if kind is not None:
+        return {"gating": build(kind, fields, "algorithm.gating")}
+    others = [name for name in fields if name != "use_min"]
+    if others and objective == "fiberpo":
+        known = ", ".join(name for name in OBJECTIVES if name != "fiberpo")
+        raise ValueError(
+            f"algorithm.gating.{others[0]}: objective fiberpo is gated by the hierarchy and has no field here but "
+            f"use_min; with algorithm.objective: {known}"
+        )
+    return fields if objective == "fiberpo" else {}
 
 
 def data_settings(cfg: DictConfig) -> DataSettings:

@@ -33,6 +33,7 @@ from nemo_fiberpo.megatron.sequences import Rows
 from nemo_fiberpo.megatron.step import StepResult
 from nemo_fiberpo.objective import Cells, Hierarchy, build_cells, check_gating, token_weights
 from nemo_fiberpo.objective.expert_partitions import COLUMN
+from nemo_fiberpo.objective.kernels import compile_passes
 
 
 class FiberPOTrainer(PPOTrainer):
@@ -57,6 +58,7 @@ class FiberPOTrainer(PPOTrainer):
         **parent: Any,
     ):
         self.settings, self.hierarchy, self.prompts = settings, hierarchy, prompts
+        compile_passes("auto" if settings.compile == "auto" else str(int(settings.compile)))
         self.heldout, self.heldout_modes = heldout, heldout_modes
         if settings.val_check_interval and heldout is None:
             raise ValueError("algorithm.val_check_interval: evaluates data.heldout, which is not given")
@@ -151,7 +153,14 @@ class FiberPOTrainer(PPOTrainer):
         problem = non_finite("old log-probs", log_probs, mask) or non_finite("advantage", advantage, mask)
         columns = dict(rollout_batch) | {"mask": mask}
         self._minibatches = self._agree(split_columns(columns, self.settings.optimizer_steps), problem)
-        return {"response_tokens": tokens}, {}
+        return {"response_tokens": tokens}, {"entropy": self._entropy(log_probs, mask)}
+
+    def _entropy(self, log_probs: Tensor, mask: Tensor) -> Tensor:
+        """Estimate of the old policy's entropy, nats per token: the mean of -log pi_old over the live tokens of all
+        ranks, which it sampled itself."""
+        sums = torch.stack([-torch.where(mask, log_probs, 0.0).sum(dtype=torch.float64), mask.sum().double()])
+        total, count = self.model.reducer(sums)
+        return total / count.clamp_min(1.0)
 
     def _agree(self, samples: Sequence[Mapping[str, Tensor]], problem: str | None) -> list[Minibatch]:
         """The minibatches with cells that are shared between the ranks, and weights with global denominators."""
@@ -203,17 +212,21 @@ class FiberPOTrainer(PPOTrainer):
         metrics: dict[str, float] = {}
         for _ in range(self.settings.epochs):
             for minibatch in self._minibatches:
-                metrics = self._optimizer_step(minibatch)
+                metrics, result = self._optimizer_step(minibatch)
                 self.logger.log_metrics(
                     metrics | {"rl_step": self.step}, step=self.ppo_optimization_step, prefix="train_optim/"
                 )
+                if result.report is not None:
+                    counts = result.report.histograms().items()
+                    histograms = {f"train_optim/gates/{name}_histogram": bins for name, bins in counts}
+                    self.logger.apply_fn("log_histograms", self.step, self.ppo_optimization_step, histograms)
                 self.ppo_optimization_step += 1
         self._minibatches = []
         self.model.finish_training()
         self.optimizer.zero_grad()
         return metrics.get("loss"), metrics
 
-    def _optimizer_step(self, minibatch: Minibatch) -> dict[str, float]:
+    def _optimizer_step(self, minibatch: Minibatch) -> tuple[dict[str, float], StepResult]:
         calls = self.model.reducer.calls
         self.optimizer.zero_grad()
         self.model.prepare_for_training_step()
@@ -221,6 +234,7 @@ class FiberPOTrainer(PPOTrainer):
             minibatch,
             self.hierarchy,
             gating=self.settings.gating,
+            use_min=self.settings.use_min,
             kl_coefficient=self.settings.kl.coefficient,
         )
         self.model.finish_training_step()
@@ -236,7 +250,7 @@ class FiberPOTrainer(PPOTrainer):
             metrics["loss"] = result.loss
         if result.report is not None:
             metrics |= {f"gates/{name}": value for name, value in result.report.metrics().items()}
-        return metrics
+        return metrics, result
 
     def _over_ranks(self, result: StepResult, minibatch: Minibatch) -> dict[str, float]:
         """For the logs, by one exchange: the recompute error's maximum, and over the ranks that hold tokens the sums of

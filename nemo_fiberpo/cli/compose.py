@@ -113,7 +113,7 @@ def compose(config: str, overrides: Sequence[str] = ()) -> DictConfig:
 
     from nemo_fiberpo.aligner import launch
 
-    launch.register_resolvers()
+    launch.prepare_hydra()
     source = find(config)
     try:
         given = launch.overrides(overrides)

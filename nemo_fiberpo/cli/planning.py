@@ -54,7 +54,8 @@ def plan_of(cfg: DictConfig, name: str) -> Plan:
             if not _follows(cfg, error.full_key, problems):
                 problems.append(_key_and_line(error))
         except ValueError as error:
-            problems.append(str(error))
+            if str(error) not in problems:
+                problems.append(str(error))
         return None
 
     launch_checked = tried(lambda: launch.check_sections(cfg))

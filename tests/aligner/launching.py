@@ -11,8 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+
+from tests.processes import started
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -68,29 +71,23 @@ def arguments(run_dir: Path, *overrides: str) -> list[str]:
 
 
 def launch(script: str, run_dir: Path, *overrides: str, processes: int = 2) -> str:
-    done = subprocess.run(
+    with started(
         command(script, run_dir, *overrides, processes=processes),
+        environment(),
         cwd=ROOT,
-        env=environment(),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-8000:]
-    return done.stdout
+    ) as launcher:
+        said, _ = launcher.communicate(timeout=300)
+    assert launcher.returncode == 0, said[-8000:]
+    return said
 
 
-def begin(run_dir: Path, *overrides: str, output: Any) -> subprocess.Popen:
-    """The training script on two ranks, in a process group of its own."""
-    return subprocess.Popen(
-        command("train_gpt_fiberpo.py", run_dir, *overrides),
-        cwd=ROOT,
-        env=environment(),
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+def begin(run_dir: Path, *overrides: str, output: Any) -> AbstractContextManager[subprocess.Popen]:
+    """The training script on two ranks, of which nothing is left at the end of the context."""
+    training = command("train_gpt_fiberpo.py", run_dir, *overrides)
+    return started(training, environment(), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
 
 
 def wait_for_rl_step(process: Any, run_dir: Path, rl_step: int, seconds: float, said: Path | None = None) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.aligner.launching import ROOT, command, environment, fresh, optimizer_steps
+from tests.aligner.launching import ROOT, begin, environment, fresh, optimizer_steps
+from tests.processes import variables_of
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -24,30 +25,16 @@ ENDLESS = ["algorithm.rl_steps=1000", "algorithm.data_epochs=1000", "algorithm.s
 
 def ranks_of(launcher: int) -> dict[int, int]:
     """Process ids of the launcher's ranks."""
-    found = {}
-    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
-        with contextlib.suppress(OSError):
-            variables = dict(
-                entry.split("=", 1) for entry in Path(f"/proc/{child}/environ").read_text().split("\0") if "=" in entry
-            )
-            if "RANK" in variables:
-                found[int(variables["RANK"])] = int(child)
-    return found
+    children = map(int, Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split())
+    variables = {child: variables_of(child) for child in children}
+    return {int(own["RANK"]): child for child, own in variables.items() if "RANK" in own}
 
 
 @contextlib.contextmanager
 def training(run_dir: Path, output: Path) -> Iterator[tuple[subprocess.Popen, dict[int, int]]]:
     """The launcher and its ranks once they take optimizer steps; none of them is left at the end."""
-    with output.open("w") as file:
-        launcher = subprocess.Popen(
-            command("train_gpt_fiberpo.py", run_dir, *ENDLESS, f"collective_timeout={TIMEOUT}"),
-            cwd=ROOT,
-            env=environment(),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    ranks: dict[int, int] = {}
-    try:
+    overrides = [*ENDLESS, f"collective_timeout={TIMEOUT}"]
+    with output.open("w") as file, begin(run_dir, *overrides, output=file) as launcher:
         until = time.monotonic() + 240
         while not ((run_dir / "metrics.jsonl").exists() and len(optimizer_steps(run_dir)) >= 3):
             assert launcher.poll() is None, output.read_text()[-8000:]
@@ -56,12 +43,6 @@ def training(run_dir: Path, output: Path) -> Iterator[tuple[subprocess.Popen, di
         ranks = ranks_of(launcher.pid)
         assert set(ranks) == {0, 1}
         yield launcher, ranks
-    finally:
-        # The launcher first: it would report the death of a rank.
-        for pid in (launcher.pid, *ranks.values()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        launcher.wait()
 
 
 def alive(pid: int) -> bool:

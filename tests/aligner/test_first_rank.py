@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from nemo_fiberpo.aligner.first_rank import Ranks, SaidByFirstRank
 from nemo_fiberpo.aligner.preemption import Stopped
 from tests.aligner.launching import ROOT, arguments, environment, free_ports
 from tests.aligner.test_run_lock import holder, start
+from tests.processes import started
 
 
 def fail() -> None:
@@ -102,8 +103,8 @@ def test_what_the_first_rank_has_said_is_not_said_again(capsys):
 
 
 @contextmanager
-def ranks_of(script: str, run_dir: Path, output: Path, **variables: str):
-    """Two ranks of a script, as srun starts them: no launcher ends one for the other. They write to `output`."""
+def ranks_of(script: str, run_dir: Path, **variables: str):
+    """Two ranks of a script, as srun starts them: no launcher ends one for the other."""
     common = {
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
@@ -111,23 +112,21 @@ def ranks_of(script: str, run_dir: Path, output: Path, **variables: str):
         "MASTER_PORT": str(free_ports(1)[0]),
     }
     command = [sys.executable, str(ROOT / "examples" / script), *arguments(run_dir)]
-    started = []
-    with output.open("w") as file:
+    with ExitStack() as stack:
+        ranks = []
         for rank in ("0", "1"):
-            own = {"RANK": rank, "LOCAL_RANK": rank}
-            env = environment() | common | own | variables
-            started.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT))
-    try:
-        yield started
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
+            env = environment() | common | {"RANK": rank, "LOCAL_RANK": rank} | variables
+            # A file each: in one, the warnings that torch writes piece by piece would break the other rank's lines.
+            file = stack.enter_context((run_dir / f"output{rank}").open("w"))
+            options = {"cwd": ROOT, "stdout": file, "stderr": subprocess.STDOUT}
+            ranks.append(stack.enter_context(started(command, env, **options)))
+        yield ranks
 
 
-def lines(output: Path) -> list[str]:
-    """Without torch's own warnings about sockets."""
-    return [line for line in output.read_text().splitlines() if not line.startswith("[W")]
+def lines(run_dir: Path) -> list[str]:
+    """Of both ranks, the first one's before the other's, without torch's own warnings about sockets."""
+    outputs = ((run_dir / f"output{rank}").read_text() for rank in (0, 1))
+    return [line for output in outputs for line in output.splitlines() if not line.startswith("[W")]
 
 
 def statuses(ranks: list[subprocess.Popen]) -> list[int]:
@@ -137,24 +136,24 @@ def statuses(ranks: list[subprocess.Popen]) -> list[int]:
 @pytest.mark.parametrize("script", ["train_gpt_fiberpo.py", "warm_start.py"])
 def test_another_run_in_the_directory_is_one_error_and_every_rank_ends_with_it(script, tmp_path):
     (tmp_path / "run.json").write_text('{"identity": {"seed": 4}, "changes": [], "checkpoint": null}')
-    with ranks_of(script, tmp_path, tmp_path / "output") as ranks:
+    with ranks_of(script, tmp_path) as ranks:
         assert statuses(ranks) == [1, 1]
-    (said,) = lines(tmp_path / "output")
+    (said,) = lines(tmp_path)
     assert said.startswith("error: seed: 3, but the run in ")
 
 
 def test_a_warm_start_that_waited_for_another_one_keeps_its_policy(tmp_path):
     with (
         holder(tmp_path, **start("4711", 0)) as other,
-        ranks_of("warm_start.py", tmp_path, tmp_path / "output", **start("4711", 1)) as ranks,
+        ranks_of("warm_start.py", tmp_path, **start("4711", 1)) as ranks,
     ):
         until = time.monotonic() + 100
-        while "waiting up to" not in (tmp_path / "output").read_text():
+        while not any("waiting up to" in line for line in lines(tmp_path)):
             assert time.monotonic() < until and all(process.poll() is None for process in ranks)
             time.sleep(0.05)
         (tmp_path / "warm_start.nemo").write_text("policy")
         other.kill()
         assert statuses(ranks) == [0, 0]
-    said = lines(tmp_path / "output")
+    said = lines(tmp_path)
     assert said[-1] == f"warm start: {tmp_path}/warm_start.nemo exists, nothing to do" and len(said) == 2
     assert (tmp_path / "warm_start.nemo").read_text() == "policy" and not (tmp_path / "data").exists()

@@ -23,7 +23,11 @@ import nemo_fiberpo.aligner.cpu
 from tests.aligner import forked
 forked.serve(socket.socket(fileno=0))
 """
-STAYS = "import os, time; print('rank', os.environ['RANK'], 'stays', flush=True); time.sleep(600)"
+STAYS = """
+import os, time
+os.write(1, f"rank {os.environ['RANK']} stays\\n".encode())  # in one write, as ranks share a file
+time.sleep(600)
+"""
 CLIENT = f"""
 import sys
 from pathlib import Path

@@ -30,16 +30,10 @@ pytestmark = [pytest.mark.timeout(900), pytest.mark.slow, pytest.mark.distribute
 
 def stopped_by_a_signal(run_dir: Path, output: Path) -> str:
     """What a run on two ranks said of which the second got SIGUSR1 in its third RL step."""
-    with output.open("w") as file:
-        launcher = begin(run_dir, *TWO_EPOCHS, output=file)
-    try:
+    with output.open("w") as file, begin(run_dir, *TWO_EPOCHS, output=file) as launcher:
         wait_for_rl_step(launcher, run_dir, 2, seconds=300, said=output)
         os.kill(ranks_of(launcher.pid)[1], signal.SIGUSR1)
         launcher.wait(timeout=300)
-    finally:
-        if launcher.poll() is None:
-            os.killpg(launcher.pid, signal.SIGKILL)
-            launcher.wait()
     return output.read_text()
 
 

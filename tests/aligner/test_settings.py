@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_fiberpo.aligner import run_lock
-from nemo_fiberpo.aligner.launch import apply_stratum_overrides, check_batches, check_sections, overrides
+from nemo_fiberpo.aligner.launch import check_batches, check_sections, overrides
 from nemo_fiberpo.aligner.settings import (
     algorithm_settings,
     check_precision,
@@ -18,13 +18,8 @@ from nemo_fiberpo.objective import Budget, Stratum
 from tests.aligner.launching import environment
 
 ALGORITHM = {"samples_per_prompt": 8, "prompts_per_rollout": 96, "optimizer_steps": 4}
-HIERARCHY = {
-    "token_clip": 0.04,
-    "strata": [
-        {"name": "domain", "budget": {"pos": 0.02, "neg": 0.015}},
-        {"name": "trajectory", "budget": {"pos": 1, "neg": 1}},
-    ],
-}
+STRATA = {"domain": {"budget": {"pos": 0.02, "neg": 0.015}}, "trajectory": {"budget": {"pos": 1, "neg": 0.5}}}
+HIERARCHY = {"token_clip": 0.04, "strata": STRATA}
 
 
 def settings(**changes):
@@ -185,41 +180,25 @@ def test_every_precision_of_the_list_is_one_of_nemos():
     assert sorted(said.splitlines()[-1].split()) == ["torch.bfloat16", "torch.float16", "torch.float32"]
 
 
-def test_strata_are_overridden_by_name():
-    arguments = overrides(
-        [
-            "hierarchy=trajectory",
-            "hierarchy.strata.domain.budget.pos=0.5",
-            "algorithm.epochs=2",
-            "model.optim.lr=1",
-            "+x=1",
-        ]
-    )
-    assert arguments == [
-        "hierarchy=trajectory",
-        "++stratum_overrides.domain.budget.pos=0.5",
-        "++algorithm.epochs=2",
-        "model.optim.lr=1",
-        "+x=1",
-    ]
-    cfg = OmegaConf.create({"hierarchy": HIERARCHY, "stratum_overrides": {"domain": {"budget": {"pos": 0.5}}}})
-    apply_stratum_overrides(cfg)
-    assert OmegaConf.to_container(cfg.hierarchy.strata[0]) == {"name": "domain", "budget": {"pos": 0.5, "neg": 0.015}}
-    assert "stratum_overrides" not in cfg
+def test_unknown_keys_of_checked_sections_reach_the_check_past_hydra():
+    arguments = ["hierarchy=trajectory", "hierarchy.strata.domain.slope=3", "algorithm.epochs=2", "model.optim.lr=1"]
+    arguments += ["+x=1", "~hierarchy.strata.domain", "+hierarchy.strata.x={budget: {pos: 1, neg: 1}}"]
+    forced = ["hierarchy.strata.domain.slope=3", "algorithm.epochs=2"]
+    assert overrides(arguments) == [f"++{argument}" if argument in forced else argument for argument in arguments]
 
 
 @pytest.mark.parametrize(
     ("cfg", "words"),
     [
         (
-            {"hierarchy": HIERARCHY, "stratum_overrides": {"domian": {"slope": 3}}},
-            ["hierarchy.strata.domian", "'domain'"],
+            {"hierarchy": {"token_clip": 1, "strata": STRATA | {"domian": {"slope": 3}}}},
+            ["hierarchy.strata.domian.budget", "did you mean the stratum 'domain'"],
         ),
         ({"hierarchy": HIERARCHY, "algoritm": {}}, ["algoritm", "did you mean 'algorithm'"]),
         ({"hierarchy": HIERARCHY | {"token_clip": 0}}, ["hierarchy.token_clip", "greater than 0"]),
         (
-            {"hierarchy": HIERARCHY, "stratum_overrides": {"domain": {"budget": {"po": 3}}}},
-            ["hierarchy.strata[0].budget.po", "did you mean 'pos'"],
+            {"hierarchy": {"token_clip": 1, "strata": STRATA | {"domain": {"budget": {"po": 3}}}}},
+            ["hierarchy.strata.domain.budget.po", "did you mean 'pos'"],
         ),
     ],
 )

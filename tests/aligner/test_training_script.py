@@ -100,8 +100,8 @@ def test_every_layout_trains(start, dense_start, tmp_path, layout):
     ("overrides", "words"),
     [
         (["algorithm.samples_per_promt=4"], ["algorithm.samples_per_promt", "did you mean 'samples_per_prompt'"]),
-        (["hierarchy.strata.domian.slope=3"], ["hierarchy.strata.domian", "did you mean 'domain'"]),
-        (["hierarchy.strata.domain.budget.pos=-1"], ["hierarchy.strata[0].budget.pos", "greater than 0"]),
+        (["hierarchy.strata.domian.slope=3"], ["hierarchy.strata.domian", "did you mean the stratum 'domain'"]),
+        (["hierarchy.strata.domain.budget.pos=-1"], ["hierarchy.strata.domain.budget.pos", "greater than 0"]),
         (["hierarchy.token_clip=nan"], ["hierarchy.token_clip", "finite"]),
         (["algorithm.optimizer_steps=5"], ["algorithm.optimizer_steps", "divide"]),
     ],

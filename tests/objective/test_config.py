@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 import nemo_fiberpo as fpo
-from nemo_fiberpo.config import reject_unknown_keys
+from nemo_fiberpo.config import reject_unknown_keys, strata_by_name
 
 CONF = Path(__file__).parents[2] / "conf" / "hierarchy"
 YAML = """
+token_clip: 0.04
+strata:
+  domain: {budget: {pos: 0.02, neg: 0.015}, budgets: {code: {pos: 0.03, neg: 0.02}}}
+  prompt_group: {budget: {pos: 0.04, neg: 0.03}, slope: {cap: 32}, enabled: false}
+  trajectory: {budget: {pos: 0.12, neg: 0.05}, slope: 32, min_tokens: 8}
+"""
+LISTED = """
 token_clip: 0.04
 strata:
   - {name: domain, budget: {pos: 0.02, neg: 0.015}, budgets: {code: {pos: 0.03, neg: 0.02}}}
@@ -30,10 +38,11 @@ EXPECTED = fpo.Hierarchy(
 )
 
 
-def test_a_path_a_dict_and_a_dict_config_read_alike(tmp_path: Path):
+@pytest.mark.parametrize("text", [YAML, LISTED], ids=["by name", "list"])
+def test_a_path_a_dict_and_a_dict_config_read_alike(tmp_path: Path, text: str):
     path = tmp_path / "hierarchy.yaml"
-    path.write_text(YAML)
-    config = OmegaConf.create(YAML)
+    path.write_text(text)
+    config = OmegaConf.create(text)
     plain = OmegaConf.to_container(config)
     assert isinstance(plain, dict)
     for given in (path, str(path), config, plain):
@@ -50,18 +59,37 @@ def test_interpolations_are_resolved_in_their_surroundings():
         fpo.load_hierarchy(config.h)
 
 
-def edited(path: str, value: Any, text: str = YAML) -> dict[str, Any]:
-    """The example with one entry set; `...` removes it."""
+def edited(path: str, value: Any, text: str) -> dict[str, Any]:
+    """The example with one entry set; `...` removes it. A number is the place of a stratum, in either form."""
     config: Any = copy.deepcopy(OmegaConf.to_container(OmegaConf.create(text)))
-    *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+    *parents, last = path.split(".")
     node = config
     for part in parents:
-        node = node[part]
+        node = at(node, part)
+    last = int(last) if isinstance(node, list) else key_of(node, last)
     if value is ...:
         del node[last]
     else:
         node[last] = value
     return config
+
+
+def key_of(node: dict[str, Any], part: str) -> str:
+    return list(node)[int(part)] if part.isdigit() else part
+
+
+def at(node: Any, part: str) -> Any:
+    return node[int(part)] if isinstance(node, list) else node[key_of(node, part)]
+
+
+def by_name(message: str, text: str) -> str:
+    """The pattern of a message for the mapping in `text`, from that for the list."""
+    config: Any = OmegaConf.to_container(OmegaConf.create(text))
+
+    def path(match: re.Match[str]) -> str:
+        return rf"{match[1]}\.{list(config[match[1]])[int(match[2])]}"
+
+    return re.sub(r"(strata|branches)\\\[(\d)\\\]", path, message)
 
 
 REFUSALS = [
@@ -78,12 +106,9 @@ REFUSALS = [
     ("token_clip", ..., "token_clip: is required"),
     ("strata", ..., "strata: is required"),
     ("strata", [], "strata: at least one stratum"),
-    ("strata", {"name": "a"}, "strata: must be a list"),
+    ("strata", "domain", "strata: must be a mapping from names to strata, coarsest first, or a list, got 'domain'"),
+    ("strata", {"name": "a"}, r"strata\.name: must be a mapping, got 'a'"),
     ("strata.0", "domain", r"strata\[0\]: must be a mapping, got 'domain'"),
-    ("strata.0.name", ..., r"strata\[0\]\.name: is required"),
-    ("strata.0.name", "", r"strata\[0\]\.name: must be a non-empty string"),
-    ("strata.0.name", True, r"strata\[0\]\.name: must be a non-empty string, got True"),
-    ("strata.2.name", "domain", r"strata\[2\]\.name: 'domain' is already the name of strata\[0\]"),
     ("strata.0.budget", ..., r"strata\[0\]\.budget: is required"),
     ("strata.0.budget", 0.1, r"strata\[0\]\.budget: must be a mapping, got 0.1"),
     ("strata.0.budget.neg", ..., r"strata\[0\]\.budget\.neg: is required"),
@@ -108,10 +133,79 @@ for bad in (0, -1, float("inf"), float("nan"), True, "0.1", [1]):
         REFUSALS.append((field, bad, "".join("\\" + c if c in "[]." else c for c in shown) + ": must be"))
 
 
+NAME_REFUSALS = [
+    ("strata.0.name", ..., r"strata\[0\]\.name: is required"),
+    ("strata.0.name", "", r"strata\[0\]\.name: must be a non-empty string"),
+    ("strata.0.name", True, r"strata\[0\]\.name: must be a non-empty string, got True"),
+    ("strata.2.name", "domain", r"strata\[2\]\.name: 'domain' is already the name of strata\[0\]"),
+]
+
+
 @pytest.mark.parametrize(("path", "value", "message"), REFUSALS)
 def test_refusals_name_the_field(path: str, value: Any, message: str):
+    with pytest.raises(ValueError, match=rf"^{by_name(message, YAML)}"):
+        fpo.load_hierarchy(edited(path, value, YAML))
+
+
+@pytest.mark.parametrize(("path", "value", "message"), [*REFUSALS, *NAME_REFUSALS])
+def test_refusals_name_the_field_of_a_list(path: str, value: Any, message: str):
     with pytest.raises(ValueError, match=rf"^{message}"):
-        fpo.load_hierarchy(edited(path, value))
+        fpo.load_hierarchy(edited(path, value, LISTED))
+
+
+BUDGET = {"pos": 0.2, "neg": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("strata", "message"),
+    [
+        ({1: {"budget": BUDGET}}, "strata: the name of a stratum must be a non-empty text, got 1"),
+        ({"": {"budget": BUDGET}}, "strata: the name of a stratum must be a non-empty text, got ''"),
+        ({"a": {"budget": BUDGET, "name": "b"}}, r"strata\.a\.name: is 'a' by its key, got 'b'; leave it out"),
+        ({"a": None}, r"strata\.a: must be a mapping, got None; enabled: false switches a stratum off"),
+        ({"a": {"slope": 3}}, r"strata\.a\.budget: is required$"),
+        (
+            {"domain": {"budget": BUDGET}, "domian": {"slope": 3}},
+            r"strata\.domian\.budget: is required; did you mean the stratum 'domain'\?",
+        ),
+        (
+            {"domain": {"budget": BUDGET}, "domian": {"budget": {"pos": 1}}},
+            r"strata\.domian\.budget\.neg: is required; did you mean the stratum 'domain'\?",
+        ),
+        (
+            {"a": {"budget": BUDGET, "budgets": {1: BUDGET, "1": BUDGET}}},
+            r"strata\.a\.budgets\.1: stands there twice",
+        ),
+    ],
+)
+def test_refusals_of_names(strata: Any, message: str):
+    with pytest.raises(ValueError, match=rf"^{message}"):
+        fpo.load_hierarchy({"token_clip": 1, "strata": strata})
+
+
+def test_a_name_that_the_key_repeats_is_the_same():
+    named = {"a": {"name": "a", "budget": BUDGET}}
+    assert fpo.load_hierarchy({"token_clip": 0.1, "strata": named}).strata == (fpo.Stratum("a", fpo.Budget(0.2, 0.1)),)
+
+
+def test_a_key_with_null_is_as_if_it_were_left_out():
+    plain: Any = OmegaConf.to_container(OmegaConf.create(YAML))
+    keys = ("budgets", "slope", "enabled", "join", "only", "beside", "min_tokens")
+    plain["strata"] = {name: dict.fromkeys(keys) | fields for name, fields in plain["strata"].items()}
+    assert fpo.load_hierarchy(plain | {"branches": None, "sweeps": None, "expert_partitions": None}) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("strata.0.join", 0, r"strata\.domain\.join: must be a list of names, got 0"),
+        ("strata.0.budgets", False, r"strata\.domain\.budgets: must be a mapping, got False"),
+        ("branches", 0, "branches: must be a mapping from names to strata"),
+    ],
+)
+def test_a_false_value_is_not_one_left_out(path: str, value: Any, message: str):
+    with pytest.raises(ValueError, match=rf"^{message}"):
+        fpo.load_hierarchy(edited(path, value, YAML))
 
 
 def test_refusals_of_a_file_name_it(tmp_path: Path):
@@ -122,9 +216,12 @@ def test_refusals_of_a_file_name_it(tmp_path: Path):
     with pytest.raises(ValueError, match=r"hierarchy\.yaml: line 3: not valid YAML"):
         fpo.load_hierarchy(path)
     path.write_text(YAML.replace("neg: 0.05", "neg: '???'"))
-    with pytest.raises(ValueError, match=r"hierarchy\.yaml: strata\[2\]\.budget\.neg: .*[Mm]issing"):
+    with pytest.raises(ValueError, match=r"hierarchy\.yaml: strata\.trajectory\.budget\.neg: .*[Mm]issing"):
         fpo.load_hierarchy(path)
     path.write_text(YAML.replace("trajectory", "domain"))
+    with pytest.raises(ValueError, match=r"hierarchy\.yaml: line 6: not valid YAML: .*duplicate key domain"):
+        fpo.load_hierarchy(str(path))
+    path.write_text(LISTED.replace("trajectory", "domain"))
     with pytest.raises(ValueError, match=r"hierarchy\.yaml: strata\[2\]\.name: 'domain' is already"):
         fpo.load_hierarchy(str(path))
     path.write_text("- a\n")
@@ -159,6 +256,18 @@ def test_reject_unknown_keys_for_others():
 BRANCHED = """
 token_clip: 0.04
 strata:
+  domain: {budget: {pos: 0.02, neg: 0.015}}
+  task: {budget: {pos: 0.03, neg: 0.02}, only: {domain: [code, math]}}
+  task_language: {join: [task, language], budget: {pos: 0.03, neg: 0.02}, only: {domain: [code]}}
+  trajectory: {budget: {pos: 0.12, neg: 0.05}}
+branches:
+  modality: {beside: domain, budget: {pos: 0.02, neg: 0.01}, budgets: {image: {pos: 0.03, neg: 0.02}}}
+  expert: {budget: {pos: 0.02, neg: 0.01}, slope: {cap: 8}, enabled: false}
+sweeps: 3
+"""
+BRANCHED_LISTED = """
+token_clip: 0.04
+strata:
   - {name: domain, budget: {pos: 0.02, neg: 0.015}}
   - {name: task, budget: {pos: 0.03, neg: 0.02}, only: {domain: [code, math]}}
   - {name: task_language, join: [task, language], budget: {pos: 0.03, neg: 0.02}, only: {domain: [code]}}
@@ -170,8 +279,9 @@ sweeps: 3
 """
 
 
-def test_branches_joins_and_missing_levels_are_read():
-    hierarchy = fpo.load_hierarchy(OmegaConf.create(BRANCHED))
+@pytest.mark.parametrize("text", [BRANCHED, BRANCHED_LISTED], ids=["by name", "list"])
+def test_branches_joins_and_missing_levels_are_read(text: str):
+    hierarchy = fpo.load_hierarchy(OmegaConf.create(text))
     budget = fpo.Budget(0.03, 0.02)
     assert hierarchy == fpo.Hierarchy(
         (
@@ -205,12 +315,11 @@ BRANCH_REFUSALS = [
     ("strata.1.ony", {}, r"strata\[1\]\.ony: unknown key; did you mean 'only'\?"),
     ("strata.2.joins", [], r"strata\[2\]\.joins: unknown key; did you mean 'join'\?"),
     ("branches.0.budget.poss", 1, r"branches\[0\]\.budget\.poss: unknown key; did you mean 'pos'\?"),
-    ("branches", {"name": "a"}, "branches: must be a list of strata"),
+    ("branches", 3, "branches: must be a mapping from names to strata"),
     ("branches.0", "modality", r"branches\[0\]: must be a mapping"),
     ("branches.0.budget", ..., r"branches\[0\]\.budget: is required"),
     ("branches.0.beside", "domian", r"branches\[0\]\.beside: no stratum .* 'domian'; did you mean 'domain'\?"),
     ("branches.0.beside", 3, r"branches\[0\]\.beside: must be the name of a stratum, got 3"),
-    ("branches.0.name", "task", r"branches\[0\]\.name: 'task' is already the name of strata\[1\]; the same"),
     ("strata.2.join", "domain", r"strata\[2\]\.join: must be a list of names, got 'domain'"),
     ("strata.2.join", ["task", 3], r"strata\[2\]\.join: must be a list of names"),
     ("strata.2.join", ["domain", "task"], r"strata\[2\]\.join: every task lies in one domain"),
@@ -227,10 +336,84 @@ BRANCH_REFUSALS = [
 
 @pytest.mark.parametrize(("path", "value", "message"), BRANCH_REFUSALS)
 def test_refusals_of_branches_name_the_field(path: str, value: Any, message: str):
-    with pytest.raises(ValueError, match=rf"^{message}"):
+    with pytest.raises(ValueError, match=rf"^{by_name(message, BRANCHED)}"):
         fpo.load_hierarchy(edited(path, value, BRANCHED))
+    with pytest.raises(ValueError, match=rf"^{message}"):
+        fpo.load_hierarchy(edited(path, value, BRANCHED_LISTED))
+
+
+def test_a_branch_with_the_name_of_a_stratum_is_refused_in_the_form_of_each():
+    listed: Any = edited("branches.0.name", "task", BRANCHED_LISTED)
+    with pytest.raises(ValueError, match=r"^branches\[0\]\.name: 'task' is already the name of strata\[1\]; the same"):
+        fpo.load_hierarchy(listed)
+    named: Any = edited("branches.task", {"budget": BUDGET}, BRANCHED)
+    with pytest.raises(ValueError, match=r"^branches\.task: 'task' is already the name of strata\.task; the same"):
+        fpo.load_hierarchy(named)
+    with pytest.raises(ValueError, match=r"^branches\[0\]\.name: 'task' is already the name of strata\.task; the same"):
+        fpo.load_hierarchy(named | {"branches": listed["branches"]})
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_hierarchy_is_read(path: Path):
+def test_every_shipped_hierarchy_is_read(path: Path, caplog: pytest.LogCaptureFixture):
     assert fpo.load_hierarchy(path).active
+    assert isinstance(OmegaConf.load(path).strata, DictConfig), "by name"
+    assert len(caplog.records) == (path.stem == "state"), "neg = pos there"
+
+
+def test_a_list_of_strata_is_a_mapping_by_name():
+    listed: Any = OmegaConf.to_container(OmegaConf.create(BRANCHED_LISTED))
+    named: Any = OmegaConf.to_container(OmegaConf.create(BRANCHED))
+    for key in ("strata", "branches"):
+        found = strata_by_name(listed[key])
+        assert found == named[key] and list(found) == list(named[key])
+        assert strata_by_name(named[key]) is named[key]
+
+
+@pytest.mark.parametrize("value", [None, 3, [3], [{"slope": 3}], [{"name": 3}], [{"name": "a"}, {"name": "a"}]])
+def test_what_is_no_list_of_strata_with_names_of_their_own_stays_as_it_is(value: Any):
+    assert strata_by_name(value) is value
+
+
+def warned(text: str, caplog: pytest.LogCaptureFixture) -> list[str]:
+    caplog.clear()
+    fpo.load_hierarchy(OmegaConf.create(text))
+    assert {record.levelname for record in caplog.records} <= {"WARNING"}
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_budget_for_falling_as_wide_as_that_for_rising_is_warned_about(caplog: pytest.LogCaptureFixture):
+    assert warned(YAML, caplog) == []
+    assert warned(YAML.replace("pos: 0.04, neg: 0.03", "pos: 0.04, neg: 0.3"), caplog) == [], "it is switched off"
+    (line,) = warned(YAML.replace("pos: 0.02, neg: 0.015", "pos: 0.02, neg: 0.02"), caplog)
+    assert line.startswith("stratum 'domain', budget: neg 0.02 is not less than pos 0.02; the paper recommends")
+    (line,) = warned(YAML.replace("pos: 0.03, neg: 0.02", "pos: 0.03, neg: 0.1"), caplog)
+    assert line.startswith("stratum 'domain', budgets.code: neg 0.1 is not less than pos 0.03")
+    (line,) = warned(
+        BRANCHED.replace("beside: domain, budget: {pos: 0.02,", "beside: domain, budget: {pos: 0.005,"), caplog
+    )
+    assert line.startswith("stratum 'modality', budget: neg 0.01 is not less than pos 0.005")
+
+
+def test_a_token_clip_above_both_budgets_of_the_finest_stratum_is_warned_about(caplog: pytest.LogCaptureFixture):
+    for quiet in (0.04, 0.05, 0.12):
+        assert warned(YAML.replace("token_clip: 0.04", f"token_clip: {quiet}"), caplog) == []
+    (line,) = warned(YAML.replace("token_clip: 0.04", "token_clip: 0.13"), caplog)
+    assert line.startswith(
+        "token_clip: 0.13 is greater than both budgets of the finest stratum, 'trajectory' (pos 0.12,"
+    )
+    off = YAML.replace("token_clip: 0.04", "token_clip: 0.13").replace("slope: 32", "enabled: false")
+    (line,) = warned(off, caplog)
+    assert "'domain' (pos 0.02, neg 0.015)" in line
+
+
+def test_a_warning_about_a_file_names_it_and_comes_from_the_first_rank_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "wide.yaml"
+    path.write_text(YAML.replace("token_clip: 0.04", "token_clip: 0.5"))
+    monkeypatch.setenv("RANK", "1")
+    fpo.load_hierarchy(path)
+    assert not caplog.records
+    monkeypatch.setenv("RANK", "0")
+    fpo.load_hierarchy(path)
+    assert [record.getMessage().partition(": ")[0] for record in caplog.records] == [str(path)]

@@ -74,7 +74,7 @@ def test_everything_that_is_wrong_is_said_at_once():
     )
     fields = [problem.split(":")[0] for problem in plan.problems]
     for name in (
-        "hierarchy.strata[0].budget.pos",
+        "hierarchy.strata.domain.budget.pos",
         "cluster.mfu",
         "algorithm.samples_per_prompt",
         "rewards.workers",

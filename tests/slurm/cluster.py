@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import signal
 import socket
 import subprocess
 from pathlib import Path
 
 from tests.aligner.launching import free_ports, wait_for
+from tests.processes import kill, processes, variables_of, with_descendants
 
 NODE_DEAD_AFTER = 10  # SlurmdTimeout, seconds; a site's is 300 by default
 REQUEUE_DELAY = 5  # cred_expire, seconds that a requeued job waits at least; a site's is 120 by default
@@ -61,34 +61,6 @@ NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=
 
 class SlurmError(RuntimeError):
     """A SLURM command failed; the message is what it said."""
-
-
-def processes() -> dict[int, tuple[int, str]]:
-    """Parent and command line of every process that is not a zombie."""
-    found = {}
-    for folder in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            pid = int(folder.name)
-            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-            if state != "Z":
-                found[pid] = int(parent), (folder / "cmdline").read_text().replace("\0", " ").strip()
-    return found
-
-
-def with_descendants(pids: set[int]) -> set[int]:
-    """The processes and all that descend from them."""
-    table, out = processes(), set(pids)
-    while True:
-        more = {pid for pid, (parent, _) in table.items() if parent in out} - out
-        if not more:
-            return out & set(table)
-        out |= more
-
-
-def kill(pids: set[int], signum: int = signal.SIGKILL) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signum)
 
 
 class Cluster:
@@ -196,12 +168,11 @@ class Cluster:
     def job_processes(self) -> dict[int, str]:
         """Command lines of all processes that were started in a job of this cluster, by what is in their environment,
         which a process whose parents have ended still has."""
-        found, config = {}, f"SLURM_CONF={self.environment['SLURM_CONF']}"
+        found = {}
         for pid, (_, command) in processes().items():
-            with contextlib.suppress(OSError):
-                variables = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
-                if config in variables and any(entry.startswith("SLURM_JOB_ID=") for entry in variables):
-                    found[pid] = command
+            variables = variables_of(pid)
+            if variables.get("SLURM_CONF") == self.environment["SLURM_CONF"] and "SLURM_JOB_ID" in variables:
+                found[pid] = command
         return found
 
     def command(self, *arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:

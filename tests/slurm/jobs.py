@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tests.aligner.launching import ROOT, SMALL, metrics, optimizer_steps, wait_for
 from tests.slurm.cluster import Cluster
+from tests.slurm.ranks import count_waiting
 
 RL_STEPS, SAVE_INTERVAL, PER_STEP = 6, 2, 2  # PER_STEP: optimizer steps of an RL step, each a row of metrics.jsonl
 RUN = [f"algorithm.rl_steps={RL_STEPS}", f"algorithm.save_interval={SAVE_INTERVAL}", "algorithm.data_epochs=2"]
@@ -65,6 +66,10 @@ class Job:
             return self.rows() >= count
 
         self._patiently(grown, f"{count} optimizer steps")
+
+    def wait_for_waiting_ranks(self, count: int) -> None:
+        """Until so many ranks of `ranks_that_end` wait for a signal."""
+        self._patiently(lambda: count_waiting(self.output()) == count, f"{count} waiting ranks")
 
     def wait_for_restart(self, count: int) -> None:
         """Until SLURM has put the job back into its queue so many times."""

@@ -9,27 +9,19 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.aligner.launching import wait_for
-from tests.slurm.cluster import SlurmError, kill
+from tests.processes import kill
+from tests.slurm.cluster import SlurmError
 from tests.slurm.jobs import ONE_RANK_EACH, PATIENCE, Job, same_metrics, seconds_since
+from tests.slurm.ranks import ranks_that_end
 
 ENDLESS = ["algorithm.rl_steps=1000", "algorithm.data_epochs=1000"]
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1200)]
-
-
-def ranks_that_end(ends: str) -> dict[str, str]:
-    """Variables with which a submitted script starts `ranks_that_end.sh` instead of Python."""
-    return {
-        "PYTHON": str(Path(__file__).with_name("ranks_that_end.sh")),
-        "REAL_PYTHON": sys.executable,
-        "ENDS": ends,
-    }
 
 
 @pytest.fixture
@@ -115,7 +107,7 @@ def test_a_cancelled_job_ends_and_leaves_no_process(cluster, job):
 def test_a_job_whose_ranks_get_sigterm_goes_on(job, launcher: str):
     """As SLURM sends it when the grace time of a preemption begins: to the ranks alone."""
     job.submit(env=ranks_that_end("wait wait/0 0") | {"LAUNCHER": launcher})
-    wait_for(lambda: job.output().count(" waits\n") == 2, PATIENCE, "two ranks")
+    job.wait_for_waiting_ranks(2)
     job.cluster.command("scancel", "--signal=TERM", job.id)
     fields = job.ends_as("COMPLETED")
     assert fields["Restarts"] == "1"
@@ -135,7 +127,7 @@ def test_a_job_whose_rank_gets_sigkill_is_started_again_but_not_for_ever(job):
 def test_a_job_that_fails_while_a_node_does_not_answer_is_started_again(cluster, job):
     """Before SLURM has noticed it: by default it takes five minutes."""
     job.submit(env=ranks_that_end("wait wait/0 0"))
-    wait_for(lambda: job.output().count(" waits\n") == 2, PATIENCE, "two ranks")
+    job.wait_for_waiting_ranks(2)
     ranks = {pid for pid, command in cluster.job_processes().items() if "sigwait" in command}
     assert len(ranks) == 2
     cluster.kill_daemon("n2")

@@ -1,0 +1,87 @@
+"""Strata by name in everything that Hydra composes, whichever form a file has them in.
+
+A hierarchy's `strata` and `branches` are mappings, which Hydra merges, or lists. Hydra cannot override an entry of a
+list by its name, nor lay a list over a mapping. Here a list becomes a mapping before anything is laid over it, and it
+replaces what was there before it, as Hydra does with lists: in a file, and in an override on the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
+
+from nemo_fiberpo.config import NAMED, strata_by_name
+from nemo_fiberpo.megatron.patching import Patch, Patches
+
+_LOADER = "hydra._internal.config_loader_impl:ConfigLoaderImpl"
+_installed = False
+
+
+def install() -> None:
+    """Have Hydra do so in this process. Raises ImportError naming what this version of Hydra does not have."""
+    global _installed
+    if not _installed:
+        reason = "strata that a file lists are overridden by name"
+        Patches(
+            [
+                Patch(_LOADER, "_compose_config_from_defaults_list", reason, wrap=_compose),
+                Patch(_LOADER, "_apply_overrides_to_config", reason, wrap=_override),
+            ]
+        ).apply()
+        _installed = True
+
+
+def _compose(original: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
+    """Of files: Hydra loads them in the order of the defaults lists and merges each into those before it."""
+
+    def compose(self: Any, defaults: Any, repo: Any) -> DictConfig:
+        loaded = [self._load_single_config(default=default, repo=repo) for default in defaults]
+        lists_replace([result.config for result in loaded])
+        following = iter(loaded)
+        self._load_single_config = lambda **_: next(following)
+        try:
+            return original(self, defaults, repo)
+        finally:
+            del self._load_single_config
+
+    return compose
+
+
+def _override(original: Callable[..., None]) -> Any:
+    """Of overrides: Hydra applies them in the order of the command line."""
+
+    def override(overrides: Any, cfg: DictConfig) -> None:
+        for given in overrides:
+            key = given.key_or_group
+            if key in {f"hierarchy.{kind}" for kind in NAMED} and isinstance(given.value(), list):
+                OmegaConf.update(cfg, key, None, force_add=True)
+            original([given], cfg)
+            lists_replace([cfg])
+
+    return staticmethod(override)
+
+
+def lists_replace(configs: list[Any]) -> None:
+    """In each of `configs`, which are merged in this order, lists of strata become mappings, and what the last list
+    replaces is removed from those before it."""
+    for key in NAMED:
+        holders = [held for config in configs if (held := _held(config, "hierarchy", DictConfig)) is not None]
+        lists = [place for place, holder in enumerate(holders) if _held(holder, key, ListConfig) is not None]
+        if not lists:
+            continue
+        for holder in holders[: lists[-1]]:
+            with flag_override(holder, ["struct", "readonly"], False):
+                holder.pop(key, None)
+        last = holders[lists[-1]]
+        with flag_override(last, ["struct", "readonly"], False):
+            last[key] = strata_by_name(OmegaConf.to_container(last[key], resolve=False))
+
+
+def _held(config: Any, key: str, kind: type) -> Any:
+    """What `config` has at `key` if that is of this kind, else None. References are not followed."""
+    if not isinstance(config, DictConfig) or key not in config or OmegaConf.is_interpolation(config, key):
+        return None
+    value = config.get(key)
+    return value if isinstance(value, kind) else None
