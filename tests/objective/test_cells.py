@@ -1,26 +1,29 @@
-"""Cells from labels: nesting, names, what is refused, and which layout is found."""
+"""Cells from labels: nesting, names, what is refused; levels switched off."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
-from nemo_fiberpo.objective.layout import RowLayout, ScatteredLayout
-from nemo_fiberpo.objective.pieces import dense_ids
 
 import nemo_fiberpo as fpo
-from tests.objective.cases import make_hierarchy
+from tests.objective.cases import F64, make_hierarchy
 
 LABELS = {"domain": torch.tensor([0, 0, 1, 1]), "prompt_group": torch.tensor([3, 3, 9, 8])}
 
 
 def test_levels_by_hand():
     cells = make_hierarchy(2).cells(LABELS, torch.tensor([True, False, True, True]))
-    domain, group = cells.levels
-    assert domain.label_C.tolist() == [0, 1] and domain.count_C.tolist() == [1.0, 2.0] and domain.parent_C is None
-    assert group.label_C.tolist() == [3, 8, 9] and group.parent_C.tolist() == [0, 1, 1]
-    assert group.count_C.tolist() == [1.0, 1.0, 1.0]
+    domain, group = cells.level("domain"), cells.level("prompt_group")
+    assert domain.label_C.tolist() == [0, 1] and domain.count_C.tolist() == [1.0, 2.0]
+    assert group.label_C.tolist() == [3, 8, 9] and group.count_C.tolist() == [1.0, 1.0, 1.0]
     assert cells.cell_per_token("prompt_group")[[0, 2, 3]].tolist() == [0, 2, 1]
     assert cells.cell_per_token("domain")[[0, 2, 3]].tolist() == [0, 1, 1]
+    # stratum, label, those of its parent, live tokens
+    expected = [[0, 0, -1, 0, 1], [0, 1, -1, 0, 2], [1, 3, 0, 0, 1], [1, 8, 0, 1, 1], [1, 9, 0, 1, 1]]
+    assert cells.census().tolist() == expected
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -79,42 +82,42 @@ def test_overrides_need_names_and_a_cell_of_that_name():
         hierarchy.cells(LABELS, names={"domain": ["math", "code"]})
 
 
-def test_cells_serve_a_changed_hierarchy_with_the_same_strata():
-    loose, tight = make_hierarchy(2, budget=10.0), make_hierarchy(2, budget=1e-6)
-    cells = loose.cells(LABELS)
-    ell = torch.tensor([0.3, 0.2, 0.1, 0.4], dtype=torch.float64)
-    results = [fpo.gated_log_ratio(ell, built, tight) for built in (cells, tight.cells(LABELS))]
-    assert torch.equal(*results)
-    assert not torch.equal(fpo.gated_log_ratio(ell, cells, loose), results[0])
-
-
 def test_labels_of_other_strata_are_not_read():
     other = {**LABELS, "router": torch.zeros(2)}
     assert make_hierarchy(2).cells(other).num_cells("domain") == 2
 
 
-@pytest.mark.parametrize("labels", [[5, 3, 5, 9], [-(2**62), 2**62, 0, 0], [2**40, 1, 1, 7]])
-def test_dense_ids_of_any_labels(labels: list[int]):
-    label_C, cell_P = dense_ids(torch.tensor(labels))
-    assert label_C.tolist() == sorted(set(labels))
-    assert label_C[cell_P].tolist() == labels
+@pytest.mark.parametrize("num_strata", [1, 3])
+@pytest.mark.parametrize(("shape", "masked"), [((2, 3), False), ((2, 3), True), (None, True)])
+def test_no_labels_are_needed_where_every_stratum_is_switched_off(
+    num_strata: int, shape: tuple[int, int] | None, masked: bool
+):
+    hierarchy = make_hierarchy(num_strata, enabled=False)
+    mask = torch.tensor([True, True, False, True, True, True]) if masked else None
+    cells = hierarchy.cells({}, mask, shape=shape)
+    ell = torch.tensor([0.01, -0.01, math.nan if masked else 0.3, 0.9, -0.9, 0.0], dtype=F64)
+    weight = torch.arange(1.0, 7.0, dtype=F64)
+    live = torch.ones(6, dtype=torch.bool) if mask is None else mask
+    gated = torch.where(live, ell.clamp(-0.04, 0.04), 0.0)
+    result = fpo.surrogate(ell, weight, cells, hierarchy)
+    assert result.value == pytest.approx((weight * gated.exp())[live].sum().item(), abs=1e-13)
+    inside = live & (ell.abs() <= 0.04)
+    torch.testing.assert_close(result.coefficients, torch.where(inside, weight * gated.exp(), 0.0), rtol=1e-15, atol=0)
+    assert torch.equal(fpo.gated_log_ratio(ell, cells, hierarchy), gated)
+    metrics = result.report.metrics()
+    assert metrics["token/live"] == live.sum() and metrics["token/clipped"] == (live & ~inside).sum() / live.sum()
+    assert result.report.strata == () and result.report.histograms() == {}
+    grpo = fpo.surrogate(ell, weight, cells, hierarchy, gating=fpo.PpoClip(0.2, 0.2))
+    assert grpo.coefficients[0].item() == pytest.approx(math.exp(0.01))
 
 
-def test_rows_are_found_with_and_without_shape_and_whatever_masked_labels_hold():
-    hierarchy = make_hierarchy(2)
-    row = torch.arange(6).repeat_interleave(64)
-    labels = {"domain": row // 3, "prompt_group": row}
-    mask = (torch.arange(64) % 50 > 3).repeat(6)
-    for kept in (None, mask):
-        noisy = (
-            labels if kept is None else {k: torch.where(kept, v, 10**15 + torch.arange(384)) for k, v in labels.items()}
-        )
-        for shape in ((6, 64), (3, 128), None):
-            layout = hierarchy.cells(noisy, kept, shape=shape).layout
-            assert isinstance(layout, RowLayout) and layout.length <= 64
-    order = torch.randperm(384, generator=torch.Generator().manual_seed(0))
-    layout = hierarchy.cells({k: v[order] for k, v in labels.items()}, shape=(6, 64)).layout
-    assert isinstance(layout, ScatteredLayout)
+def test_refusals_of_an_empty_hierarchy():
+    hierarchy = make_hierarchy(2, enabled=False)
+    with pytest.raises(ValueError, match="labels: with no active stratum, labels, mask or shape must tell the number"):
+        hierarchy.cells({})
+    assert hierarchy.cells(LABELS).num_tokens == 4, "labels that nothing needs tell it too"
+    with pytest.raises(ValueError, match="token_clips: go by the cells of the coarsest stratum, but every stratum"):
+        replace(hierarchy, token_clips={"code": 0.1})
 
 
 def test_a_hierarchy_describes_itself():

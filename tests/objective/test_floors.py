@@ -1,4 +1,4 @@
-"""Floors: cells of few tokens follow their parents. Slow loops, ranks, what is refused, and what reports say."""
+"""Cells below `min_tokens` are merged into their parents: values and gradients, by hand, ranks, report, refusals."""
 
 from __future__ import annotations
 
@@ -7,38 +7,29 @@ from typing import Any
 
 import pytest
 import torch
-from nemo_fiberpo.objective.report import LOCAL_REGIMES, named_regimes
-from nemo_fiberpo.objective.report import make_report, merge_parts
 
 import nemo_fiberpo as fpo
-from tests.objective import expert_reference
-from tests.objective.expert_cases import EPS, F64, NAMES, NUM, PLACEMENTS, Case, make_case
-from tests.objective.ranks import on_ranks
-from tests.objective.test_branches import make_case as branched_case
-from tests.objective.test_expert_strata import held_to_the_reference
+from nemo_fiberpo.objective.report import LOCAL_REGIMES, empty_fields, make_report, merge, named_regimes
+from tests.objective.cases import F64, PLACEMENTS, Case, branched_case, expert_case, with_floor
+from tests.objective.checks import equals_the_slow_loops, is_one_process_on_ranks, is_the_identity_on_policy
 
 KINDS = pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 FLOORED = [name for name in PLACEMENTS if name != "P0"]
 
 
-def shared(cells: fpo.Cells) -> fpo.Cells:
-    return cells.share([cells.census()], 0)
-
-
 @KINDS
 @pytest.mark.parametrize("placement", FLOORED)
-@pytest.mark.parametrize("floor", [3, 9])
-@pytest.mark.parametrize(("seed", "scale", "slope"), [(0, 0.03, 0.5), (1, 0.06, 0.5), (2, 0.15, None)])
+@pytest.mark.parametrize(("seed", "floor", "scale", "slope"), [(0, 3, 0.06, 0.5), (2, 9, 0.15, None)])
 def test_small_cells_equal_the_slow_loops(
-    placement: str, floor: int, seed: int, scale: float, slope: float | None, soft: bool
+    placement: str, seed: int, floor: int, scale: float, slope: float | None, soft: bool
 ):
     """Parents have merged children beside others, and merged cells have finer ones, merged and not."""
-    held_to_the_reference(make_case(placement, seed, scale, soft, slope, floor))
+    equals_the_slow_loops(expert_case(placement, seed, scale, soft, slope, floor))
 
 
 def test_the_cases_above_merge_some_cells_of_every_depth():
     for placement in FLOORED:
-        reports = [make_case(placement, seed, floor=floor).surrogate().report for seed in range(3) for floor in (3, 9)]
+        reports = [expert_case(placement, seed, floor=floor).surrogate().report for seed, floor in ((0, 3), (2, 9))]
         merged = [[entry.merged for entry in report.strata] for report in reports]
         for at in range(1, len(merged[0]) - (placement == "P4")):
             assert any(0.0 < of_report[at][1] < 1.0 for of_report in merged), (placement, at)
@@ -46,11 +37,11 @@ def test_the_cases_above_merge_some_cells_of_every_depth():
 
 
 def test_the_gradient_is_that_of_finite_differences():
-    case = make_case("P2", 1, 0.06, floor=4)
+    case = expert_case("P2", 1, 0.06, floor=4)
     cells = case.cells
-    result = fpo.surrogate(case.log_ratio, case.weight, cells, case.hierarchy)
+    result = case.surrogate()
     for at in case.mask.nonzero().squeeze(1).tolist()[::4]:
-        step = torch.zeros(NUM, dtype=F64).index_fill(0, torch.tensor([at]), 1e-7)
+        step = torch.zeros_like(case.log_ratio).index_fill(0, torch.tensor([at]), 1e-7)
         if case.log_ratio[at] == 0.0:
             continue  # between the channels
         up, down = (
@@ -70,70 +61,35 @@ FORMS = [
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("seed", "floor"), [(0, 4), (1, 4), (2, 7)])
-@pytest.mark.parametrize(("scale", "slope"), [(0.02, 0.5), (0.15, None)])
+@pytest.mark.parametrize(("seed", "floor", "scale", "slope"), [(0, 4, 0.02, 0.5), (2, 7, 0.15, None)])
 def test_small_cells_beside_branches_equal_the_slow_loops(
     form: str, seed: int, floor: int, scale: float, slope: float | None
 ):
     """A small cell takes nothing, so that what follows is measured from what its parent and branches have left."""
     case = branched_case(form, seed, scale, slope)
-    first, *finer = case.hierarchy.strata
-    floored = (first, *(replace(stratum, min_tokens=floor) for stratum in finer))
-    case.hierarchy = replace(case.hierarchy, strata=floored)
-    value, coefficients, gated = case.reference()
-    cells = shared(case.cells)
-    result = fpo.surrogate(case.log_ratio, case.weight, cells, case.hierarchy)
+    case.hierarchy = with_floor(case.hierarchy, floor)
+    result = equals_the_slow_loops(case)
     assert any(entry.merged and entry.merged[0] for entry in result.report.strata)
-    assert result.value == pytest.approx(value, abs=1e-13)
-    torch.testing.assert_close(result.coefficients, coefficients, rtol=1e-12, atol=1e-12)
-    leaf = case.log_ratio.clone().requires_grad_()
-    out = fpo.gated_log_ratio(leaf, cells, case.hierarchy)
-    torch.testing.assert_close(out.detach(), gated, rtol=0, atol=1e-14)
-    torch.where(case.mask, case.weight * out.exp(), 0.0).sum().backward()
-    torch.testing.assert_close(leaf.grad, coefficients, rtol=1e-12, atol=1e-12)
-    jacobian = torch.autograd.functional.jacobian(
-        lambda x: fpo.gated_log_ratio(x, cells, case.hierarchy), torch.zeros_like(case.log_ratio)
-    )
-    assert torch.equal(jacobian, torch.diag(case.mask.to(F64)))
-    tokens = [(torch.arange(len(case.mask)) % 3 == rank).nonzero().squeeze(1) for rank in range(3)]
-    local = [case.hierarchy.cells({k: v[at] for k, v in case.labels.items()}, case.mask[at]) for at in tokens]
-    censuses = [held.census() for held in local]
 
-    def work(rank, reduce):
-        at = tokens[rank]
-        own = local[rank].share(censuses, rank)
-        return fpo.surrogate(case.log_ratio[at], case.weight[at], own, case.hierarchy, reduce)
 
-    for rank, of_rank in enumerate(on_ranks(3, work)[0]):
-        torch.testing.assert_close(of_rank.coefficients, result.coefficients[tokens[rank]], rtol=1e-12, atol=1e-12)
-        assert of_rank.report.metrics() == pytest.approx(result.report.metrics(), abs=1e-12)
+@pytest.mark.parametrize("form", FORMS)
+def test_small_cells_beside_branches_on_policy_and_over_ranks(form: str):
+    case = branched_case(form, 1)
+    case.hierarchy = with_floor(case.hierarchy, 4)
+    is_the_identity_on_policy(case)
+    is_one_process_on_ranks(case, torch.arange(len(case.mask)) % 3, 3)
 
 
 @KINDS
 @pytest.mark.parametrize(("floor", "finest"), [(4, 4), (7, 7), (7, None)])
 def test_a_stratum_missing_in_a_domain_may_have_a_floor_as_well(floor: int, finest: int | None, soft: bool):
     """Where the finest stratum is missing, and the trajectory is merged, it follows the trajectory's parent."""
-    case = make_case("P1", 4, 0.06, soft, floor=floor)
+    case = expert_case("P1", 4, 0.06, soft, floor=floor)
     strata = list(case.hierarchy.strata)
     strata[1] = replace(strata[1], only={"domain": ["math"]})
     strata[3] = replace(strata[3], only={"domain": ["code"]}, min_tokens=finest)
     case.hierarchy = replace(case.hierarchy, strata=tuple(strata))
-    chain = []
-    for stratum, kept in zip(strata, (None, 1, None, 0), strict=True):
-
-        def cell(i: int, e: int, stratum: fpo.Stratum = stratum, kept: int | None = kept) -> tuple[int, ...] | None:
-            if kept is not None and case.labels["domain"][i] != kept:
-                return None
-            return tuple(e if name == "expert_partition" else int(case.labels[name][i]) for name in stratum.columns)
-
-        pair = stratum.budget.pos, stratum.budget.neg
-        chain.append(expert_reference.Level(cell, pair, stratum.slope, stratum.min_tokens or 0))  # type: ignore[arg-type]
-    share = (case.share.double() / 255.0).tolist()
-    given = case.log_ratio.tolist(), case.weight.tolist(), case.mask.tolist()
-    value, coefficients, _ = expert_reference.objective(*given, share, chain, None, EPS)
-    result = case.surrogate()
-    assert result.value == pytest.approx(value, abs=1e-13)
-    torch.testing.assert_close(result.coefficients, torch.tensor(coefficients, dtype=F64), rtol=1e-12, atol=1e-12)
+    result = equals_the_slow_loops(case)
     assert [entry.merged is None for entry in result.report.strata] == [True, False, False, finest is None]
     of_trajectory = case.labels["trajectory"][case.mask & (case.labels["domain"] == 1)].unique(return_counts=True)[1]
     assert (floor == 7) == bool((of_trajectory < floor).any()), "no merged trajectory without a finer stratum"
@@ -153,7 +109,7 @@ def test_a_merged_token_by_hand():
     ell = torch.tensor([0.18, 0.18, 0.18, 0.26], dtype=F64)
     for floor, expected in ((None, 0.26), (2, 0.24)):
         hierarchy = two_partitions(min_tokens=floor)
-        cells = shared(hierarchy.cells(labels))
+        cells = hierarchy.cells(labels)
         out = fpo.gated_log_ratio(ell, cells, hierarchy)
         assert out.tolist() == pytest.approx([0.18, 0.18, 0.18, expected], abs=1e-15)
     metrics = fpo.surrogate(ell, torch.ones(4, dtype=F64), cells, hierarchy).report.metrics()
@@ -173,29 +129,25 @@ def test_small_is_what_is_small_over_all_ranks():
         hierarchy.cells({"trajectory": torch.tensor(t).long(), "expert_partition": torch.tensor(e).long()})
         for t, e in labels
     ]
-    with pytest.raises(ValueError, match=r"cells: stratum 'both' merges cells of fewer than 4 tokens over all ranks"):
-        fpo.surrogate(torch.zeros(4), torch.zeros(4), local[0], hierarchy)
-    with pytest.raises(ValueError, match=r"for one process: cells\.share\(\[cells\.census\(\)\], 0\)"):
-        named_regimes(torch.zeros(4), local[0], hierarchy)
-    with pytest.raises(ValueError, match="stratum 'both' was built with min_tokens 4, but it is 2"):
-        fpo.gated_log_ratio(torch.zeros(4), shared(local[0]), two_partitions(min_tokens=2))
     censuses = [held.census() for held in local]
     levels = [held.share(censuses, rank).level("both") for rank, held in enumerate(local)]
     # (0, 0) has 2 + 2 tokens; (0, 1) and (1, 0) have one each and are merged
-    assert [level.small_C.tolist() for level in levels] == [[1, 2], [], []]
+    assert [level.acting_C.tolist() for level in levels] == [[True, False, False], [True], []]
     assert [level.owned_C.tolist() for level in levels] == [[True, False, False], [False], []]
     assert all(level.merged == (2, 2.0) and level.num_cells == 3 and level.num_acting == 1 for level in levels)
+    # one process by itself counts its own tokens: no cell of (0, 0) with 4
+    assert local[0].level("both").merged == (3, 4.0) and local[0].level("both").acting_C.sum() == 0
+    with pytest.raises(ValueError, match="stratum 'both' was built with min_tokens 4, but it is 2"):
+        fpo.gated_log_ratio(torch.zeros(4), local[0], two_partitions(min_tokens=2))
 
 
 @KINDS
 @pytest.mark.parametrize("placement", FLOORED)
 def test_a_floor_that_nothing_is_below_changes_nothing(placement: str, soft: bool):
-    case = make_case(placement, 5, 0.06, soft)
-    case.labels = {name: label // 4 for name, label in case.labels.items()}
-    assert min(float(level.count_C.min()) for level in case.cells.levels) >= 2.0
-    one, (first, *finer) = case.surrogate(), case.hierarchy.strata
-    floored = replace(case.hierarchy, strata=(first, *(replace(s, min_tokens=2) for s in finer)))
-    other = replace(case, hierarchy=floored).surrogate()
+    case = expert_case(placement, 5, 0.06, soft)
+    case.labels |= {name: case.labels[name] // 4 for name in ("domain", "prompt_group", "trajectory")}
+    assert min(float(level.count_C.min()) for level in case.cells.shared.levels) >= 2.0
+    one, other = case.surrogate(), replace(case, hierarchy=with_floor(case.hierarchy, 2)).surrogate()
     assert other.value == one.value and torch.equal(other.coefficients, one.coefficients)
     assert all(entry.merged in (None, (0, 0.0)) for entry in other.report.strata)
 
@@ -203,11 +155,11 @@ def test_a_floor_that_nothing_is_below_changes_nothing(placement: str, soft: boo
 @KINDS
 @pytest.mark.parametrize("placement", FLOORED)
 def test_a_floor_above_all_cells_is_a_stratum_switched_off(placement: str, soft: bool):
-    case = make_case(placement, 6, 0.06, soft)
+    case = expert_case(placement, 6, 0.06, soft)
     *coarser, finest = case.hierarchy.strata
     one, other = (
         replace(case, hierarchy=replace(case.hierarchy, strata=(*coarser, changed))).surrogate()
-        for changed in (replace(finest, min_tokens=NUM + 1), replace(finest, enabled=False))
+        for changed in (replace(finest, min_tokens=len(case.mask) + 1), replace(finest, enabled=False))
     )
     assert one.value == pytest.approx(other.value, abs=1e-14)
     torch.testing.assert_close(one.coefficients, other.coefficients, rtol=1e-13, atol=1e-14)
@@ -219,25 +171,23 @@ def test_a_floor_above_all_cells_is_a_stratum_switched_off(placement: str, soft:
 @KINDS
 def test_parts_of_a_step_that_share_no_cell_merge_into_the_report_of_the_whole(soft: bool):
     """What the one-pass step does with its micro-batches; a domain is in one of them, so all its cells are."""
-    case = make_case("P1", 7, 0.08, soft, floor=4)
+    case = expert_case("P1", 7, 0.08, soft, floor=4)
     case.labels["domain"] = case.labels["trajectory"] // 4
-    whole = case.surrogate()
-    parts, value = [], 0.0
+    whole, fields = case.surrogate(), []
     for domain in (0, 1):
         at = (case.labels["domain"] == domain).nonzero().squeeze(1)
-        cells = shared(case.hierarchy.cells(case.given(at), case.mask[at], NAMES))
-        result = fpo.surrogate(case.log_ratio[at], case.weight[at], cells, case.hierarchy)
-        parts.append(result.parts)
-        value += result.value
+        result = case.part(at).surrogate()
+        fields.append(result.fields)
         torch.testing.assert_close(result.coefficients, whole.coefficients[at], rtol=1e-12, atol=1e-13)
-    merged = make_report(merge_parts(parts, case.cells), case.cells)
+    cells = case.cells.shared
+    value, merged = make_report(merge(fields, empty_fields(cells)), cells)
     assert value == pytest.approx(whole.value, abs=1e-13)
     assert merged.metrics() == pytest.approx(whole.report.metrics(), abs=1e-12)
 
 
 @KINDS
 def test_regimes_leave_merged_cells_out_and_other_objectives_do_not_see_the_floor(soft: bool):
-    case, plain = (make_case("P1", 3, 0.1, soft, floor=floor) for floor in (4, None))
+    case, plain = (expert_case("P1", 3, 0.1, soft, floor=floor) for floor in (4, None))
     entries = case.surrogate().report.strata
     for entry, regimes in zip(entries, named_regimes(case.log_ratio, case.cells, case.hierarchy), strict=True):
         assert entry.cells == sum(regimes.counts()[name] for name in LOCAL_REGIMES)
@@ -256,7 +206,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("kind", "at", "message"), REFUSALS)
 def test_a_floor_without_a_parent_is_refused(kind: str, at: int, message: str):
-    hierarchy = make_case("P4", 0).hierarchy
+    hierarchy = expert_case("P4", 0).hierarchy
     entries = list(getattr(hierarchy, kind))
     entries[at] = replace(entries[at], min_tokens=4)
     with pytest.raises(ValueError, match=message):
@@ -264,7 +214,7 @@ def test_a_floor_without_a_parent_is_refused(kind: str, at: int, message: str):
 
 
 def test_a_floor_is_refused_where_switching_off_makes_its_stratum_the_coarsest():
-    case: Case = make_case("P1", 0, floor=4)
+    case: Case = expert_case("P1", 0, floor=4)
     first, *finer = case.hierarchy.strata
     with pytest.raises(ValueError, match=r"strata\[1\]\.min_tokens: 'prompt_group' is the coarsest active stratum"):
         replace(case.hierarchy, strata=(replace(first, enabled=False), *finer))

@@ -10,23 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nemo_fiberpo as fpo
-from tests.objective.cases import make_case, make_hierarchy
-
-F64 = torch.float64
+from tests.objective.cases import F64, make_case, make_hierarchy
+from tests.objective.checks import ignores_masked_tokens, is_the_identity_on_policy
 
 
 @pytest.mark.parametrize("depth", (1, 2, 3, 4))
-@pytest.mark.parametrize("zero", (0.0, -0.0))
-def test_on_policy_the_jacobian_is_the_identity_to_the_bit(depth: int, zero: float):
+def test_on_policy_the_jacobian_is_the_identity_to_the_bit(depth: int):
     case = make_case(depth, 1)
-    ell = torch.full_like(case.log_ratio, zero)
-    cells = case.cells
-    assert torch.equal(
-        fpo.token_coefficients(ell, case.weight, cells, case.hierarchy),
-        fpo.on_policy_coefficients(case.weight, cells),
-    )
-    jacobian = torch.autograd.functional.jacobian(lambda x: fpo.gated_log_ratio(x, cells, case.hierarchy), ell)
-    assert torch.equal(jacobian, torch.diag(case.mask.to(F64)))
+    is_the_identity_on_policy(case)
+    minus_zero = fpo.token_coefficients(torch.full_like(case.weight, -0.0), case.weight, case.cells, case.hierarchy)
+    assert torch.equal(minus_zero, fpo.on_policy_coefficients(case.weight, case.cells))
 
 
 @pytest.mark.parametrize("depth", (1, 3))
@@ -46,28 +39,10 @@ def test_log_rhat_equals_the_log_ratio_until_something_saturates(depth: int):
 @pytest.mark.parametrize("shape", [None, (4, 10)])
 def test_masked_tokens_change_no_bit(bad: float, shape: tuple[int, int] | None):
     case = make_case(3, 4)
-    labels = dict(case.labels)
     if shape:
         row = torch.arange(40) // 10
-        labels = {"domain": row // 4, "prompt_group": row // 2, "trajectory": row}
-    ell, weight = case.log_ratio.clone(), case.weight.clone()
-    ell[~case.mask], weight[~case.mask] = bad, bad
-    garbage = {name: torch.where(case.mask, label, -(2**62)) for name, label in labels.items()}
-    clean = case.hierarchy.cells(labels, case.mask, shape=shape)
-    dirty = case.hierarchy.cells(garbage, case.mask, shape=shape)
-    expected = fpo.surrogate(case.log_ratio, case.weight, clean, case.hierarchy)
-    result = fpo.surrogate(ell, weight, dirty, case.hierarchy)
-    assert torch.equal(result.coefficients, expected.coefficients)
-    assert result.value == expected.value and result.report == expected.report
-    assert (result.coefficients[~case.mask] == 0).all()
-
-    leaf = ell.requires_grad_()
-    gated = fpo.gated_log_ratio(leaf, dirty, case.hierarchy)
-    assert torch.equal(gated, fpo.gated_log_ratio(case.log_ratio, clean, case.hierarchy))
-    gated.backward(torch.where(case.mask, 1.0, bad).to(F64))
-    reference = case.log_ratio.clone().requires_grad_()
-    fpo.gated_log_ratio(reference, clean, case.hierarchy).backward(torch.ones(40, dtype=F64))
-    assert torch.equal(leaf.grad, reference.grad)
+        case.labels = {"domain": row // 4, "prompt_group": row // 2, "trajectory": row}
+    ignores_masked_tokens(case, bad, shape)
 
 
 def test_masked_labels_may_break_the_nesting():

@@ -6,19 +6,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nemo_fiberpo.objective.report import LOCAL_REGIMES, named_regimes
 
 import nemo_fiberpo as fpo
 from nemo_fiberpo.megatron.step import StepTokens
-from nemo_fiberpo.objective import build_cells, layout
-from tests.objective.expert_cases import F64, NAMES, NUM, PLACEMENTS, make_case
+from nemo_fiberpo.objective import build_cells
+from nemo_fiberpo.objective.report import LOCAL_REGIMES, named_regimes
+from tests.objective.cases import EXPERT_NAMES, F64, PLACEMENTS, expert_case, one_hot
+from tests.objective.checks import ignores_masked_tokens
+
+PARTITION = "expert_partition"
 
 
 @pytest.mark.parametrize("floor", [None, 4])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_shares_of_0_and_1_are_hard_labels(placement: str, floor: int | None):
-    hard = make_case(placement, 4, 0.07, floor=floor)
-    soft = replace(hard, soft=True)
+    hard = expert_case(placement, 4, 0.07, floor=floor)
+    soft = replace(hard, labels=hard.labels | {PARTITION: one_hot(hard.labels[PARTITION], 3)})
     one, other = hard.surrogate(), soft.surrogate()
     assert other.value == pytest.approx(one.value, abs=1e-13)
     torch.testing.assert_close(other.coefficients, one.coefficients, rtol=1e-12, atol=1e-13)
@@ -51,7 +54,7 @@ def test_two_tokens_by_hand():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_dtypes(dtype: torch.dtype):
-    case = make_case("P2", 1, 0.06, soft=True)
+    case = expert_case("P2", 1, 0.06, soft=True)
     ell, weight = case.log_ratio.to(dtype), case.weight.to(dtype)
     wide = fpo.surrogate(ell.double(), weight.double(), case.cells, case.hierarchy)
     result = fpo.surrogate(ell, weight, case.cells, case.hierarchy)
@@ -60,24 +63,16 @@ def test_other_dtypes(dtype: torch.dtype):
     torch.testing.assert_close(result.coefficients.double(), wide.coefficients, rtol=bound, atol=bound)
 
 
-def test_masked_tokens_may_hold_anything_and_blocks_change_nothing(monkeypatch):
-    case = make_case("P3", 1, 0.06, soft=True)
-    one = case.surrogate()
-    dirty = replace(case, share=torch.where(case.mask[:, None], case.share, 7))
-    dirty.log_ratio = torch.where(case.mask, case.log_ratio, float("nan"))
-    dirty.weight = torch.where(case.mask, case.weight, float("inf"))
-    dirty.labels = {name: torch.where(case.mask, label, 0) for name, label in case.labels.items()}
-    other = dirty.surrogate()
-    assert other.value == one.value and torch.equal(other.coefficients, one.coefficients)
-    monkeypatch.setattr(layout, "CPU_BLOCK", 10)
-    other = dirty.surrogate()
-    assert other.value == pytest.approx(one.value, abs=1e-14)
-    torch.testing.assert_close(other.coefficients, one.coefficients, rtol=0, atol=1e-14)
+@pytest.mark.parametrize("placement", ["P3", "P4"])
+def test_masked_tokens_may_hold_anything(placement: str):
+    case = expert_case(placement, 1, 0.06, soft=True)
+    for bad in (float("nan"), float("inf"), -7.0):
+        ignores_masked_tokens(case, bad)
 
 
 def test_a_non_finite_value_is_said_of_the_token():
-    case = make_case("P1", 1, soft=True)
-    cells = case.hierarchy.cells(case.given(), case.mask, NAMES, shape=(6, 8))
+    case = expert_case("P1", 1, soft=True)
+    cells = case.hierarchy.cells(case.labels, case.mask, case.names, shape=(6, 8))
     live = int(case.mask.nonzero()[9])
     case.log_ratio[live] = float("inf")
     with pytest.raises(ValueError, match=f"log_ratio: inf .*sample {live // 8}, token position {live % 8}; 1 such"):
@@ -85,21 +80,24 @@ def test_a_non_finite_value_is_said_of_the_token():
 
 
 def test_counts_are_the_same_however_tokens_are_split():
-    case = make_case("P2", 2, soft=True)
-    whole = case.cells
+    case = expert_case("P2", 2, soft=True)
+    whole = case.cells.shared
     for world_size in (2, 3, 5):
-        tokens = [(torch.arange(NUM) % world_size == rank).nonzero().squeeze(1) for rank in range(world_size)]
-        local = [case.hierarchy.cells(case.given(at), case.mask[at], NAMES) for at in tokens]
-        censuses = [cells.census() for cells in local]
-        assert all(census.dtype == torch.int64 for census in censuses)
-        for rank, cells in enumerate(local):
-            for level, expected in zip(cells.share(censuses, rank).levels, whole.levels, strict=True):
+        _, shared = case.split(torch.arange(48) % world_size, world_size)
+        for cells in shared:
+            for level, expected in zip(cells.levels, whole.levels, strict=True):
                 at = torch.searchsorted(expected.label_C, level.label_C)
                 assert torch.equal(level.count_C, expected.count_C[at]) and level.num_tokens == int(case.mask.sum())
 
 
+def test_a_census_counts_in_units_of_shares():
+    share = torch.tensor([[128, 127], [255, 0]], dtype=torch.uint8)
+    cells = fpo.Hierarchy((fpo.Stratum(PARTITION, fpo.Budget(1, 1)),), 1.0).cells({PARTITION: share})
+    assert cells.census().tolist() == [[0, 0, -1, 0, 383], [0, 1, -1, 0, 127]]
+
+
 def test_strata_without_the_column_have_their_cells_and_counts():
-    case = make_case("P1", 3, 0.05, soft=True)
+    case = expert_case("P1", 3, 0.05, soft=True)
     plain = case.hierarchy.strata[:3]
     expected = fpo.Hierarchy(plain, 0.04).cells(case.labels, case.mask)
     for stratum in plain:
@@ -118,23 +116,22 @@ def test_strata_without_the_column_have_their_cells_and_counts():
 @pytest.mark.parametrize("gating", [fpo.PpoClip(0.1, 0.1), fpo.Gspo(0.05, 0.05), fpo.Apc(0.05)])
 @pytest.mark.parametrize("placement", ["P1", "P4"])
 def test_other_objectives_do_not_see_the_partitions(placement: str, gating: fpo.RatioGating):
-    case = make_case(placement, 3, 0.1, soft=True)
-    plain = fpo.Hierarchy(case.hierarchy.strata[:3], 0.04)
-    result = case.surrogate(gating=gating)
-    expected = fpo.surrogate(case.log_ratio, case.weight, plain.cells(case.labels, case.mask), plain, gating=gating)
+    case = expert_case(placement, 3, 0.1, soft=True)
+    plain = replace(case, hierarchy=fpo.Hierarchy(case.hierarchy.strata[:3], 0.04), names={})
+    result, expected = case.surrogate(gating=gating), plain.surrogate(gating=gating)
     assert result.value == pytest.approx(expected.value, abs=1e-14)
     torch.testing.assert_close(result.coefficients, expected.coefficients, rtol=1e-13, atol=1e-14)
     assert any("expert_partition.mid" in name for name in result.report.metrics())
 
 
 def test_another_objective_over_cells_that_share_tokens_is_refused():
-    case = make_case("P1", 3, soft=True)
+    case = expert_case("P1", 3, soft=True)
     with pytest.raises(ValueError, match="a token lies in several cells of 'trajectory_expert'"):
         case.surrogate(gating=fpo.Gspo(0.1, 0.1, stratum="trajectory_expert"))
 
 
 def test_regimes_count_every_cell_once():
-    case = make_case("P2", 3, 0.1, soft=True)
+    case = expert_case("P2", 3, 0.1, soft=True)
     found = named_regimes(case.log_ratio, case.cells, case.hierarchy)
     seen: dict[str, int] = {}
     for entry, regimes in zip(case.surrogate().report.strata, found, strict=True):
@@ -145,24 +142,24 @@ def test_regimes_count_every_cell_once():
 
 
 def test_a_step_takes_cells_of_as_many_tokens_as_its_micro_batches_have():
-    case = make_case("P1", 3, soft=True)
+    case = expert_case("P1", 3, soft=True)
     columns = [[value.view(6, 8)] for value in (case.log_ratio, case.weight, case.mask)]
-    StepTokens(*columns, case.cells)
+    StepTokens(*columns, case.cells.shared)
     with pytest.raises(ValueError, match="cells: made for 48 tokens, but the micro-batches have 40"):
-        StepTokens(*([value[0][:5]] for value in columns), case.cells)
+        StepTokens(*([value[0][:5]] for value in columns), case.cells.shared)
 
 
 def test_no_live_token_at_all():
-    case = make_case("P2", 3, soft=True)
-    case.mask = torch.zeros(NUM, dtype=torch.bool)
+    case = expert_case("P2", 3, soft=True)
+    case.mask = torch.zeros(48, dtype=torch.bool)
     result = case.surrogate()
-    assert result.value == 0.0 and torch.equal(result.coefficients, torch.zeros(NUM, dtype=F64))
+    assert result.value == 0.0 and torch.equal(result.coefficients, torch.zeros(48, dtype=F64))
 
 
 def test_what_is_refused_names_the_column_and_the_token():
-    case = make_case("P2", 3, soft=True)
+    case = expert_case("P2", 3, soft=True)
     live = int(case.mask.nonzero()[5])
-    good, names = case.given(), NAMES
+    good, names = case.labels, EXPERT_NAMES
     off = good["expert_partition"].clone()
     off[live] = torch.tensor([100, 100, 54], dtype=torch.uint8)
     where = r"labels\['expert_partition'\]: "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+import nemo_fiberpo as fpo
 from nemo_fiberpo.objective.report import (
     GLOBAL_REGIMES,
     LOCAL_REGIMES,
@@ -11,11 +13,8 @@ from nemo_fiberpo.objective.report import (
     named_regimes,
     zeroed_from,
 )
-
-import nemo_fiberpo as fpo
-from tests.objective.cases import make_case
+from tests.objective.cases import branched_case, make_case
 from tests.objective.ranks import on_ranks
-from tests.objective.test_branches import make_case as make_branched_case
 
 FIGURE_3 = fpo.Budget(pos=0.15, neg=0.09)
 
@@ -131,7 +130,7 @@ def test_every_stratum_agrees_with_a_loop_over_its_cells(depth: int):
         outside[t] = abs(case.log_ratio[t].item() - mean(finest, int(case.labels[finest][t]), sign)) > eps
     above = None
     for stratum, got, level in zip(
-        case.hierarchy.active, named_regimes(case.log_ratio, cells, case.hierarchy), cells.levels, strict=True
+        case.hierarchy.active, named_regimes(case.log_ratio, cells, case.hierarchy), cells.shared.levels, strict=True
     ):
         for at, label in enumerate(level.label_C.tolist()):
             members = [t for t in live if case.labels[stratum.name][t] == label]
@@ -160,13 +159,12 @@ def test_every_stratum_agrees_with_a_loop_over_its_cells(depth: int):
 def test_several_ranks_count_every_cell_once_and_agree():
     case = make_case(3, seed=5, scale=0.15, num=60)
     whole = [regimes.counts() for regimes in named_regimes(case.log_ratio, case.cells, case.hierarchy)]
-    parts = [slice(0, 25), slice(25, 25), slice(25, 60)]  # the second rank has no token
-    local = [case.hierarchy.cells({k: v[part] for k, v in case.labels.items()}, case.mask[part]) for part in parts]
-    censuses = [cells.census() for cells in local]
+    rank_T = torch.where(torch.arange(60) < 25, 0, 2)  # the second rank has no token
+    tokens, shared = case.split(rank_T, 3)
 
     def work(rank: int, reduce) -> list[dict[str, int]]:
-        shared = local[rank].share(censuses, rank)
-        return [r.counts() for r in named_regimes(case.log_ratio[parts[rank]], shared, case.hierarchy, reduce)]
+        found = named_regimes(case.log_ratio[tokens[rank]], shared[rank], case.hierarchy, reduce)
+        return [regimes.counts() for regimes in found]
 
     results, meeting = on_ranks(3, work)
     assert all(len(sizes) == 2 for sizes in meeting.sizes)
@@ -176,7 +174,7 @@ def test_several_ranks_count_every_cell_once_and_agree():
 
 @pytest.mark.parametrize("form", ["after", "beside the coarsest, swept", "a chain with a join"])
 def test_counts_are_those_of_the_report_with_branches_too(form: str):
-    case = make_branched_case(form, seed=1, scale=0.1)
+    case = branched_case(form, seed=1, scale=0.1)
     report = fpo.surrogate(case.log_ratio, case.weight, case.cells, case.hierarchy).report
     found = named_regimes(case.log_ratio, case.cells, case.hierarchy)
     for stratum, regimes in zip(report.strata, found, strict=True):
@@ -189,8 +187,8 @@ def test_counts_are_those_of_the_report_with_branches_too(form: str):
             assert sum(counts[name] for name in passing) == pytest.approx(expected, abs=1e-9)
 
 
-def test_cells_that_repeat_their_parent_are_not_counted():
-    # a stratum that is there in domain 0 alone: one cell of it, whose drift beyond its parent is 0
+def test_a_stratum_that_is_missing_has_no_regimes_there():
+    # a stratum that is there in domain 0 alone: one cell of it, with no drift beyond its parent
     task = fpo.Stratum("task", fpo.Budget(0.1, 0.1), only={"domain": ["code"]})
     hierarchy = fpo.Hierarchy((fpo.Stratum("domain", fpo.Budget(0.1, 0.1)), task), 0.04)
     labels = {"domain": torch.tensor([0, 0, 1, 1]), "task": torch.tensor([5, 5, -1, -1])}
