@@ -44,9 +44,9 @@ def test_every_algorithm_file_is_listed():
 @pytest.mark.parametrize("name", SHIPPED)
 def test_an_objective_is_one_word_of_the_command_line(name: str):
     settings, hierarchy = composed(f"algorithm={name}", *(["hierarchy=state"] if name == "apc_state" else []))
-    assert (settings.objective, settings.weights, settings.gating) == SHIPPED[name]
+    assert (settings.objective, settings.weights, settings.gating_map) == SHIPPED[name]
     assert settings.prompts_per_rollout == 96, "the other keys of the run stay"
-    fpo.objective.check_gating(settings.gating, hierarchy)
+    fpo.objective.check_gating(settings.gating_map, hierarchy)
 
 
 def test_the_training_script_checks_an_objective(tmp_path: Path):
@@ -63,6 +63,8 @@ def test_the_training_script_checks_an_objective(tmp_path: Path):
 
 
 def test_fields_of_an_objective_can_be_overridden():
+    assert not composed("algorithm=fiberpo")[0].use_min
+    assert composed("algorithm=fiberpo", "algorithm.gating.use_min=true")[0].use_min
     settings, _ = composed("algorithm=gspo", "algorithm.gating.high=0.01", "algorithm.weights=token_mean")
     assert settings.gating == fpo.Gspo(3e-4, 0.01) and settings.weights == "token_mean"
 
@@ -73,6 +75,7 @@ def test_fields_of_an_objective_can_be_overridden():
         (["algorithm.objective=gsop"], ["algorithm.objective", "did you mean 'gspo'"]),
         (["algorithm.objective=grpo"], ["algorithm.gating.low: is required"]),
         (["algorithm.gating.low=0.2"], ["algorithm.gating.low", "fiberpo", "hierarchy"]),
+        (["algorithm.gating.use_min=1"], ["algorithm.gating.use_min: must be true or false"]),
         (["algorithm=grpo", "algorithm.gating.lo=0.2"], ["algorithm.gating.lo", "did you mean 'low'"]),
         (["algorithm=grpo", "algorithm.objective=truly_ppo"], ["algorithm.gating.low: unknown key"]),
         (["algorithm=grpo", "algorithm.gating.high=-1"], ["algorithm.gating.high", "greater than 0"]),
