@@ -13,10 +13,10 @@ import itertools
 import torch
 from drawing import BLACK, BLUE, PASS, ROLLBACK, TINTS, ZEROED, frame, new_figure, save
 from matplotlib.axes import Axes
-from nemo_fiberpo.objective.report import GLOBAL_REGIMES, global_regimes, zeroed_from
 from torch import Tensor
 
 from nemo_fiberpo.objective.gates import aggregate_gate
+from nemo_fiberpo.objective.report import GLOBAL_REGIMES, global_regimes, zeroed_from
 
 SLOPE = torch.tensor([2.0], dtype=torch.float64)
 BUDGET = torch.tensor([[0.20], [0.10]], dtype=torch.float64)  # C+, C-

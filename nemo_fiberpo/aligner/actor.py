@@ -192,12 +192,13 @@ class FiberPOActor(MegatronGPTActorModel):
         hierarchy: Hierarchy,
         *,
         gating: RatioGating | None = None,
+        use_min: bool = False,
         kl_coefficient: float = 0.0,
         on_policy: bool | None = None,
     ) -> StepResult:
         """Accumulate the gradient of one optimizer step: -J of the global minibatch, plus the KL penalty.
 
-        gating      as in `exact_step`
+        gating, use_min   as in `exact_step`
         on_policy   as in `exact_step`; None: if and only if no optimizer step was begun since `old_policy`
 
         Call between `prepare_for_training_step` and `finish_training_step`. SPMD: every rank calls it.
@@ -215,13 +216,12 @@ class FiberPOActor(MegatronGPTActorModel):
             for batch, (init, weights, mask) in zip(microbatches, columns, strict=True):
                 batch |= {"init_log_probs": init, "weights": weights, "mask": mask}
         tokens = StepTokens(minibatch.old_log_probs, minibatch.weighted_advantage, minibatch.mask, minibatch.cells)
+        options: dict[str, Any] = {"gating": gating, "use_min": use_min, "extra_loss": penalty}
         with _watched(self.experts if minibatch.expert_labels else None, self._policy(rows), microbatches) as policy:
             given = policy, microbatches, tokens
             if minibatch.parts is not None:
-                return one_pass_step(
-                    *given, minibatch.parts, hierarchy, self.reducer, gating=gating, extra_loss=penalty
-                )
-            return exact_step(*given, hierarchy, self.reducer, gating=gating, on_policy=on_policy, extra_loss=penalty)
+                return one_pass_step(*given, minibatch.parts, hierarchy, self.reducer, **options)
+            return exact_step(*given, hierarchy, self.reducer, on_policy=on_policy, **options)
 
     def _policy(self, rows: Sequence[Rows]) -> Policy:
         return gpt_policy(self.model, rows, mpu.get_tensor_model_parallel_group())

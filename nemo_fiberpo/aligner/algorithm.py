@@ -32,7 +32,11 @@ class AlgorithmSettings:
 
     objective            fiberpo: gated by the hierarchy; ppo, grpo, gspo, truly_ppo, apc: by `gating`, while the
                          hierarchy only reports. conf/algorithm/ has a file for each, with its `weights`
-    gating               the fields of that objective's map in `objective/ratio_gating.py`; none for fiberpo
+    gating               the fields of that objective's map in `objective/ratio_gating.py`. Of fiberpo, use_min alone
+    use_min              written as gating.use_min: fiberpo's objective is sum_i w_i min(r_i A_i, rhat_i A_i), see
+                         `nemo_fiberpo.token_coefficients`; without it, (18) of the paper to the letter
+    compile              whether the objective's passes over tokens are compiled: auto (on a GPU), true or false. The
+                         environment variable NEMO_FIBERPO_COMPILE (auto, 1 or 0) comes before it
     samples_per_prompt   G, responses per prompt: the prompt group
     prompts_per_rollout  prompts per RL step, over all ranks
     optimizer_steps      minibatches, hence optimizer steps, per pass over a rollout; each holds whole prompt groups
@@ -60,6 +64,8 @@ class AlgorithmSettings:
     prompts_per_rollout: int
     objective: str = "fiberpo"
     gating: RatioGating | None = None
+    use_min: bool = False
+    compile: bool | str = "auto"
     optimizer_steps: int = 1
     epochs: int = 1
     rl_steps: int = -1
@@ -82,6 +88,10 @@ class AlgorithmSettings:
                 f"gating: objective {self.objective} is gated by {kind.__name__ if kind else 'the hierarchy'}, "
                 f"got {self.gating!r}"
             )
+        if not isinstance(self.use_min, bool):
+            raise ValueError(f"gating.use_min: must be true or false, got {self.use_min!r}")
+        if self.compile != "auto" and not isinstance(self.compile, bool):
+            raise ValueError(f"compile: must be auto, true or false, got {self.compile!r}")
         for name in ("samples_per_prompt", "prompts_per_rollout", "optimizer_steps", "epochs", "data_epochs"):
             whole(self, name, 1)
         for name in ("val_check_interval", "save_interval"):

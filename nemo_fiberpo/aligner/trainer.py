@@ -33,6 +33,7 @@ from nemo_fiberpo.megatron.sequences import Rows
 from nemo_fiberpo.megatron.step import StepResult
 from nemo_fiberpo.objective import Cells, Hierarchy, build_cells, check_gating, token_weights
 from nemo_fiberpo.objective.expert_partitions import COLUMN
+from nemo_fiberpo.objective.kernels import compile_passes
 
 
 class FiberPOTrainer(PPOTrainer):
@@ -57,6 +58,7 @@ class FiberPOTrainer(PPOTrainer):
         **parent: Any,
     ):
         self.settings, self.hierarchy, self.prompts = settings, hierarchy, prompts
+        compile_passes("auto" if settings.compile == "auto" else str(int(settings.compile)))
         self.heldout, self.heldout_modes = heldout, heldout_modes
         if settings.val_check_interval and heldout is None:
             raise ValueError("algorithm.val_check_interval: evaluates data.heldout, which is not given")
@@ -151,7 +153,14 @@ class FiberPOTrainer(PPOTrainer):
         problem = non_finite("old log-probs", log_probs, mask) or non_finite("advantage", advantage, mask)
         columns = dict(rollout_batch) | {"mask": mask}
         self._minibatches = self._agree(split_columns(columns, self.settings.optimizer_steps), problem)
-        return {"response_tokens": tokens}, {}
+        return {"response_tokens": tokens}, {"entropy": self._entropy(log_probs, mask)}
+
+    def _entropy(self, log_probs: Tensor, mask: Tensor) -> Tensor:
+        """Estimate of the old policy's entropy, nats per token: the mean of -log pi_old over the live tokens of all
+        ranks, which it sampled itself."""
+        sums = torch.stack([-torch.where(mask, log_probs, 0.0).sum(dtype=torch.float64), mask.sum().double()])
+        total, count = self.model.reducer(sums)
+        return total / count.clamp_min(1.0)
 
     def _agree(self, samples: Sequence[Mapping[str, Tensor]], problem: str | None) -> list[Minibatch]:
         """The minibatches with cells that are shared between the ranks, and weights with global denominators."""
@@ -221,6 +230,7 @@ class FiberPOTrainer(PPOTrainer):
             minibatch,
             self.hierarchy,
             gating=self.settings.gating,
+            use_min=self.settings.use_min,
             kl_coefficient=self.settings.kl.coefficient,
         )
         self.model.finish_training_step()

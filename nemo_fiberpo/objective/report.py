@@ -213,20 +213,22 @@ def _of_stratum(level: Level, cell_N: Tensor, figures: Tensor, mean_2N: Tensor, 
     regime = torch.tensor(_INDEX, device=states.device)[states[0].long(), states[1].long()]
     divergence = torch.stack([kl_estimate(mean_2N), tv_estimate(mean_2N)])
     largest = torch.cat([figures[:2], divergence[None]])
-    label, sums_2C = level.label_C[cell_N], level.sums(sums_2J)
-    place = torch.where(owned, label, len(level.names)) if level.names else label
-    beyond = (states > 0).double() * owned
-    parts = [sums_2C.new_zeros(2, 2, 0)]
+    label = level.label_C[cell_N]
+    named = figures.new_zeros(3, 2, len(level.names or ()))
+    if level.names:
+        named.index_copy_(2, label, figures * owned)
+    parts = [figures.new_zeros(2, 2, 0)]
     for part in level.parts:
-        of_tokens = SegmentSum(part.value(level.label_C), len(part.names))(sums_2C)
-        parts.append(torch.stack([of_tokens, SegmentSum(part.value(label), len(part.names))(beyond)]))
+        of_tokens = SegmentSum(part.value(level.label_C), len(part.names))(level.sums(sums_2J))
+        beyond = SegmentSum(part.value(label), len(part.names))((states > 0).double() * owned)
+        parts.append(torch.stack([of_tokens, beyond]))
     return {
         "channels": counted.sum(-1),
         "histogram": _count(bins.flatten(), owned.repeat(2), 2 * BINS).view(2, BINS),
         "regimes": _count(regime.clamp_max(len(REGIMES)), owned, len(REGIMES) + 1),
         "divergence": (divergence * owned).sum(-1),
         "maxima": torch.cat([largest, largest.new_full((3, 2, 1), -torch.inf)], 2).amax(2),
-        "named": SegmentSum(place, len(level.names))(figures) if level.names else figures.new_zeros(3, 2, 0),
+        "named": named,
         "parts": torch.cat(parts, 2),
     }
 

@@ -10,7 +10,7 @@ Nothing here communicates. The caller gathers the censuses of one rollout in any
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -102,6 +102,10 @@ class Level:
     tally: tuple[Tensor, ...]
     soft: bool
     everywhere: bool
+    _sums: SegmentSum = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_sums", SegmentSum(self.cell_J, self.label_C.numel()))
 
     @property
     def num_acting(self) -> int:
@@ -114,7 +118,7 @@ class Level:
 
     def sums(self, value_J: Tensor) -> Tensor:
         """Sums of joint cells by cell: [..., J] -> [..., C]."""
-        return SegmentSum(self.cell_J, self.label_C.numel())(value_J)
+        return self._sums(value_J)
 
 
 @dataclass(frozen=True, eq=False)

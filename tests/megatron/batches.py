@@ -19,7 +19,7 @@ from nemo_fiberpo.megatron.one_pass import one_pass_cells
 from nemo_fiberpo.megatron.schedule import Policy
 from nemo_fiberpo.megatron.sequences import Rows, gather_rows, length_multiple, packed_rows, packed_spans, padded_rows
 from nemo_fiberpo.megatron.step import StepTokens
-from nemo_fiberpo.objective import Budget, Cells, Hierarchy, Stratum, build_cells, token_weights
+from nemo_fiberpo.objective import Budget, Hierarchy, SharedCells, Stratum, build_cells, token_weights
 from nemo_fiberpo.objective.expert_partitions import COLUMN
 from tests.megatron.partitions import MEMBERSHIP, PARTITIONS
 from tests.megatron.tiny import VOCAB, Layout
@@ -162,7 +162,7 @@ class Step:
 
     microbatches: list[dict[str, Any]]
     tokens: StepTokens
-    parts: list[Cells] | None
+    parts: list[SharedCells] | None
 
     @property
     def rows(self) -> list[Rows]:

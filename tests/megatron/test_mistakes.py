@@ -16,8 +16,9 @@ ranks whose loss reaches the parameters (for pp the last stage) have all log-pro
 complete already; leaving the axis out is no mistake of the gradient. ep is no axis of tokens: its ranks lie inside
 dp x cp, so a mistake of ep is one among some ranks of dp.
 
-The step's own check of what ranks agree on (`agreement.py`) rides in the first reduction and refuses those mistakes
-that touch its numbers, too. It is switched off here: the comparison must catch them by itself.
+The step's own checks of what ranks agree on (`agreement.py`, and the number of ranks in `fibration.measure`) ride in
+the first reduction and refuse those mistakes that touch their numbers, too. They are switched off here: the comparison
+must catch them by itself.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nemo_fiberpo.megatron.agreement import Agreeing
+from nemo_fiberpo.megatron import step
 from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
+from nemo_fiberpo.objective import fibration
+from nemo_fiberpo.objective.sharing import NO_RIDERS
 from tests import distributed
 from tests.megatron import comparison, tiny
 from tests.megatron.comparison import BOUND, Outcome
@@ -129,7 +132,8 @@ def mistakes_worker(
     rank: int, world: int, layout: Layout, axis: str, mistakes: list[str], pickled: bytes
 ) -> list[Outcome]:
     batch = pickle.loads(pickled)
-    Agreeing.__call__ = lambda self, buffer: self.reducer(buffer)  # type: ignore[method-assign]
+    step.agreement = lambda *arguments: NO_RIDERS  # type: ignore[assignment]
+    fibration._check = lambda *arguments: None  # type: ignore[assignment]
     with tiny.megatron(layout):
         return [
             comparison.take_step(layout, batch, make_reducer=lambda axes, m=mistake: sabotaged(m, axis, axes))

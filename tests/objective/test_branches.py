@@ -11,11 +11,11 @@ import pytest
 import torch
 from nemo_fiberpo.objective.branches import BranchedCells, plan_visits
 from nemo_fiberpo.objective.drift import measure
-from nemo_fiberpo.objective.report import make_report, merge_parts
 from torch import Tensor
 
 import nemo_fiberpo as fpo
 from nemo_fiberpo.objective.fibration import gate_cells
+from nemo_fiberpo.objective.report import make_report, merge_parts
 from tests.objective import branch_reference, cases, reference
 from tests.objective.ranks import on_ranks
 

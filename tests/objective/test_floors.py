@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from nemo_fiberpo.objective.report import LOCAL_REGIMES, named_regimes
-from nemo_fiberpo.objective.report import make_report, merge_parts
 
 import nemo_fiberpo as fpo
+from nemo_fiberpo.objective.report import LOCAL_REGIMES, make_report, merge_parts, named_regimes
 from tests.objective import expert_reference
 from tests.objective.expert_cases import EPS, F64, NAMES, NUM, PLACEMENTS, Case, make_case
 from tests.objective.ranks import on_ranks

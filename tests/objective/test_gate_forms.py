@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nemo_fiberpo.objective.report import zeroed_from
 from torch import Tensor
 
 from nemo_fiberpo.objective.gates import aggregate_gate
+from nemo_fiberpo.objective.report import zeroed_from
 
 
 def clip(x: Tensor, bound: Tensor) -> Tensor:

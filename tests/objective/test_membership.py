@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nemo_fiberpo.objective.report import LOCAL_REGIMES, named_regimes
 
 import nemo_fiberpo as fpo
 from nemo_fiberpo.megatron.step import StepTokens
 from nemo_fiberpo.objective import build_cells, layout
+from nemo_fiberpo.objective.report import LOCAL_REGIMES, named_regimes
 from tests.objective.expert_cases import F64, NAMES, NUM, PLACEMENTS, make_case
 
 

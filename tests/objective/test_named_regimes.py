@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+import nemo_fiberpo as fpo
 from nemo_fiberpo.objective.report import (
     GLOBAL_REGIMES,
     LOCAL_REGIMES,
@@ -11,8 +13,6 @@ from nemo_fiberpo.objective.report import (
     named_regimes,
     zeroed_from,
 )
-
-import nemo_fiberpo as fpo
 from tests.objective.cases import make_case
 from tests.objective.ranks import on_ranks
 from tests.objective.test_branches import make_case as make_branched_case

@@ -53,9 +53,9 @@ def labels_and_case(name: str) -> tuple[Hierarchy, PromptLabels, Partitions | No
 
 def counted(rank: int, world: int, name: str, cp: int, gating: RatioGating | None) -> tuple[dict[str, int], int, int]:
     """Cells, calls and bytes of a step whose samples have many tokens each, dealt and split as in training."""
-    from nemo_fiberpo.megatron.agreement import Agreeing
+    from nemo_fiberpo.megatron.agreement import agreement
     from nemo_fiberpo.megatron.groups import Axis, Reducer, TokenAxes, exchange
-    from nemo_fiberpo.objective.surrogate import surrogate
+    from nemo_fiberpo.objective import surrogate
 
     hierarchy, prompts, partitions = labels_and_case(name)
     dp, length = world // cp, 12
@@ -79,7 +79,8 @@ def counted(rank: int, world: int, name: str, cp: int, gating: RatioGating | Non
     shared = exchange([cells], axes)[0]
     reducer = Reducer(axes)
     log_ratio = torch.randn(cells.num_tokens, generator=generator) * 0.2
-    surrogate(log_ratio, log_ratio * 0.1, shared, hierarchy, Agreeing(reducer, 1), gating)
+    riders = agreement(axes, 1, None, log_ratio.device)
+    surrogate(log_ratio, log_ratio * 0.1, shared, hierarchy, reducer, gating, riders=riders)
     assert dist.get_world_size() == world
     return {level.name: level.num_cells for level in shared.levels}, reducer.calls, reducer.bytes
 
