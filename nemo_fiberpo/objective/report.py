@@ -1,21 +1,21 @@
-"""What every gate is doing: named fields that ride in the second reduction, and the report that is made of them.
+"""What every gate is doing: named fields that ride in the second reduction, and the report made from them.
 
-Fields are float64 tensors; each has a reduction over ranks and micro-batches, `sum` or `max` (`MAXIMA`). A node that
-several ranks hold is counted by its owner alone. In a buffer that is summed, maxima get a place per rank.
+Fields are float64 tensors, each reduced over ranks and micro-batches by its sum, or by its maximum (`MAXIMA`). A node
+that several ranks hold is counted by its owner only. In a buffer that is summed, maxima have a place per rank.
 
 Regimes of a cell's gate: it passes where |X| <= C; beyond, it rolls back where its derivative is not 0, else it is
-zeroed (|X| >= C* = C (1 + 1/k) with the gate (10)). Five of the nine combinations of a cell's two channels have a name;
-they follow each other when the whole drift of a trajectory grows, if the falling channel reaches its budget first:
+zeroed (|X| >= C* = C (1 + 1/k) with the gate (10)). Five of the nine combinations of a cell's two channels have a name.
+They follow each other as the drift of a trajectory grows, if the falling channel reaches its budget first:
 
     G-I         both pass                       the gradient is the ordinary one
     G-II,r      neg rolls back, pos passes
-    G-II        neg zeroed, pos passes          the base weight is s+ alone
+    G-II        neg zeroed, pos passes          the base weight is s+ only
     G-III,r     neg zeroed, pos rolls back
     G-III       both zeroed                     the base weight is 1, only the tokens' residuals are left
 
-The other four have pos first. Where the ratios of a trajectory average to 1, (65), its falling channel has at least the
-drift of the rising one, so that these four cannot occur with C-* <= C+; in a sample they can. By the token clips of its
-tokens a cell is in L-I (no live token beyond the clip with its own residual), L-II (some), or L-III (all).
+In the other four pos comes first. Where the ratios of a trajectory average to 1, (65), the falling channel drifts at
+least as much as the rising one, so that these four cannot occur with C-* <= C+; in a sample they can. By the token
+clips of its tokens a cell is in L-I (no live token's own residual is clipped), L-II (some are), or L-III (all are).
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ from torch import Tensor
 
 from .divergence import kl_estimate, tv_estimate
 from .fibration import Drift, Gates, Tokens, checked, gate_cells, measure, weigh
-from .forest import SegmentSum
-from .gates import aggregate_gate, zeroed_from
+from .gates import aggregate_gate
+from .gates import zeroed_from as zeroed_from
 from .hierarchy import Hierarchy
-from .sharing import Cells, Level, Reduce, SharedCells, all_reduce
-
-__all__ = ["GLOBAL_REGIMES", "LOCAL_REGIMES", "STATES", "global_regimes", "named_regimes", "zeroed_from"]
+from .labels import Part
+from .sharing import Cells, Level, Reduce, SharedCells, sum_nodes
 
 CHANNELS = ("pos", "neg")
 STATES = ("pass", "rollback", "zeroed")
@@ -49,21 +48,22 @@ GLOBAL_REGIMES = (
     "pos zeroed, neg rollback",
 )
 LOCAL_REGIMES = ("L-I", "L-II", "L-III")
-_INDEX = ((0, 1, 2), (5, 7, 3), (6, 8, 4))  # by the state of pos (row) and of neg (column)
+_REGIME = (0, 1, 2, 5, 7, 3, 6, 8, 4)
+"""Index into GLOBAL_REGIMES by 3 x the state of pos + the state of neg."""
 REGIMES = GLOBAL_REGIMES[:5]
 """Those with a name in the paper; cells in another combination of the channels' gates are "other"."""
 
 BINS = 66
 """Bins of the histograms of |X| / C: four to an octave from 2^-8 to 2^8, one below, one above."""
 HISTOGRAM_EDGES = tuple(2.0 ** (step / 4.0) for step in range(-32, 33))
-STRATUM_FIELDS = ("channels", "histogram", "regimes", "divergence", "maxima", "named", "parts")
-MAXIMA = frozenset({"largest", "maxima"})
-"""Fields that are reduced by their maximum, by the last part of their name; all others are summed."""
+BY_STRATUM = ("sums", "maxima", "histogram", "regimes")
+MAXIMA = ("largest", "maxima")
+"""Fields that are reduced by their maximum; all others are summed."""
 
 
 @dataclass(frozen=True)
 class ChannelReport:
-    """One channel of one stratum, over all its cells and ranks.
+    """One channel of one stratum, over the cells of all ranks.
 
     pass_through, rollback, zeroed   fractions of the cells in each regime of the gate
     drift_mean, drift_max            |X|, the drift of a cell beyond that of its parent, nats per token
@@ -83,12 +83,12 @@ class ChannelReport:
 
 @dataclass(frozen=True)
 class NamedReport:
-    """One named cell of a stratum, or all its cells that share a name of a part of its join.
+    """One named cell of a stratum, or all its cells with the same name in a part of its join.
 
-    token_share   the live tokens in it, merged cells included, as a share of those of the stratum
-    figures       by channel. Of a cell: `drift` |X|, `budget_used` |X| / C, and `regime`: 0 passes, 1 rolls back, 2 is
-                  zeroed. Of a part: `drift`, the magnitude of the channel's mean over all its tokens, the same in
-                  whatever cells they are; and `beyond`, the fraction of its cells that do not pass
+    token_share   its live tokens, with those in merged cells, as a share of the stratum's
+    figures       by channel. Of a cell: `drift` |X|, `budget_used` |X| / C, and `regime` (0 passes, 1 rolls back, 2
+                  zeroed). Of a part: `drift`, the magnitude of the channel's mean over all its tokens; and `beyond`,
+                  the fraction of its cells that do not pass
     """
 
     token_share: float
@@ -97,14 +97,13 @@ class NamedReport:
 
 @dataclass(frozen=True)
 class StratumReport:
-    """One stratum: its cells, and its two channels by name.
+    """One stratum: its cells with a gate of their own, and its channels by name.
 
-    cells        those with a gate of their own
-    named        figures of every named cell of them, by name; "part.name" for those of a part of a join
+    named        by name of the cell; "part.name" for those of a part of a join
     merged       cells merged into their parents, and their live tokens as a share of the stratum's; None without floor
-    regimes      fraction of the cells in each of REGIMES, and of the others
-    divergence   KL and TV of a cell (A.3; TV to first order): mean over the cells, each counting the same, and
-                 maximum. For trajectories the mean is the trajectory-normalised divergence (51)
+    regimes      fraction of the cells in each of REGIMES, and in another
+    divergence   KL and TV of the cells (A.3; TV to first order): "kl_mean", "kl_max" and so on. Each cell counts the
+                 same: for trajectories the mean is the trajectory-normalised divergence (51)
     """
 
     name: str
@@ -120,10 +119,9 @@ class StratumReport:
 class Report:
     """Figures of one evaluation over all ranks.
 
-    clipped       fraction of live tokens whose own residual exceeds the token clip; under another gating map, of those
-                  whose ratio it cuts
-    mean, abs_mean, largest    of the log-ratio over live tokens: mean, mean magnitude, largest magnitude
-    kl, tv        estimates of A.3 over all live tokens (see divergence.py)
+    clipped   fraction of live tokens whose own residual is clipped; under another gating map, whose ratio it cuts
+    mean, abs_mean, largest   of the log-ratio over live tokens: mean, mean magnitude, largest magnitude
+    kl, tv    estimates of A.3 over all live tokens (see divergence.py)
     """
 
     strata: tuple[StratumReport, ...]
@@ -142,19 +140,18 @@ class Report:
         join "{stratum}.{part}.{name}/token_share", "{stratum}.{part}.{name}/{pos|neg}/{drift|beyond}"."""
         out: dict[str, float] = {}
         for stratum in self.strata:
-            out[f"{stratum.name}/cells"] = float(stratum.cells)
-            out |= {f"{stratum.name}/regime/{regime}": share for regime, share in stratum.regimes.items()}
-            out |= {f"{stratum.name}/{figure}": value for figure, value in stratum.divergence.items()}
+            name = stratum.name
+            out[f"{name}/cells"] = float(stratum.cells)
+            out |= {f"{name}/regime/{regime}": share for regime, share in stratum.regimes.items()}
+            out |= {f"{name}/{figure}": value for figure, value in stratum.divergence.items()}
             for channel, report in stratum.channels.items():
-                figures = {key: value for key, value in vars(report).items() if key != "histogram"}
-                out |= {f"{stratum.name}/{channel}/{key}": value for key, value in figures.items()}
+                out |= {f"{name}/{channel}/{key}": value for key, value in vars(report).items() if key != "histogram"}
             if stratum.merged is not None:
-                out[f"{stratum.name}/merged_cells"] = float(stratum.merged[0])
-                out[f"{stratum.name}/merged_tokens"] = stratum.merged[1]
-            for name, named in stratum.named.items():
-                out[f"{stratum.name}.{name}/token_share"] = named.token_share
-                for channel, values in named.figures.items():
-                    out |= {f"{stratum.name}.{name}/{channel}/{key}": value for key, value in values.items()}
+                out |= {f"{name}/merged_cells": float(stratum.merged[0]), f"{name}/merged_tokens": stratum.merged[1]}
+            for cell, named in stratum.named.items():
+                out[f"{name}.{cell}/token_share"] = named.token_share
+                for channel, figures in named.figures.items():
+                    out |= {f"{name}.{cell}/{channel}/{key}": value for key, value in figures.items()}
         out |= {"token/live": float(self.tokens), "token/clipped": self.clipped}
         out |= {"log_ratio/mean": self.mean, "log_ratio/abs_mean": self.abs_mean, "log_ratio/max": self.largest}
         return out | {"log_ratio/kl": self.kl, "log_ratio/tv": self.tv}
@@ -173,105 +170,101 @@ def _states(drift: Tensor, budget: Tensor, slope: Tensor) -> Tensor:
     return torch.where(drift.abs() <= budget, 0, torch.where(slope != 0, 1, 2))
 
 
+def _regime(state_2N: Tensor) -> Tensor:
+    """Index into GLOBAL_REGIMES, from the states of the two channels."""
+    return torch.tensor(_REGIME, device=state_2N.device)[3 * state_2N[0] + state_2N[1]]
+
+
 def _count(index: Tensor, counts: Tensor, num: int) -> Tensor:
-    """How many of those entries that count have each index, float64 [num]. Integers add up the same in any order."""
-    return torch.zeros(num, dtype=torch.int64, device=index.device).index_add_(0, index, counts.long()).double()
+    """Entries that count by their index, [..., N] -> float64 [..., num]. Integers add up the same in any order."""
+    return counts.new_zeros(*counts.shape[:-1], num, dtype=torch.int64).index_add_(-1, index, counts.long()).double()
+
+
+def _sizes(cells: SharedCells) -> tuple[list[int], list[int]]:
+    """How many names the cells of each stratum have, and each part of a join."""
+    of_parts = [len(part.names) for level in cells.levels for part in level.parts]
+    return [len(level.names or ()) for level in cells.levels], of_parts
+
+
+def empty_fields(cells: SharedCells) -> dict[str, Tensor]:
+    """The fields of no tokens. For K strata, with names of all strata (of all parts of joins) one after the other:
+
+    value        J
+    tokens       live tokens, clipped ones, S+, S-
+    largest      |ell|
+    sums         [K, 6, 2] over cells: how many are in each state, |X|, and |X| / C, by channel; KL and TV
+    maxima       [K, 3, 2] of |X| and |X| / C, by channel; of KL and TV
+    histogram    [K, 2, BINS]: cells by |X| / C
+    regimes      [K, 6]: cells in each of REGIMES, and in another
+    named        [3, 2, names]: |X|, |X| / C and state of the cells that have a name
+    parts        [2, 2, names]: sums of the channels over this rank's tokens, and cells that do not pass
+    """
+    num, names, of_parts = len(cells.levels), *map(sum, _sizes(cells))
+    shapes: dict[str, tuple[int, ...]] = {"value": (1,), "tokens": (4,), "largest": (1,), "sums": (num, 6, 2)}
+    shapes |= {"maxima": (num, 3, 2), "histogram": (num, 2, BINS), "regimes": (num, len(REGIMES) + 1)}
+    shapes |= {"named": (3, 2, names), "parts": (2, 2, of_parts)}
+    empty = {name: -torch.inf if name in MAXIMA else 0.0 for name in shapes}
+    return {name: cells.count_J.new_full(shape, empty[name]) for name, shape in shapes.items()}
 
 
 def report_fields(drift: Drift, gates: Gates, cells: SharedCells, value: Tensor, clipped: Tensor) -> dict[str, Tensor]:
-    """This rank's fields: J, [live tokens, clipped ones, S+, S-], the largest |ell|, and those of every stratum."""
-    out = {
-        "value": value.reshape(1),
-        "tokens": torch.cat([torch.stack([cells.count_J.sum(), clipped]), drift.sums_2J.sum(1)]),
-        "largest": torch.cat([drift.largest_P, value.new_zeros(1)]).amax().reshape(1),
-    }
-    gated = zip(cells.forests, drift.mean, drift.drift, gates.budget, gates.slope, strict=True)
-    for forest, mean, x, budget, slope in gated:
-        figures = torch.stack([x.abs(), x.abs() / budget, _states(x, budget, slope).double()])
-        for stratum, nodes in forest.slices.items():
-            level = cells.levels[stratum]
-            fields = _of_stratum(level, forest.cell_N[nodes], figures[..., nodes], mean[:, nodes], drift.sums_2J)
-            out |= {f"{level.name}/{name}": tensor for name, tensor in fields.items()}
+    """This rank's fields, from J and the number of clipped tokens of its own tokens."""
+    out = empty_fields(cells)
+    out["value"] = value.reshape(1)
+    out["tokens"] = torch.cat([torch.stack([cells.count_J.sum(), clipped]), drift.sums_2J.sum(1)])
+    out["largest"] = torch.cat([drift.largest_P, value.new_zeros(1)]).amax().reshape(1)
+    if not cells.forests:
+        return out
+    x, mean, budget, slope = (torch.cat(part, 1) for part in (drift.drift, drift.mean, gates.budget, gates.slope))
+    owned, label, stratum = (
+        torch.cat([getattr(forest, name) for forest in cells.forests]) for name in ("owned_N", "label_N", "stratum_N")
+    )
+    state = _states(x, budget, slope)
+    figures = torch.stack([x.abs(), x.abs() / budget, state.double()])
+    largest = torch.cat([figures[:2], torch.stack([kl_estimate(mean), tv_estimate(mean)])[None]])
+    in_state = state == torch.arange(len(STATES), device=state.device)[:, None, None]
+    sums, figures = torch.cat([in_state.double(), largest]) * owned, figures * owned
+
+    bins = torch.bucketize(largest[1], x.new_tensor(HISTOGRAM_EDGES))
+    bins = bins + BINS * torch.stack([2 * stratum, 2 * stratum + 1])
+    regime = _regime(state).clamp_max(len(REGIMES)) + (len(REGIMES) + 1) * stratum
+    out["histogram"] = _count(bins.flatten(), owned.repeat(2), out["histogram"].numel()).view_as(out["histogram"])
+    out["regimes"] = _count(regime, owned, out["regimes"].numel()).view_as(out["regimes"])
+
+    names, of_parts = _sizes(cells)
+    named, parts = out["named"].split(names, 2), iter(out["parts"].split(of_parts, 2))
+    for index, (level, nodes) in enumerate(zip(cells.levels, cells.nodes, strict=True)):
+        out["sums"][index] = sums[..., nodes].sum(-1)
+        if nodes.stop > nodes.start:
+            out["maxima"][index] = largest[..., nodes].amax(-1)
+        if level.names:
+            named[index].index_copy_(2, label[nodes], figures[..., nodes])
+        for part, of_tokens in zip(level.parts, level.part_sums, strict=True):
+            beyond = _count(part.value(label[nodes]), (state[:, nodes] > 0) & owned[nodes], len(part.names))
+            next(parts).copy_(torch.stack([of_tokens(drift.sums_2J), beyond]))
     return out
 
 
-def _of_stratum(level: Level, cell_N: Tensor, figures: Tensor, mean_2N: Tensor, sums_2J: Tensor) -> dict[str, Tensor]:
-    """Fields of one stratum from |X|, |X| / C and the state of its nodes, [3, 2, N], and the means of their channels.
-
-    channels     [5, 2] over cells: how many are in each state, sums of |X| and of |X| / C
-    histogram    [2, BINS]: cells by |X| / C
-    regimes      [6]: cells in each of REGIMES, and in the others
-    divergence   [2]: sums of KL and TV
-    maxima       [3, 2]: of |X| and |X| / C by channel; of KL and TV
-    named        [3, 2, names]: `figures` of the cells that have a name
-    parts        [2, 2, names of all parts]: sums of the channels over this rank's tokens, and cells that do not pass
-    """
-    owned, states = level.owned_C[cell_N], figures[2]
-    counted = torch.cat([torch.stack([states == state for state in range(3)]).double(), figures[:2]]) * owned
-    edges = torch.tensor(HISTOGRAM_EDGES, dtype=torch.float64, device=states.device)
-    bins = torch.bucketize(figures[1].contiguous(), edges) + torch.tensor([[0], [BINS]], device=states.device)
-    regime = torch.tensor(_INDEX, device=states.device)[states[0].long(), states[1].long()]
-    divergence = torch.stack([kl_estimate(mean_2N), tv_estimate(mean_2N)])
-    largest = torch.cat([figures[:2], divergence[None]])
-    label = level.label_C[cell_N]
-    named = figures.new_zeros(3, 2, len(level.names or ()))
-    if level.names:
-        named.index_copy_(2, label, figures * owned)
-    parts = [figures.new_zeros(2, 2, 0)]
-    for part in level.parts:
-        of_tokens = SegmentSum(part.value(level.label_C), len(part.names))(level.sums(sums_2J))
-        beyond = SegmentSum(part.value(label), len(part.names))((states > 0).double() * owned)
-        parts.append(torch.stack([of_tokens, beyond]))
-    return {
-        "channels": counted.sum(-1),
-        "histogram": _count(bins.flatten(), owned.repeat(2), 2 * BINS).view(2, BINS),
-        "regimes": _count(regime.clamp_max(len(REGIMES)), owned, len(REGIMES) + 1),
-        "divergence": (divergence * owned).sum(-1),
-        "maxima": torch.cat([largest, largest.new_full((3, 2, 1), -torch.inf)], 2).amax(2),
-        "named": named,
-        "parts": torch.cat(parts, 2),
-    }
-
-
-def _is_maximum(name: str) -> bool:
-    return name.rpartition("/")[2] in MAXIMA
-
-
 def pack(fields: Mapping[str, Tensor], cells: SharedCells) -> dict[str, Tensor]:
-    """The fields for a buffer that is summed over the ranks of `cells`: maxima get a place per rank."""
+    """The fields for a buffer that is summed over the ranks of `cells`: maxima have a place per rank."""
     out = dict(fields)
-    for name, value in fields.items():
-        if _is_maximum(name):
-            out[name] = value.new_zeros(*value.shape, cells.world_size)
-            out[name][..., cells.rank] = value
+    for name in out.keys() & set(MAXIMA):
+        out[name] = fields[name].new_zeros(*fields[name].shape, cells.world_size)
+        out[name][..., cells.rank] = fields[name]
     return out
 
 
 def unpack(summed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The fields of all ranks from the summed parts of `pack`; other parts than fields are left out."""
-    return {name: value.amax(-1) if _is_maximum(name) else value for name, value in summed.items()}
-
-
-def empty_fields(cells: SharedCells) -> dict[str, Tensor]:
-    """The fields of no tokens."""
-    shapes: dict[str, tuple[int, ...]] = {"value": (1,), "tokens": (4,), "largest": (1,)}
-    for level in cells.levels:
-        of_parts = sum(len(part.names) for part in level.parts)
-        sizes = (5, 2), (2, BINS), (len(REGIMES) + 1,), (2,), (3, 2), (3, 2, len(level.names or ())), (2, 2, of_parts)
-        shapes |= {f"{level.name}/{name}": size for name, size in zip(STRATUM_FIELDS, sizes, strict=True)}
-    device = cells.layout.device
-    return {
-        name: torch.full(shape, -torch.inf if _is_maximum(name) else 0.0, dtype=torch.float64, device=device)
-        for name, shape in shapes.items()
-    }
+    """The fields of all ranks, from the sums of what `pack` made."""
+    return {name: value.amax(-1) if name in MAXIMA else value for name, value in summed.items()}
 
 
 def merge(groups: Sequence[Mapping[str, Tensor]], empty: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The fields of evaluations that share no cell, such as one a micro-batch, together, starting from `empty`."""
+    """The fields of evaluations that share no cell, such as those of micro-batches, together; `empty` for none."""
     out = dict(empty)
     for fields in groups:
         for name, value in fields.items():
-            out[name] = torch.maximum(out[name], value) if _is_maximum(name) else out[name] + value
+            out[name] = torch.maximum(out[name], value) if name in MAXIMA else out[name] + value
     return out
 
 
@@ -280,69 +273,67 @@ def make_report(fields: Mapping[str, Tensor], cells: SharedCells) -> tuple[float
     flat = torch.cat([value.reshape(-1) for value in fields.values()]).cpu()
     split = flat.split([value.numel() for value in fields.values()])
     host = {name: part.view(value.shape) for (name, value), part in zip(fields.items(), split, strict=True)}
+    names, of_parts = _sizes(cells)
+    named, parts = host["named"].split(names, 2), iter(host["parts"].split(of_parts, 2))
+    strata = []
+    for index, level in enumerate(cells.levels):
+        figures = _named_cells(level, named[index])
+        for part, tally in zip(level.parts, level.tally[-len(level.parts) :], strict=False):
+            figures |= _named_part(level, part, tally, next(parts))
+        strata.append(_stratum_report(level, {name: host[name][index] for name in BY_STRATUM}, figures))
     live, clipped, pos, neg = host["tokens"].tolist()
     count = max(live, 1.0)
+    mean, abs_mean = (pos + neg) / count, (pos - neg) / count
     report = Report(
-        strata=tuple(_stratum_report(level, host) for level in cells.levels),
-        tokens=round(live),
-        clipped=clipped / count,
-        mean=(pos + neg) / count,
-        abs_mean=(pos - neg) / count,
-        largest=float(host["largest"]),
-        kl=-(pos + neg) / count,
-        tv=(pos - neg) / count / 2.0,
+        tuple(strata), round(live), clipped / count, mean, abs_mean, float(host["largest"]), -mean, abs_mean / 2.0
     )
     return float(host["value"]), report
 
 
-def _stratum_report(level: Level, host: Mapping[str, Tensor]) -> StratumReport:
+def _stratum_report(level: Level, host: Mapping[str, Tensor], named: dict[str, NamedReport]) -> StratumReport:
     cells = max(level.num_acting, 1)
-    fields = {name: host[f"{level.name}/{name}"] for name in ("channels", "regimes", "divergence", "maxima")}
-    shares, most = (fields["channels"] / cells).T.tolist(), fields["maxima"].nan_to_num(neginf=0.0).T.tolist()
-    histogram = host[f"{level.name}/histogram"].long().tolist()
+    *shares, (kl, tv) = (host["sums"] / cells).tolist()
+    *most, (kl_max, tv_max) = host["maxima"].nan_to_num(neginf=0.0).tolist()
     channels = {}
     for at, channel in enumerate(CHANNELS):
-        passes, rollback, zeroed, drift, used = shares[at]
-        counts = tuple(histogram[at])
-        channels[channel] = ChannelReport(passes, rollback, zeroed, drift, most[at][0], used, most[at][1], counts)
-    kl, tv = (fields["divergence"] / cells).tolist()
-    divergence = {"kl_mean": kl, "kl_max": most[0][2], "tv_mean": tv, "tv_max": most[1][2]}
-    regimes = dict(zip((*REGIMES, "other"), (fields["regimes"] / cells).tolist(), strict=True))
+        passes, rollback, zeroed, drift, used = (share[at] for share in shares)
+        bins = tuple(host["histogram"][at].long().tolist())
+        channels[channel] = ChannelReport(passes, rollback, zeroed, drift, most[0][at], used, most[1][at], bins)
+    divergence = {"kl_mean": kl, "kl_max": kl_max, "tv_mean": tv, "tv_max": tv_max}
+    regimes = dict(zip((*REGIMES, "other"), (host["regimes"] / cells).tolist(), strict=True))
     merged = (level.merged[0], level.merged[1] / max(level.num_tokens, 1)) if level.merged else None
-    named = _named_cells(level, host[f"{level.name}/named"]) | _named_parts(level, host[f"{level.name}/parts"])
     return StratumReport(level.name, level.num_acting, channels, named, merged, regimes, divergence)
 
 
 def _named_cells(level: Level, figures: Tensor) -> dict[str, NamedReport]:
-    """Of the named cells that have tokens, and a gate of their own."""
+    """Of the named cells that have tokens and a gate of their own, from [3, 2, names]."""
     if not level.names:
         return {}
     tokens, acting = level.tally[0].tolist()
     keys = "drift", "budget_used", "regime"
     return {
-        name: NamedReport(tokens[cell] / max(level.num_tokens, 1), _figures(keys, figures[:, :, cell]))
+        name: _named(tokens[cell] / max(level.num_tokens, 1), keys, figures[:, :, cell])
         for cell, name in enumerate(level.names)
         if acting[cell]
     }
 
 
-def _named_parts(level: Level, figures: Tensor) -> dict[str, NamedReport]:
-    """Of the names of the parts of a join that have tokens."""
-    out = {}
-    tallies = level.tally[len(level.tally) - len(level.parts) :]
-    sizes = [len(part.names) for part in level.parts]
-    for part, (tokens, acting), sums in zip(level.parts, tallies, figures.split(sizes, 2), strict=True):
-        values = torch.stack([sums[0].abs() / tokens, sums[1] / acting.clamp_min(1.0)])
-        for at in tokens.nonzero().squeeze(1).tolist():
-            share = float(tokens[at]) / level.num_tokens
-            out[f"{part.name}.{part.names[at]}"] = NamedReport(share, _figures(("drift", "beyond"), values[:, :, at]))
-    return out
+def _named_part(level: Level, part: Part, tally: Tensor, figures: Tensor) -> dict[str, NamedReport]:
+    """Of the names of a part of a join that have tokens, from [2, 2, names]."""
+    tokens, acting = tally
+    values = torch.stack([figures[0].abs() / tokens, figures[1] / acting.clamp_min(1.0)])
+    return {
+        f"{part.name}.{part.names[at]}": _named(
+            float(tokens[at]) / level.num_tokens, ("drift", "beyond"), values[:, :, at]
+        )
+        for at in tokens.nonzero().squeeze(1).tolist()
+    }
 
 
-def _figures(keys: Sequence[str], values: Tensor) -> dict[str, dict[str, float]]:
-    """[figures, 2] by channel and name of the figure."""
-    rows = values.T.tolist()
-    return {channel: dict(zip(keys, row, strict=True)) for channel, row in zip(CHANNELS, rows, strict=True)}
+def _named(share: float, keys: Sequence[str], values: Tensor) -> NamedReport:
+    """From the figures [figures, 2]."""
+    by_channel = zip(CHANNELS, values.T.tolist(), strict=True)
+    return NamedReport(share, {channel: dict(zip(keys, row, strict=True)) for channel, row in by_channel})
 
 
 def global_regimes(drift_2C: Tensor, budget_2C: Tensor, slope_C: Tensor) -> Tensor:
@@ -351,8 +342,7 @@ def global_regimes(drift_2C: Tensor, budget_2C: Tensor, slope_C: Tensor) -> Tens
     `drift_2C` holds the drift of either channel beyond the parent's, row 0 pos, row 1 neg, of any sign; `budget_2C` and
     `slope_C` the budgets C and slopes k. Pure and elementwise.
     """
-    states = _states(drift_2C, budget_2C, aggregate_gate(drift_2C, budget_2C, slope_C)[1])
-    return torch.tensor(_INDEX, device=states.device)[states[0], states[1]]
+    return _regime(_states(drift_2C, budget_2C, aggregate_gate(drift_2C, budget_2C, slope_C)[1]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -391,21 +381,17 @@ def named_regimes(
     cells = checked(cells, hierarchy, log_ratio=log_ratio)
     tokens = Tokens.of(cells, log_ratio, torch.ones_like(log_ratio))
     drift, _ = measure(tokens, cells, reduce)
+    if not cells.forests:
+        return ()
     gates = gate_cells(drift, cells, hierarchy)
-    counted = weigh(tokens, cells, drift, gates, exponentiate=False)
-    clipped_J = cells.layout.cell_sums(counted.clipped)
-    local = [forest.up(clipped_J) for forest in cells.forests]
-    parts = {str(index): forest.slots.pack(local[index]) for index, forest in enumerate(cells.forests)}
-    summed = all_reduce(parts, reduce) if parts else {}
+    clipped_J = cells.layout.cell_sums(weigh(tokens, cells, drift, gates, exponentiate=False).clipped)
+    clipped, _ = sum_nodes([(forest.slots, forest.up(clipped_J)) for forest in cells.forests], reduce, {})
     out: dict[int, StratumRegimes] = {}
     for index, forest in enumerate(cells.forests):
-        clipped_N = forest.slots.unpack(local[index], summed[str(index)])
-        states = _states(drift.drift[index], gates.budget[index], gates.slope[index])
+        global_N = _regime(_states(drift.drift[index], gates.budget[index], gates.slope[index]))
         # Sums of shares are rounded; a share is at least 1/255.
-        local_N = (clipped_N > 1e-3).long() + (clipped_N > forest.count_N - 1e-3).long()
-        global_N = torch.tensor(_INDEX, device=states.device)[states[0], states[1]]
+        local_N = (clipped[index] > 1e-3).long() + (clipped[index] > forest.count_N - 1e-3).long()
         for stratum, nodes in forest.slices.items():
-            level, cell_N = cells.levels[stratum], forest.cell_N[nodes]
-            labels, owned = level.label_C[cell_N], level.owned_C[cell_N]
-            out[stratum] = StratumRegimes(level.name, labels, global_N[nodes], local_N[nodes], owned)
+            of_nodes = (value[nodes] for value in (forest.label_N, global_N, local_N, forest.owned_N))
+            out[stratum] = StratumRegimes(cells.levels[stratum].name, *of_nodes)
     return tuple(out[stratum] for stratum in sorted(out))
