@@ -2,7 +2,21 @@
 
 A gate is a function (x, budget, slope) -> (value, derivative) of float64 tensors: the drift x of cells, of either sign;
 their budgets C > 0; their slopes k > 0. It is odd, g(0) = 0 and g'(0) = 1, so that on-policy the Jacobian is the
-identity. What lies beyond C is open in the paper (E.5.2).
+identity. The paper leaves open what lies beyond C (E.5.2).
+
+A gate passes where |X| <= C; beyond, it rolls back where its derivative is not 0, else it is zeroed (with the gate (10)
+from C* = C (1 + 1/k)). Five of the nine combinations of a cell's two channels have a name. They follow each other as
+the drift of a trajectory grows, if the falling channel reaches its budget first:
+
+    G-I         both pass                       the gradient is the ordinary one
+    G-II,r      neg rolls back, pos passes
+    G-II        neg zeroed, pos passes          the base weight is s+ only
+    G-III,r     neg zeroed, pos rolls back
+    G-III       both zeroed                     the base weight is 1, only the tokens' residuals are left
+
+In the other four pos comes first. Where the ratios of a trajectory average to 1, (65), the falling channel drifts at
+least as much as the rising one, so that these four cannot occur with C-* <= C+; in a sample they can. By the token
+clips of its tokens a cell is in L-I (no live token's own residual is clipped), L-II (some are), or L-III (all are).
 """
 
 from __future__ import annotations
@@ -13,6 +27,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+STATES = ("pass", "rollback", "zeroed")
+GLOBAL_REGIMES = (
+    "G-I", "G-II,r", "G-II", "G-III,r", "G-III",
+    "pos rollback, neg pass", "pos zeroed, neg pass", "pos rollback, neg rollback", "pos zeroed, neg rollback",
+)  # fmt: skip
+LOCAL_REGIMES = ("L-I", "L-II", "L-III")
+REGIMES = GLOBAL_REGIMES[:5]
+"""Those with a name in the paper; the others are "other" in a report."""
+_REGIME = (0, 1, 2, 5, 7, 3, 6, 8, 4)
+"""Index into GLOBAL_REGIMES by 3 x the state of pos + the state of neg."""
 
 GateFunction = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -37,17 +62,14 @@ class Gate:
 
 
 def aggregate_gate(drift: Tensor, budget: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """Value and derivative of g(x; C, k), equation (10), extended to negative x as an odd function.
+    """Value and derivative of g(x; C, k), (10), extended to negative x as an odd function.
 
         g(x) = x                             |x| <= C          pass-through, derivative 1
              = sgn(x) [C - k (|x| - C)]      C < |x| < C*      rollback,     derivative -k
              = 0                             |x| >= C*         zeroed,       derivative 0,   C* = C (1 + 1/k)
 
-    The rollback is written as C - k (|x| - C), not (k+1) C - k |x|: the difference |x| - C is exact in floating point
-    near C, so a window of width C / k survives k = 1e6.
-
-    Args: `drift`, `budget` (> 0) and `slope` (> 0), in log-ratio units but for the slope, broadcastable; any dtype.
-    Returns (g, dg/dx), shaped like the broadcast arguments.
+    Written as C - k (|x| - C), not (k+1) C - k |x|: near C the difference |x| - C is exact in floating point, so that a
+    window of width C / k survives k = 1e6. Args: drift and budget (> 0) in nats, slope (> 0); broadcastable, any dtype.
     """
     size = drift.abs()
     passes = size <= budget
@@ -90,6 +112,22 @@ GATES = {
         Gate("soft", soft_gate),
     )
 }
+
+
+def states(drift: Tensor, budget: Tensor, derivative: Tensor) -> Tensor:
+    """Index into STATES of every gate, from its drift, budget and derivative."""
+    return torch.where(drift.abs() <= budget, 0, torch.where(derivative != 0, 1, 2))
+
+
+def regimes(state_2C: Tensor) -> Tensor:
+    """Index into GLOBAL_REGIMES of every cell, from the states of its two channels."""
+    return torch.tensor(_REGIME, device=state_2C.device)[3 * state_2C[0] + state_2C[1]]
+
+
+def global_regimes(drift_2C: Tensor, budget_2C: Tensor, slope_C: Tensor) -> Tensor:
+    """Index into GLOBAL_REGIMES of every cell under the gate (10), int64 [C], from its drift beyond the parent's, its
+    budgets C and its slope k. Elementwise."""
+    return regimes(states(drift_2C, budget_2C, aggregate_gate(drift_2C, budget_2C, slope_C)[1]))
 
 
 def log_clip(residual: Tensor, token_clip: Tensor) -> Tensor:

@@ -40,11 +40,11 @@ MODES = ("auto", "0", "1")
 class Entries(NamedTuple):
     """The entries of joint cells: tokens, or with soft membership pairs of a token and a value that it has a share in.
 
-    live       bool [P, S], places that hold a live entry; None where all do
-    share      float64 [P, S], 0 where no entry is; None with hard labels, where each entry counts for 1
-    share_TQ   float64, the shares of a token, largest first; None with hard labels
-    token      int64 [P, S], the token of an entry; None for rows as they stand
-    place_TQ   the places of a token's entries, in the order of `share_TQ`; Q = 1 with hard labels; None for rows
+    live        bool [P, S], places that hold a live entry; None where all do
+    share, share_TQ   float64: shares at every place [P, S], 0 without an entry; shares of a token, largest first. None
+                with hard labels, where each entry counts for 1
+    token       int64 [P, S], the token of an entry; None for rows as they stand
+    place_TQ    the places of a token's entries, as in `share_TQ`; Q = 1 with hard labels; None for rows as they stand
     """
 
     live: Tensor | None
@@ -212,14 +212,20 @@ def measure(log_ratio: Tensor, weight: Tensor | None, entries: Entries) -> tuple
     return _by_channel(x, x < 0, entries), size.amax(-1).double(), torch.stack([bad_x, bad_w], 1)
 
 
-def gate(log_ratio: Tensor, table: Tensor, entries: Entries) -> Tensor:
-    """log rhat of every entry, [P, S]: clip(ell - O^l, +-eps) + offset^l, with l the entry's own channel.
+def _gated(x: Tensor, table: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    """log rhat of every entry, clip(ell - O^l, +-eps) + offset^l with l its own channel; and whether the clip acts.
 
     `table` [P, 5] holds O^+, O^-, offset^+, offset^-, eps.
     """
+    residual = x - _own(table[:, :2], negative)
+    clipped = log_clip(residual, table[:, 4:])
+    return clipped + _own(table[:, 2:4], negative), residual != clipped
+
+
+def gate(log_ratio: Tensor, table: Tensor, entries: Entries) -> Tensor:
+    """log rhat of every entry, [P, S]; `table` as in `_gated`."""
     x = log_ratio.to(table.dtype)
-    negative = x < 0
-    return _live(log_clip(x - _own(table[:, :2], negative), table[:, 4:]) + _own(table[:, 2:4], negative), entries)
+    return _live(_gated(x, table, x < 0)[0], entries)
 
 
 def weigh(
@@ -228,21 +234,16 @@ def weigh(
     """Pass 2: y = w A rhat of every entry (the weight itself without `exponentiate`), split by its token clip.
 
     With `use_min` the objective is sum_i w_i min(r_i A_i, rhat_i A_i): where r_i A_i is the smaller one, y leaves the
-    sums, and its gradient w_i A_i r_i is passed on as it is. `table` as in `gate`.
+    sums, and its gradient w_i A_i r_i is passed on as it is. `table` as in `_gated`.
     """
-    x, y = log_ratio.to(table.dtype), weight.to(table.dtype)
+    x, weight = log_ratio.to(table.dtype), weight.to(table.dtype)
     negative = x < 0
-    residual = x - _own(table[:, :2], negative)
-    clipped = log_clip(residual, table[:, 4:])
-    outside = residual != clipped
-    del residual  # as `clipped` below, for the memory of an uncompiled pass
-    free = y * x.clamp_max(LARGEST_EXPONENT[x.dtype]).exp() if use_min else None
-    if exponentiate:
-        y = y * _of_token(clipped + _own(table[:, 2:4], negative), entries).exp()
-    del clipped
-    y = _live(y, entries)
-    if free is not None:
-        takes = free < y
+    gated, outside = _gated(x, table, negative)
+    y = _live(weight * _of_token(gated, entries).exp() if exponentiate else weight, entries)
+    free = None
+    if use_min:
+        free = weight * x.clamp_max(LARGEST_EXPONENT[x.dtype]).exp()
+        takes = _live(free < y, entries)
         free, y = torch.where(takes, free, 0.0), torch.where(takes, 0.0, y)
     saturated = torch.where(outside, y, 0.0)
     total, passed = _by_channel(y, negative, entries), y - saturated

@@ -2,20 +2,6 @@
 
 Fields are float64 tensors, each reduced over ranks and micro-batches by its sum, or by its maximum (`MAXIMA`). A node
 that several ranks hold is counted by its owner only. In a buffer that is summed, maxima have a place per rank.
-
-Regimes of a cell's gate: it passes where |X| <= C; beyond, it rolls back where its derivative is not 0, else it is
-zeroed (|X| >= C* = C (1 + 1/k) with the gate (10)). Five of the nine combinations of a cell's two channels have a name.
-They follow each other as the drift of a trajectory grows, if the falling channel reaches its budget first:
-
-    G-I         both pass                       the gradient is the ordinary one
-    G-II,r      neg rolls back, pos passes
-    G-II        neg zeroed, pos passes          the base weight is s+ only
-    G-III,r     neg zeroed, pos rolls back
-    G-III       both zeroed                     the base weight is 1, only the tokens' residuals are left
-
-In the other four pos comes first. Where the ratios of a trajectory average to 1, (65), the falling channel drifts at
-least as much as the rising one, so that these four cannot occur with C-* <= C+; in a sample they can. By the token
-clips of its tokens a cell is in L-I (no live token's own residual is clipped), L-II (some are), or L-III (all are).
 """
 
 from __future__ import annotations
@@ -28,31 +14,14 @@ from torch import Tensor
 
 from .divergence import kl_estimate, tv_estimate
 from .fibration import Drift, Gates, Tokens, checked, gate_cells, measure, weigh
-from .gates import aggregate_gate
-from .gates import zeroed_from as zeroed_from
+from .gates import GLOBAL_REGIMES, LOCAL_REGIMES, REGIMES, STATES, global_regimes, regimes, states, zeroed_from
 from .hierarchy import Hierarchy
 from .labels import Part
 from .sharing import Cells, Level, Reduce, SharedCells, sum_nodes
 
-CHANNELS = ("pos", "neg")
-STATES = ("pass", "rollback", "zeroed")
-GLOBAL_REGIMES = (
-    "G-I",
-    "G-II,r",
-    "G-II",
-    "G-III,r",
-    "G-III",
-    "pos rollback, neg pass",
-    "pos zeroed, neg pass",
-    "pos rollback, neg rollback",
-    "pos zeroed, neg rollback",
-)
-LOCAL_REGIMES = ("L-I", "L-II", "L-III")
-_REGIME = (0, 1, 2, 5, 7, 3, 6, 8, 4)
-"""Index into GLOBAL_REGIMES by 3 x the state of pos + the state of neg."""
-REGIMES = GLOBAL_REGIMES[:5]
-"""Those with a name in the paper; cells in another combination of the channels' gates are "other"."""
+__all__ = ["GLOBAL_REGIMES", "LOCAL_REGIMES", "REGIMES", "STATES", "global_regimes", "named_regimes", "zeroed_from"]
 
+CHANNELS = ("pos", "neg")
 BINS = 66
 """Bins of the histograms of |X| / C: four to an octave from 2^-8 to 2^8, one below, one above."""
 HISTOGRAM_EDGES = tuple(2.0 ** (step / 4.0) for step in range(-32, 33))
@@ -65,7 +34,7 @@ MAXIMA = ("largest", "maxima")
 class ChannelReport:
     """One channel of one stratum, over the cells of all ranks.
 
-    pass_through, rollback, zeroed   fractions of the cells in each regime of the gate
+    pass_through, rollback, zeroed   fractions of the cells in each state of the gate
     drift_mean, drift_max            |X|, the drift of a cell beyond that of its parent, nats per token
     budget_used_mean, _max           |X| / C
     histogram                        cells by |X| / C, in the bins between `HISTOGRAM_EDGES`
@@ -158,26 +127,28 @@ class Report:
 
     def histograms(self) -> dict[str, list[int]]:
         """ "{stratum}/{pos|neg}/budget_used" -> cells by |X| / C, see `ChannelReport.histogram`."""
-        return {
-            f"{stratum.name}/{channel}/budget_used": list(report.histogram)
-            for stratum in self.strata
-            for channel, report in stratum.channels.items()
-        }
+        channels = {f"{at.name}/{channel}": report for at in self.strata for channel, report in at.channels.items()}
+        return {f"{name}/budget_used": list(report.histogram) for name, report in channels.items()}
 
 
-def _states(drift: Tensor, budget: Tensor, slope: Tensor) -> Tensor:
-    """0 where the gate passes, 1 where it rolls back, 2 where it is zeroed."""
-    return torch.where(drift.abs() <= budget, 0, torch.where(slope != 0, 1, 2))
+def empty_fields(cells: SharedCells) -> dict[str, Tensor]:
+    """The fields of no tokens. For K strata, with names of all strata (of all parts of joins) one after the other:
 
-
-def _regime(state_2N: Tensor) -> Tensor:
-    """Index into GLOBAL_REGIMES, from the states of the two channels."""
-    return torch.tensor(_REGIME, device=state_2N.device)[3 * state_2N[0] + state_2N[1]]
-
-
-def _count(index: Tensor, counts: Tensor, num: int) -> Tensor:
-    """Entries that count by their index, [..., N] -> float64 [..., num]. Integers add up the same in any order."""
-    return counts.new_zeros(*counts.shape[:-1], num, dtype=torch.int64).index_add_(-1, index, counts.long()).double()
+    value, largest   J; the largest |ell|
+    tokens       live tokens, clipped ones, S+, S-
+    sums         [K, 6, 2] over cells: how many are in each state, |X|, and |X| / C, by channel; KL and TV
+    maxima       [K, 3, 2] of |X| and |X| / C, by channel; of KL and TV
+    histogram    [K, 2, BINS]: cells by |X| / C
+    regimes      [K, 6]: cells in each of REGIMES, and in another
+    named        [3, 2, names]: |X|, |X| / C and state of the cells that have a name
+    parts        [2, 2, names]: sums of the channels over this rank's tokens, and cells that do not pass
+    """
+    num, (names, of_parts) = len(cells.levels), map(sum, _sizes(cells))
+    shapes: dict[str, tuple[int, ...]] = {"value": (1,), "tokens": (4,), "largest": (1,), "sums": (num, 6, 2)}
+    shapes |= {"maxima": (num, 3, 2), "histogram": (num, 2, BINS), "regimes": (num, len(REGIMES) + 1)}
+    shapes |= {"named": (3, 2, names), "parts": (2, 2, of_parts)}
+    neutral = {name: -torch.inf for name in MAXIMA}
+    return {name: cells.count_J.new_full(shape, neutral.get(name, 0.0)) for name, shape in shapes.items()}
 
 
 def _sizes(cells: SharedCells) -> tuple[list[int], list[int]]:
@@ -186,25 +157,9 @@ def _sizes(cells: SharedCells) -> tuple[list[int], list[int]]:
     return [len(level.names or ()) for level in cells.levels], of_parts
 
 
-def empty_fields(cells: SharedCells) -> dict[str, Tensor]:
-    """The fields of no tokens. For K strata, with names of all strata (of all parts of joins) one after the other:
-
-    value        J
-    tokens       live tokens, clipped ones, S+, S-
-    largest      |ell|
-    sums         [K, 6, 2] over cells: how many are in each state, |X|, and |X| / C, by channel; KL and TV
-    maxima       [K, 3, 2] of |X| and |X| / C, by channel; of KL and TV
-    histogram    [K, 2, BINS]: cells by |X| / C
-    regimes      [K, 6]: cells in each of REGIMES, and in another
-    named        [3, 2, names]: |X|, |X| / C and state of the cells that have a name
-    parts        [2, 2, names]: sums of the channels over this rank's tokens, and cells that do not pass
-    """
-    num, names, of_parts = len(cells.levels), *map(sum, _sizes(cells))
-    shapes: dict[str, tuple[int, ...]] = {"value": (1,), "tokens": (4,), "largest": (1,), "sums": (num, 6, 2)}
-    shapes |= {"maxima": (num, 3, 2), "histogram": (num, 2, BINS), "regimes": (num, len(REGIMES) + 1)}
-    shapes |= {"named": (3, 2, names), "parts": (2, 2, of_parts)}
-    empty = {name: -torch.inf if name in MAXIMA else 0.0 for name in shapes}
-    return {name: cells.count_J.new_full(shape, empty[name]) for name, shape in shapes.items()}
+def _count(index: Tensor, counts: Tensor, num: int) -> Tensor:
+    """Entries that count by their index, [..., N] -> float64 [..., num]. Integers add up the same in any order."""
+    return counts.new_zeros(*counts.shape[:-1], num, dtype=torch.int64).index_add_(-1, index, counts.long()).double()
 
 
 def report_fields(drift: Drift, gates: Gates, cells: SharedCells, value: Tensor, clipped: Tensor) -> dict[str, Tensor]:
@@ -219,7 +174,7 @@ def report_fields(drift: Drift, gates: Gates, cells: SharedCells, value: Tensor,
     owned, label, stratum = (
         torch.cat([getattr(forest, name) for forest in cells.forests]) for name in ("owned_N", "label_N", "stratum_N")
     )
-    state = _states(x, budget, slope)
+    state = states(x, budget, slope)
     figures = torch.stack([x.abs(), x.abs() / budget, state.double()])
     largest = torch.cat([figures[:2], torch.stack([kl_estimate(mean), tv_estimate(mean)])[None]])
     in_state = state == torch.arange(len(STATES), device=state.device)[:, None, None]
@@ -227,7 +182,7 @@ def report_fields(drift: Drift, gates: Gates, cells: SharedCells, value: Tensor,
 
     bins = torch.bucketize(largest[1], x.new_tensor(HISTOGRAM_EDGES))
     bins = bins + BINS * torch.stack([2 * stratum, 2 * stratum + 1])
-    regime = _regime(state).clamp_max(len(REGIMES)) + (len(REGIMES) + 1) * stratum
+    regime = regimes(state).clamp_max(len(REGIMES)) + (len(REGIMES) + 1) * stratum
     out["histogram"] = _count(bins.flatten(), owned.repeat(2), out["histogram"].numel()).view_as(out["histogram"])
     out["regimes"] = _count(regime, owned, out["regimes"].numel()).view_as(out["regimes"])
 
@@ -279,14 +234,12 @@ def make_report(fields: Mapping[str, Tensor], cells: SharedCells) -> tuple[float
     for index, level in enumerate(cells.levels):
         figures = _named_cells(level, named[index])
         for part, tally in zip(level.parts, level.tally[-len(level.parts) :], strict=False):
-            figures |= _named_part(level, part, tally, next(parts))
+            figures |= _named_part(part, tally, level.num_tokens, next(parts))
         strata.append(_stratum_report(level, {name: host[name][index] for name in BY_STRATUM}, figures))
     live, clipped, pos, neg = host["tokens"].tolist()
     count = max(live, 1.0)
-    mean, abs_mean = (pos + neg) / count, (pos - neg) / count
-    report = Report(
-        tuple(strata), round(live), clipped / count, mean, abs_mean, float(host["largest"]), -mean, abs_mean / 2.0
-    )
+    mean, abs_mean, largest = (pos + neg) / count, (pos - neg) / count, float(host["largest"])
+    report = Report(tuple(strata), round(live), clipped / count, mean, abs_mean, largest, kl=-mean, tv=abs_mean / 2.0)
     return float(host["value"]), report
 
 
@@ -300,49 +253,31 @@ def _stratum_report(level: Level, host: Mapping[str, Tensor], named: dict[str, N
         bins = tuple(host["histogram"][at].long().tolist())
         channels[channel] = ChannelReport(passes, rollback, zeroed, drift, most[0][at], used, most[1][at], bins)
     divergence = {"kl_mean": kl, "kl_max": kl_max, "tv_mean": tv, "tv_max": tv_max}
-    regimes = dict(zip((*REGIMES, "other"), (host["regimes"] / cells).tolist(), strict=True))
+    in_regime = dict(zip((*REGIMES, "other"), (host["regimes"] / cells).tolist(), strict=True))
     merged = (level.merged[0], level.merged[1] / max(level.num_tokens, 1)) if level.merged else None
-    return StratumReport(level.name, level.num_acting, channels, named, merged, regimes, divergence)
+    return StratumReport(level.name, level.num_acting, channels, named, merged, in_regime, divergence)
 
 
 def _named_cells(level: Level, figures: Tensor) -> dict[str, NamedReport]:
     """Of the named cells that have tokens and a gate of their own, from [3, 2, names]."""
-    if not level.names:
-        return {}
-    tokens, acting = level.tally[0].tolist()
-    keys = "drift", "budget_used", "regime"
-    return {
-        name: _named(tokens[cell] / max(level.num_tokens, 1), keys, figures[:, :, cell])
-        for cell, name in enumerate(level.names)
-        if acting[cell]
-    }
+    tokens, acting = level.tally[0].tolist() if level.names else ((), ())
+    keys, total = ("drift", "budget_used", "regime"), max(level.num_tokens, 1)
+    cells = ((cell, name) for cell, name in enumerate(level.names or ()) if acting[cell])
+    return {name: _named(tokens[cell] / total, keys, figures[:, :, cell]) for cell, name in cells}
 
 
-def _named_part(level: Level, part: Part, tally: Tensor, figures: Tensor) -> dict[str, NamedReport]:
-    """Of the names of a part of a join that have tokens, from [2, 2, names]."""
+def _named_part(part: Part, tally: Tensor, total: int, figures: Tensor) -> dict[str, NamedReport]:
+    """Of the names of a part of a join that have tokens, of `total` in all, from [2, 2, names]."""
     tokens, acting = tally
     values = torch.stack([figures[0].abs() / tokens, figures[1] / acting.clamp_min(1.0)])
-    return {
-        f"{part.name}.{part.names[at]}": _named(
-            float(tokens[at]) / level.num_tokens, ("drift", "beyond"), values[:, :, at]
-        )
-        for at in tokens.nonzero().squeeze(1).tolist()
-    }
+    names = ((at, f"{part.name}.{part.names[at]}") for at in tokens.nonzero().squeeze(1).tolist())
+    return {name: _named(float(tokens[at]) / total, ("drift", "beyond"), values[:, :, at]) for at, name in names}
 
 
 def _named(share: float, keys: Sequence[str], values: Tensor) -> NamedReport:
     """From the figures [figures, 2]."""
     by_channel = zip(CHANNELS, values.T.tolist(), strict=True)
     return NamedReport(share, {channel: dict(zip(keys, row, strict=True)) for channel, row in by_channel})
-
-
-def global_regimes(drift_2C: Tensor, budget_2C: Tensor, slope_C: Tensor) -> Tensor:
-    """Index into GLOBAL_REGIMES for every cell under the gate (10), int64 [C].
-
-    `drift_2C` holds the drift of either channel beyond the parent's, row 0 pos, row 1 neg, of any sign; `budget_2C` and
-    `slope_C` the budgets C and slopes k. Pure and elementwise.
-    """
-    return _regime(_states(drift_2C, budget_2C, aggregate_gate(drift_2C, budget_2C, slope_C)[1]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -362,11 +297,9 @@ class StratumRegimes:
 
     def counts(self) -> dict[str, int]:
         """Cells in each regime, by name. Those of several ranks add up to the cells of the whole batch."""
-        out: dict[str, int] = {}
-        for names, index_C in ((GLOBAL_REGIMES, self.global_C), (LOCAL_REGIMES, self.local_C)):
-            number = torch.bincount(index_C[self.owned_C], minlength=len(names)).tolist()
-            out |= dict(zip(names, number, strict=True))
-        return out
+        index_C = torch.cat([self.global_C, self.local_C + len(GLOBAL_REGIMES)])[self.owned_C.repeat(2)]
+        names = GLOBAL_REGIMES + LOCAL_REGIMES
+        return dict(zip(names, torch.bincount(index_C, minlength=len(names)).tolist(), strict=True))
 
 
 def named_regimes(
@@ -388,7 +321,7 @@ def named_regimes(
     clipped, _ = sum_nodes([(forest.slots, forest.up(clipped_J)) for forest in cells.forests], reduce, {})
     out: dict[int, StratumRegimes] = {}
     for index, forest in enumerate(cells.forests):
-        global_N = _regime(_states(drift.drift[index], gates.budget[index], gates.slope[index]))
+        global_N = regimes(states(drift.drift[index], gates.budget[index], gates.slope[index]))
         # Sums of shares are rounded; a share is at least 1/255.
         local_N = (clipped[index] > 1e-3).long() + (clipped[index] > forest.count_N - 1e-3).long()
         for stratum, nodes in forest.slices.items():
