@@ -1,8 +1,8 @@
 """The gating operator on forests of cells and its exact adjoint: (26), (31), (32) and the gradient (19).
 
-Per channel l, a_i^l = ell_i where token i is in channel l, else 0. A_j^l are its sums over joint cells, N_j their tokens
-(both of this rank), and count_n the tokens of a node over all ranks. Forests are extracted one after the other, each
-from what the earlier ones have left. A chain is one forest; its branches follow it, and `sweeps` repeats both:
+Per channel l, a_i^l = ell_i where token i is in channel l, else 0; A_j^l its sums over joint cells, N_j their tokens,
+both of this rank; count_n the tokens of a node over all ranks. Forests are extracted one after the other, each from
+what the earlier ones have left. A chain is one forest; its branches follow it, and `sweeps` repeats both:
 
     O = 0, X_f = 0
     for f in visits:     m = up(A - N O) / count          the mean of what is left, (9) and (33)      one reduction
@@ -78,8 +78,8 @@ class Drift:
 
 @dataclass(frozen=True, eq=False)
 class Gates:
-    """The gates of all nodes: budget C and derivative G, [2, N] per forest; and `table_5J`: what the tokens of a joint
-    cell read of it, see `kernels.gate`."""
+    """Budget C and derivative G of the gates of all nodes, [2, N] per forest; and what tokens read of their joint cell,
+    see `kernels.gate`."""
 
     budget: list[Tensor]
     slope: list[Tensor]

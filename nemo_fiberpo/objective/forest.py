@@ -52,7 +52,7 @@ class SegmentSum:
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """Those of this rank's nodes that other ranks hold too (`held`), and their `place` among all `total` shared ones."""
+    """This rank's nodes that other ranks hold too, `held`, and their `place` among all `total` shared ones."""
 
     held: Tensor
     place: Tensor

@@ -16,7 +16,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -198,17 +198,18 @@ def _of_token(value: Tensor, entries: Entries) -> Tensor:
     return (entries.share_TQ * value.reshape(-1)[entries.place_TQ]).sum(1).to(value.dtype)[entries.token]
 
 
+def _bad(size: Tensor, entries: Entries) -> Tensor:
+    """How many live entries are not finite, by their magnitudes."""
+    return _sum(_live(~(size <= LARGEST[size.dtype]), entries), entries)
+
+
 def measure(log_ratio: Tensor, weight: Tensor | None, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
     """Pass 1, by piece: S^+ and S^- [P, 2], (9) before the division; the largest |ell| [P]; how many live entries have
-    a bad log-ratio and a bad weight [P, 2], in which case the sums have no meaning."""
+    a bad log-ratio and a bad weight [P, 2]. With any of them the sums are meaningless."""
     x = _live(log_ratio.to(compute_dtype(log_ratio)), entries)
     size = x.abs()
-    bad_x = _sum(~(size <= LARGEST[x.dtype]), entries)
-    if weight is None:
-        bad_w = torch.zeros_like(bad_x)
-    else:
-        w = weight.to(compute_dtype(weight))
-        bad_w = _sum(_live(~(w.abs() <= LARGEST[w.dtype]), entries), entries)
+    bad_x = _bad(size, entries)
+    bad_w = torch.zeros_like(bad_x) if weight is None else _bad(weight.to(compute_dtype(weight)).abs(), entries)
     return _by_channel(x, x < 0, entries), size.amax(-1).double(), torch.stack([bad_x, bad_w], 1)
 
 
@@ -263,6 +264,7 @@ class Passes:
     """Runs a pass: compiled where the mode says so, unless the compiler has failed before; else in blocks."""
 
     mode, failed = "auto", False
+    compiled = staticmethod(cache(partial(torch.compile, dynamic=True)))
 
     def __call__(self, function: Any, *arguments: Any) -> Any:
         mode = os.environ.get("NEMO_FIBERPO_COMPILE", self.mode)
@@ -270,7 +272,7 @@ class Passes:
             raise ValueError(f"NEMO_FIBERPO_COMPILE: must be one of {', '.join(MODES)}, got {mode!r}")
         if not self.failed and (mode == "1" or (mode == "auto" and arguments[0].device.type == "cuda")):
             try:
-                return _compiled(function)(*arguments)
+                return self.compiled(function)(*arguments)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
@@ -284,14 +286,8 @@ class Passes:
         return _in_blocks(function, arguments)
 
 
-@cache
-def _compiled(function: Any) -> Any:
-    return torch.compile(function, dynamic=True)
-
-
 def _in_blocks(function: Any, arguments: tuple[Any, ...]) -> Any:
-    """`function(*arguments)`. On a CPU by blocks of pieces, so that temporaries stay in cache, unless shares tie pieces
-    together."""
+    """On a CPU by blocks of pieces, so that temporaries stay in cache, unless shares tie the pieces together."""
     pieces, length = arguments[0].shape
     step = max(1, BLOCK // max(length, 1))
     entries = next(argument for argument in arguments if isinstance(argument, Entries))

@@ -24,10 +24,8 @@ Names = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True)
 class Part:
-    """A classification with names by which the cells of a stratum are told apart: its own, or a part of its join.
-
-    The name of a cell of label v is names[v // stride % len(names)].
-    """
+    """A classification with names: that of a stratum itself, or a part of its join. The name of label v is
+    names[v // stride % len(names)]."""
 
     name: str
     names: tuple[str, ...]
@@ -42,9 +40,9 @@ class Part:
 class Column:
     """The labels of one stratum.
 
-    label_E    int64, a label per entry: per token, or per token and share where the membership of some column is soft
+    label_E    int64, a label per entry: per token, or per token and value where some column is soft
     present_E  bool, entries that have a cell of this stratum; None for all of them
-    names      names of the labels, if they have some: label v is names[v]
+    names      names of the labels, if they have names: label v is names[v]
     parts      those parts of its join that have names
     soft       a token may lie in several of its cells
     """
@@ -60,15 +58,19 @@ class Column:
         present = None if self.present_E is None else self.present_E[index]
         return replace(self, label_E=self.label_E[index], present_E=present)
 
+    def part_E(self, part: Part) -> Tensor:
+        """Index of the name of each entry in a part; the number of names where the stratum is missing."""
+        value_E = part.value(self.label_E)
+        return value_E if self.present_E is None else torch.where(self.present_E, value_E, len(part.names))
+
 
 @dataclass(frozen=True, eq=False)
 class Membership:
-    """Soft membership: a token has a share in each value of one column, such as a partition of the experts.
+    """Soft membership: a token has shares in the values of one column, such as the partitions of the experts.
 
-    Token i with value e is an entry with share q_ie >= 0, sum_e q_ie = 1. Cells are cells of entries, which count for
-    their shares:
+    Token i and value e make an entry with share q_ie >= 0, sum_e q_ie = 1. Cells weigh entries by share:
         M_c^l = sum_{(i,e) in c} q_ie a_i^l / Q_c,    k = Q_c = sum_{(i,e) in c} q_ie,    L_i = sum_e q_ie L_ie
-    Shares are integers in units of 1/UNIT, so that counts are exact and the same however tokens are split over ranks.
+    Shares are integers in units of 1/UNIT, so that counts are exact however tokens are split over ranks.
 
     column, share_TQ   the column's name; uint8 [T, Q], 0 at masked tokens. Entries are token-major
     """
@@ -83,7 +85,7 @@ class Membership:
         return self.share_TQ.argmax(1)
 
     def entries(self, labels: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """Labels of entries, int64 [T Q], from those of tokens, and which entries count for something, bool [T Q]."""
+        """Labels of entries, int64 [T Q], from those of tokens; and which entries have a share, bool [T Q]."""
         num, values = self.share_TQ.shape
         out = {name: label.repeat_interleave(values) for name, label in labels.items()}
         out[self.column] = torch.arange(values, device=self.share_TQ.device).repeat(num)

@@ -143,18 +143,21 @@ def empty_fields(cells: SharedCells) -> dict[str, Tensor]:
     named        [3, 2, names]: |X|, |X| / C and state of the cells that have a name
     parts        [2, 2, names]: sums of the channels over this rank's tokens, and cells that do not pass
     """
-    num, (names, of_parts) = len(cells.levels), map(sum, _sizes(cells))
+    num = len(cells.levels)
+    names = sum(len(level.names or ()) for level in cells.levels)
+    of_parts = sum(len(part.names) for level in cells.levels for part in level.parts)
     shapes: dict[str, tuple[int, ...]] = {"value": (1,), "tokens": (4,), "largest": (1,), "sums": (num, 6, 2)}
     shapes |= {"maxima": (num, 3, 2), "histogram": (num, 2, BINS), "regimes": (num, len(REGIMES) + 1)}
     shapes |= {"named": (3, 2, names), "parts": (2, 2, of_parts)}
-    neutral = {name: -torch.inf for name in MAXIMA}
+    neutral = dict.fromkeys(MAXIMA, -torch.inf)
     return {name: cells.count_J.new_full(shape, neutral.get(name, 0.0)) for name, shape in shapes.items()}
 
 
-def _sizes(cells: SharedCells) -> tuple[list[int], list[int]]:
-    """How many names the cells of each stratum have, and each part of a join."""
-    of_parts = [len(part.names) for level in cells.levels for part in level.parts]
-    return [len(level.names or ()) for level in cells.levels], of_parts
+def _named_fields(fields: Mapping[str, Tensor], cells: SharedCells) -> list[tuple[Tensor, list[Tensor]]]:
+    """Of each stratum its slice of `named`, and its slices of `parts`."""
+    of_parts = fields["parts"].split([len(part.names) for level in cells.levels for part in level.parts], 2)
+    named, parts = fields["named"].split([len(level.names or ()) for level in cells.levels], 2), iter(of_parts)
+    return [(of_level, [next(parts) for _ in level.parts]) for of_level, level in zip(named, cells.levels, strict=True)]
 
 
 def _count(index: Tensor, counts: Tensor, num: int) -> Tensor:
@@ -168,35 +171,31 @@ def report_fields(drift: Drift, gates: Gates, cells: SharedCells, value: Tensor,
     out["value"] = value.reshape(1)
     out["tokens"] = torch.cat([torch.stack([cells.count_J.sum(), clipped]), drift.sums_2J.sum(1)])
     out["largest"] = torch.cat([drift.largest_P, value.new_zeros(1)]).amax().reshape(1)
-    if not cells.forests:
-        return out
-    x, mean, budget, slope = (torch.cat(part, 1) for part in (drift.drift, drift.mean, gates.budget, gates.slope))
-    owned, label, stratum = (
-        torch.cat([getattr(forest, name) for forest in cells.forests]) for name in ("owned_N", "label_N", "stratum_N")
-    )
-    state = states(x, budget, slope)
-    figures = torch.stack([x.abs(), x.abs() / budget, state.double()])
-    largest = torch.cat([figures[:2], torch.stack([kl_estimate(mean), tv_estimate(mean)])[None]])
-    in_state = state == torch.arange(len(STATES), device=state.device)[:, None, None]
-    sums, figures = torch.cat([in_state.double(), largest]) * owned, figures * owned
+    named = _named_fields(out, cells)
+    gated = zip(cells.forests, drift.mean, drift.drift, gates.budget, gates.slope, strict=True)
+    for forest, mean, x, budget, slope in gated:
+        owned, label, state = forest.owned_N, forest.label_N, states(x, budget, slope)
+        figures = torch.stack([x.abs(), x.abs() / budget, state.double()])
+        largest = torch.cat([figures[:2], torch.stack([kl_estimate(mean), tv_estimate(mean)])[None]])
+        in_state = state == torch.arange(len(STATES), device=state.device)[:, None, None]
+        sums, figures = torch.cat([in_state.double(), largest]) * owned, figures * owned
 
-    bins = torch.bucketize(largest[1], x.new_tensor(HISTOGRAM_EDGES))
-    bins = bins + BINS * torch.stack([2 * stratum, 2 * stratum + 1])
-    regime = regimes(state).clamp_max(len(REGIMES)) + (len(REGIMES) + 1) * stratum
-    out["histogram"] = _count(bins.flatten(), owned.repeat(2), out["histogram"].numel()).view_as(out["histogram"])
-    out["regimes"] = _count(regime, owned, out["regimes"].numel()).view_as(out["regimes"])
+        channel = torch.stack([2 * forest.stratum_N, 2 * forest.stratum_N + 1])
+        bins = BINS * channel + torch.bucketize(largest[1], x.new_tensor(HISTOGRAM_EDGES))
+        regime = (len(REGIMES) + 1) * forest.stratum_N + regimes(state).clamp_max(len(REGIMES))
+        out["histogram"] += _count(bins.flatten(), owned.repeat(2), out["histogram"].numel()).view_as(out["histogram"])
+        out["regimes"] += _count(regime, owned, out["regimes"].numel()).view_as(out["regimes"])
 
-    names, of_parts = _sizes(cells)
-    named, parts = out["named"].split(names, 2), iter(out["parts"].split(of_parts, 2))
-    for index, (level, nodes) in enumerate(zip(cells.levels, cells.nodes, strict=True)):
-        out["sums"][index] = sums[..., nodes].sum(-1)
-        if nodes.stop > nodes.start:
-            out["maxima"][index] = largest[..., nodes].amax(-1)
-        if level.names:
-            named[index].index_copy_(2, label[nodes], figures[..., nodes])
-        for part, of_tokens in zip(level.parts, level.part_sums, strict=True):
-            beyond = _count(part.value(label[nodes]), (state[:, nodes] > 0) & owned[nodes], len(part.names))
-            next(parts).copy_(torch.stack([of_tokens(drift.sums_2J), beyond]))
+        for index, nodes in forest.slices.items():
+            level, (of_cells, of_parts) = cells.levels[index], named[index]
+            out["sums"][index] = sums[..., nodes].sum(-1)
+            if nodes.stop > nodes.start:
+                out["maxima"][index] = largest[..., nodes].amax(-1)
+            if level.names:
+                of_cells.index_copy_(2, label[nodes], figures[..., nodes])
+            for part, of_tokens, out_of_part in zip(level.parts, level.part_sums, of_parts, strict=True):
+                beyond = _count(part.value(label[nodes]), (state[:, nodes] > 0) & owned[nodes], len(part.names))
+                out_of_part.copy_(torch.stack([of_tokens(drift.sums_2J), beyond]))
     return out
 
 
@@ -228,14 +227,12 @@ def make_report(fields: Mapping[str, Tensor], cells: SharedCells) -> tuple[float
     flat = torch.cat([value.reshape(-1) for value in fields.values()]).cpu()
     split = flat.split([value.numel() for value in fields.values()])
     host = {name: part.view(value.shape) for (name, value), part in zip(fields.items(), split, strict=True)}
-    names, of_parts = _sizes(cells)
-    named, parts = host["named"].split(names, 2), iter(host["parts"].split(of_parts, 2))
     strata = []
-    for index, level in enumerate(cells.levels):
-        figures = _named_cells(level, named[index])
-        for part, tally in zip(level.parts, level.tally[-len(level.parts) :], strict=False):
-            figures |= _named_part(part, tally, level.num_tokens, next(parts))
-        strata.append(_stratum_report(level, {name: host[name][index] for name in BY_STRATUM}, figures))
+    for index, (level, (of_cells, of_parts)) in enumerate(zip(cells.levels, _named_fields(host, cells), strict=True)):
+        named = _named_cells(level, of_cells)
+        for part, tally, figures in zip(level.parts, level.tally[-len(level.parts) :], of_parts, strict=False):
+            named |= _named_part(part, tally, level.num_tokens, figures)
+        strata.append(_stratum_report(level, {name: host[name][index] for name in BY_STRATUM}, named))
     live, clipped, pos, neg = host["tokens"].tolist()
     count = max(live, 1.0)
     mean, abs_mean, largest = (pos + neg) / count, (pos - neg) / count, float(host["largest"])
@@ -305,10 +302,9 @@ class StratumRegimes:
 def named_regimes(
     log_ratio: Tensor, cells: Cells | SharedCells, hierarchy: Hierarchy, reduce: Reduce | None = None
 ) -> tuple[StratumRegimes, ...]:
-    """The regimes of all cells of every active stratum, coarsest first: those that `token_coefficients` acts by.
+    """The regimes of the cells of every active stratum, coarsest first, under the gates of `token_coefficients`.
 
-    Args and errors as `token_coefficients`; `reduce` is called as often as in the forward half of that function (once
-    without branches) for the sums of the channels, and once for the clipped tokens.
+    Args and errors as there; `reduce` is called as often as in its forward half (once without branches), and once more.
     SPMD: tokens are sharded; a cell of several ranks has the same regimes on each of them.
     """
     cells = checked(cells, hierarchy, log_ratio=log_ratio)

@@ -27,10 +27,8 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 def all_reduce(parts: Mapping[str, Tensor], reduce: Reduce | None) -> dict[str, Tensor]:
-    """The named float64 tensors summed over the ranks, in one call of `reduce`; as they are where it is None.
-
-    Every rank must pass the same names and shapes.
-    """
+    """The named float64 tensors summed over the ranks, in one call of `reduce`; as they are where it is None. Every
+    rank must pass the same names and shapes."""
     if reduce is None:
         return dict(parts)
     total = reduce(torch.cat([part.reshape(-1) for part in parts.values()]))
@@ -144,16 +142,6 @@ class SharedCells(_Queries):
     def shared(self) -> SharedCells:
         return self
 
-    @cached_property
-    def nodes(self) -> list[slice]:
-        """The nodes of every stratum, counted through all forests."""
-        out, first = [slice(0)] * len(self.levels), 0
-        for forest in self.forests:
-            for stratum, nodes in forest.slices.items():
-                out[stratum] = slice(first + nodes.start, first + nodes.stop)
-            first += len(forest.count_N)
-        return out
-
 
 @dataclass(frozen=True, eq=False)
 class Cells(_Queries):
@@ -250,12 +238,7 @@ class Cells(_Queries):
             soft=column.soft,
             everywhere=column.present_E is None,
             sums=SegmentSum(cell_J, len(label_C)),
-            part_sums=tuple(
-                SegmentSum(
-                    torch.cat([part.value(label_C), label_C.new_tensor([len(part.names)])])[cell_J], len(part.names)
-                )
-                for part in column.parts
-            ),
+            part_sums=tuple(SegmentSum(column.part_E(part), len(part.names)) for part in column.parts),
         )
 
     def _parents(self, index: int, label_C: Tensor, cell_E: Tensor, parent_2E: Tensor) -> Tensor:
