@@ -89,11 +89,8 @@ class Gates:
 def measure(
     tokens: Tokens, cells: SharedCells, reduce: Reduce | None, riders: Riders = NO_RIDERS
 ) -> tuple[Drift, dict[str, Tensor]]:
-    """The extraction: O and X; and the sums of the riders, which are checked before anything else.
-
-    Raises ValueError on every rank where a live token of any rank has a non-finite log-ratio or weight, or where the
-    reduction is not over the ranks that share the cells.
-    """
+    """The extraction: O and X; and the sums of the riders, which are checked first. Raises ValueError on every rank
+    where a live token of any rank has a non-finite value, or where other ranks are summed than share the cells."""
     layout, forests = cells.layout, cells.forests
     sums_P2, largest_P, bad_P2 = kernels.run(kernels.measure, tokens.log_ratio_PS, tokens.weight_PS, layout.entries)
     sums_2J, bad_2 = layout.cell_sums(sums_P2), bad_P2.sum(0)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -85,20 +85,14 @@ def zeroed_from(budget: Tensor, slope: Tensor) -> Tensor:
 
 
 def clip_gate(drift: Tensor, budget: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """g(x) = clip(x, +-C): saturates at the budget, derivative 0 beyond it, so nothing pushes back. `slope` is unused.
-
-    Arguments and result as `aggregate_gate`.
-    """
+    """g(x) = clip(x, +-C): saturates at the budget, derivative 0 beyond it, so nothing pushes back. `slope` is unused."""
     value = torch.minimum(torch.maximum(drift, -budget), budget)
     return value, (drift.abs() <= budget).to(drift.dtype)
 
 
 def soft_gate(drift: Tensor, budget: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """g(x) = x exp(-(x / C)^2 / 2): smooth, the identity to second order at 0, with its peak of .61 C at x = C.
-
-    Beyond C it falls to 0 without ever being flat: g'(x) = (1 - (x / C)^2) exp(-(x / C)^2 / 2). `slope` is unused.
-    Arguments and result as `aggregate_gate`.
-    """
+    """g(x) = x exp(-(x / C)^2 / 2), g'(x) = (1 - (x / C)^2) exp(-(x / C)^2 / 2): smooth, the identity to second order at
+    0, with its peak of .61 C at x = C. Beyond it falls to 0 without ever being flat. `slope` is unused."""
     square = (drift / budget).square()
     falling = torch.exp(-0.5 * square)
     return drift * falling, (1.0 - square) * falling
@@ -140,28 +134,22 @@ def find_gate(given: object) -> Gate:
     `Gate`, or a `Gate` itself. One that is not ours is checked, see `check_gate`. ValueError names the field `gate`."""
     if isinstance(given, str) and given in GATES:
         return GATES[given]
-    if isinstance(given, Gate):
+    if isinstance(given, str) and given.count(":") == 1:
+        module, _, name = given.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"gate: {given!r} cannot be imported: {error}") from error
+        if not isinstance(found, Gate) and not callable(found):
+            raise ValueError(f"gate: {given!r} is no function and no Gate, but {found!r}")
+        gate = replace(found, name=given) if isinstance(found, Gate) else Gate(given, found)
+    elif isinstance(given, Gate):
         gate = given
-    elif isinstance(given, str) and given.count(":") == 1:
-        gate = _imported(given)
     else:
         raise ValueError(f"gate: must be one of {', '.join(GATES)}, or package.module:function, got {given!r}")
     if gate not in GATES.values():
         check_gate(gate)
     return gate
-
-
-def _imported(given: str) -> Gate:
-    module, _, name = given.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"gate: {given!r} cannot be imported: {error}") from error
-    if isinstance(found, Gate):
-        return Gate(given, found.function, found.passes, found.kinks)
-    if not callable(found):
-        raise ValueError(f"gate: {given!r} is no function and no Gate, but {found!r}")
-    return Gate(given, found)
 
 
 def check_gate(gate: Gate) -> None:

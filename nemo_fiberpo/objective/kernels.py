@@ -5,9 +5,9 @@
     pull      add what the cells give back to their tokens
 
 A pass is a pure function of tensors [P, S], P pieces of S entries; what it returns begins with P. `torch.compile` fuses
-each into one kernel: by default on a GPU, not on a CPU; NEMO_FIBERPO_COMPILE=auto|0|1 or `compile_passes` choose.
-Elementwise math is in float32, float64 for float64 input. Sums are float64, taken along a piece and then over the
-pieces in their order: two runs give the same bits.
+it into one kernel: by default on a GPU only; NEMO_FIBERPO_COMPILE=auto|0|1 or `compile_passes` choose. Elementwise math
+is in float32, or float64 for float64 input. Sums are float64, along a piece and then over pieces in their order: two
+runs give the same bits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -30,10 +30,8 @@ LARGEST = {torch.float32: torch.finfo(torch.float32).max, torch.float64: 1e280}
 """Larger magnitudes count as non-finite: a float64 sum of them could overflow."""
 LARGEST_EXPONENT = {torch.float32: 80.0, torch.float64: 500.0}
 """Ratios that no gate bounds are exp(min(ell, this))."""
-LONGEST = 256
-"""Largest length of pieces that are cut. It is halved until padding adds at most a quarter."""
-BLOCK = 1 << 16
-"""Entries that an uncompiled pass works on at a time."""
+LONGEST = 256  # largest length of pieces that are cut; halved until padding adds at most a quarter
+BLOCK = 1 << 16  # entries that an uncompiled pass works on at a time
 MODES = ("auto", "0", "1")
 
 
@@ -42,7 +40,7 @@ class Entries(NamedTuple):
 
     live        bool [P, S], places that hold a live entry; None where all do
     share, share_TQ   float64: shares at every place [P, S], 0 without an entry; shares of a token, largest first. None
-                with hard labels, where each entry counts for 1
+                with hard labels
     token       int64 [P, S], the token of an entry; None for rows as they stand
     place_TQ    the places of a token's entries, as in `share_TQ`; Q = 1 with hard labels; None for rows as they stand
     """
@@ -56,15 +54,13 @@ class Entries(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TokenLayout:
-    """Where the entries of joint cells lie. Each piece lies in one joint cell.
-
-    Pieces are the rows of a batch as they stand, where every row lies in one joint cell; else the entries of each joint
-    cell one after the other, cut to a fixed length and padded.
+    """Where the entries lie: in pieces of one joint cell each. Pieces are the rows of the batch as they stand, if every
+    row lies in one joint cell; else the entries of each joint cell in turn, cut to a fixed length and padded.
 
     num_tokens, num_cells   tokens of this rank, masked ones included; its joint cells
-    batch      (B, S) of the flattened tokens where it is known, for messages
+    batch      (B, S) of the flattened tokens where it is known
     mask_T     bool, live tokens; None where all are
-    cell_P     joint cell of a piece; their number where no token of the piece is live
+    cell_P     joint cell of a piece; `num_cells` where no token of the piece is live
     """
 
     num_tokens: int
@@ -78,19 +74,15 @@ class TokenLayout:
     def _to_cells(self) -> SegmentSum:
         return SegmentSum(self.cell_P, self.num_cells)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(P, S)"""
-        return self.batch or () if self.entries.token is None else tuple(self.entries.token.shape)
-
     def spread(self, value_T: Tensor) -> Tensor:
         """Values of tokens at the places of their entries, [P, S]; arbitrary at places without a live entry."""
-        if self.entries.token is not None:
-            value_T = value_T.index_select(0, self.entries.token.view(-1))
-        return value_T.reshape(self.shape)
+        token = self.entries.token
+        if token is None:
+            return value_T.reshape(self.batch or ())
+        return value_T.index_select(0, token.view(-1)).view_as(token)
 
     def collect(self, value_PS: Tensor) -> Tensor:
-        """Values of entries at their tokens, summed by share, [T]; 0 at masked tokens if it is 0 at their places."""
+        """Values of entries at their tokens, summed by share, [T]. Values at places of masked tokens must be 0."""
         place_TQ, share_TQ = self.entries.place_TQ, self.entries.share_TQ
         if place_TQ is None or not value_PS.numel():
             return value_PS.reshape(-1) if place_TQ is None else value_PS.new_zeros(self.num_tokens)
@@ -119,14 +111,15 @@ class TokenLayout:
 
     def at_tokens(self, value_J: Tensor) -> Tensor:
         """A float64 value of joint cells read at their tokens: [J] -> [T]; 0 at masked ones."""
-        return self.collect(_live(read(value_J, self.cell_P)[:, None].expand(self.shape), self.entries))
+        shape = self.batch or () if self.entries.token is None else self.entries.token.shape
+        return self.collect(_live(read(value_J, self.cell_P)[:, None].expand(shape), self.entries))
 
 
 def entries_as_pieces(
     joint_L: Tensor, at_L: Tensor, num_cells: int, num_tokens: int, share_TQ: Tensor | None
 ) -> tuple[Tensor, Entries]:
-    """Pieces of live entries in any order, from their joint cells and their places among all entries, which are
-    token-major: the joint cell of every piece, and the entries."""
+    """The joint cell of every piece, and its entries, from live entries in any order: their joint cells, and their
+    places among all entries, which are token-major."""
     order, length_J = torch.argsort(joint_L, stable=True), torch.bincount(joint_L, minlength=num_cells)
     size = LONGEST
     while size > 1 and 4 * int((-(-length_J // size)).sum()) * size > 5 * len(order):
@@ -151,8 +144,8 @@ def entries_as_pieces(
 
 
 class Weighed(NamedTuple):
-    """What `weigh` returns: y where nothing saturates, [P, S]; and float64 sums over the entries of each piece, weighed
-    by share: of y and of its saturated part by channel [P, 2], of the objective and of clipped entries [P]."""
+    """y where nothing saturates, [P, S]; and float64 sums over the entries of each piece, weighed by share: of y and of
+    its saturated part by channel [P, 2], of the objective and of clipped entries [P]."""
 
     passed: Tensor
     total: Tensor
@@ -162,7 +155,7 @@ class Weighed(NamedTuple):
 
 
 def compute_dtype(value: Tensor) -> torch.dtype:
-    """Dtype of elementwise math: float64 and float32 stay, half types are raised to float32."""
+    """Dtype of elementwise math: half types are raised to float32."""
     return value.dtype if value.dtype == torch.float64 else torch.float32
 
 
@@ -198,26 +191,19 @@ def _of_token(value: Tensor, entries: Entries) -> Tensor:
     return (entries.share_TQ * value.reshape(-1)[entries.place_TQ]).sum(1).to(value.dtype)[entries.token]
 
 
-def _bad(size: Tensor, entries: Entries) -> Tensor:
-    """How many live entries are not finite, by their magnitudes."""
-    return _sum(_live(~(size <= LARGEST[size.dtype]), entries), entries)
-
-
 def measure(log_ratio: Tensor, weight: Tensor | None, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
     """Pass 1, by piece: S^+ and S^- [P, 2], (9) before the division; the largest |ell| [P]; how many live entries have
     a bad log-ratio and a bad weight [P, 2]. With any of them the sums are meaningless."""
     x = _live(log_ratio.to(compute_dtype(log_ratio)), entries)
     size = x.abs()
-    bad_x = _bad(size, entries)
-    bad_w = torch.zeros_like(bad_x) if weight is None else _bad(weight.to(compute_dtype(weight)).abs(), entries)
-    return _by_channel(x, x < 0, entries), size.amax(-1).double(), torch.stack([bad_x, bad_w], 1)
+    sizes = [size, torch.zeros_like(x) if weight is None else weight.to(compute_dtype(weight)).abs()]
+    bad = [_sum(_live(~(value <= LARGEST[value.dtype]), entries), entries) for value in sizes]
+    return _by_channel(x, x < 0, entries), size.amax(-1).double(), torch.stack(bad, 1)
 
 
 def _gated(x: Tensor, table: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
     """log rhat of every entry, clip(ell - O^l, +-eps) + offset^l with l its own channel; and whether the clip acts.
-
-    `table` [P, 5] holds O^+, O^-, offset^+, offset^-, eps.
-    """
+    `table` [P, 5] holds O^+, O^-, offset^+, offset^-, eps."""
     residual = x - _own(table[:, :2], negative)
     clipped = log_clip(residual, table[:, 4:])
     return clipped + _own(table[:, 2:4], negative), residual != clipped
@@ -264,25 +250,23 @@ class Passes:
     """Runs a pass: compiled where the mode says so, unless the compiler has failed before; else in blocks."""
 
     mode, failed = "auto", False
-    compiled = staticmethod(cache(partial(torch.compile, dynamic=True)))
+    compiled = staticmethod(cache(lambda function: torch.compile(function, dynamic=True)))
 
     def __call__(self, function: Any, *arguments: Any) -> Any:
         mode = os.environ.get("NEMO_FIBERPO_COMPILE", self.mode)
         if mode not in MODES:
             raise ValueError(f"NEMO_FIBERPO_COMPILE: must be one of {', '.join(MODES)}, got {mode!r}")
-        if not self.failed and (mode == "1" or (mode == "auto" and arguments[0].device.type == "cuda")):
-            try:
-                return self.compiled(function)(*arguments)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                self.failed = True
-                said = (str(error).splitlines() or [""])[0]
-                warnings.warn(
-                    f"torch.compile failed on nemo_fiberpo's {function.__name__}, which now runs uncompiled: "
-                    f"{type(error).__name__}: {said}. NEMO_FIBERPO_COMPILE=0 does not try",
-                    stacklevel=2,
-                )
+        if self.failed or not (mode == "1" or (mode == "auto" and arguments[0].device.type == "cuda")):
+            return _in_blocks(function, arguments)
+        try:
+            return self.compiled(function)(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self.failed = True
+            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}. NEMO_FIBERPO_COMPILE=0 does not try"
+            what = f"torch.compile failed on nemo_fiberpo's {function.__name__}, which now runs uncompiled"
+            warnings.warn(f"{what}: {why}", stacklevel=2)
         return _in_blocks(function, arguments)
 
 
@@ -309,7 +293,7 @@ run = Passes()
 
 
 def compile_passes(mode: str) -> None:
-    """Choose whether the passes are compiled: "auto" (on a GPU), "0" or "1". NEMO_FIBERPO_COMPILE overrides it."""
+    """Whether the passes are compiled: "auto" (on a GPU), "0" or "1". NEMO_FIBERPO_COMPILE overrides it."""
     if mode not in MODES:
         raise ValueError(f"compile: must be one of {', '.join(MODES)}, got {mode!r}")
     run.mode = mode

@@ -1,8 +1,5 @@
-"""What every gate is doing: named fields that ride in the second reduction, and the report made from them.
-
-Fields are float64 tensors, each reduced over ranks and micro-batches by its sum, or by its maximum (`MAXIMA`). A node
-that several ranks hold is counted by its owner only. In a buffer that is summed, maxima have a place per rank.
-"""
+"""What every gate is doing: named fields that ride in the second reduction, and the report made from them. Each is
+reduced over ranks and micro-batches by its sum or maximum. A node of several ranks is counted by its owner only."""
 
 from __future__ import annotations
 
@@ -11,23 +8,20 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .divergence import kl_estimate, tv_estimate
 from .fibration import Drift, Gates, Tokens, checked, gate_cells, measure, weigh
 from .gates import GLOBAL_REGIMES, LOCAL_REGIMES, REGIMES, STATES, global_regimes, regimes, states, zeroed_from
 from .hierarchy import Hierarchy
-from .labels import Part
-from .sharing import Cells, Level, Reduce, SharedCells, sum_nodes
+from .sharing import Cells, Level, Reduce, SharedCells, all_reduce, sum_nodes
 
 __all__ = ["GLOBAL_REGIMES", "LOCAL_REGIMES", "REGIMES", "STATES", "global_regimes", "named_regimes", "zeroed_from"]
 
 CHANNELS = ("pos", "neg")
-BINS = 66
-"""Bins of the histograms of |X| / C: four to an octave from 2^-8 to 2^8, one below, one above."""
+BINS = 66  # of the histograms of |X| / C: four to an octave from 2^-8 to 2^8, one below, one above
 HISTOGRAM_EDGES = tuple(2.0 ** (step / 4.0) for step in range(-32, 33))
-BY_STRATUM = ("sums", "maxima", "histogram", "regimes")
-MAXIMA = ("largest", "maxima")
-"""Fields that are reduced by their maximum; all others are summed."""
+MAXIMA = ("largest", "maxima")  # the fields that are reduced by their maximum
 
 
 @dataclass(frozen=True)
@@ -55,9 +49,8 @@ class NamedReport:
     """One named cell of a stratum, or all its cells with the same name in a part of its join.
 
     token_share   its live tokens, with those in merged cells, as a share of the stratum's
-    figures       by channel. Of a cell: `drift` |X|, `budget_used` |X| / C, and `regime` (0 passes, 1 rolls back, 2
-                  zeroed). Of a part: `drift`, the magnitude of the channel's mean over all its tokens; and `beyond`,
-                  the fraction of its cells that do not pass
+    figures       by channel. Of a cell: `drift` |X|, `budget_used` |X| / C, and `regime`, an index into STATES. Of a
+                  part: `drift`, |mean| of the channel over its tokens; `beyond`, the fraction of its cells not in pass
     """
 
     token_share: float
@@ -134,8 +127,7 @@ class Report:
 def empty_fields(cells: SharedCells) -> dict[str, Tensor]:
     """The fields of no tokens. For K strata, with names of all strata (of all parts of joins) one after the other:
 
-    value, largest   J; the largest |ell|
-    tokens       live tokens, clipped ones, S+, S-
+    value, largest, tokens   J; the largest |ell|; live tokens, clipped ones, S+, S-
     sums         [K, 6, 2] over cells: how many are in each state, |X|, and |X| / C, by channel; KL and TV
     maxima       [K, 3, 2] of |X| and |X| / C, by channel; of KL and TV
     histogram    [K, 2, BINS]: cells by |X| / C
@@ -149,8 +141,9 @@ def empty_fields(cells: SharedCells) -> dict[str, Tensor]:
     shapes: dict[str, tuple[int, ...]] = {"value": (1,), "tokens": (4,), "largest": (1,), "sums": (num, 6, 2)}
     shapes |= {"maxima": (num, 3, 2), "histogram": (num, 2, BINS), "regimes": (num, len(REGIMES) + 1)}
     shapes |= {"named": (3, 2, names), "parts": (2, 2, of_parts)}
-    neutral = dict.fromkeys(MAXIMA, -torch.inf)
-    return {name: cells.count_J.new_full(shape, neutral.get(name, 0.0)) for name, shape in shapes.items()}
+    return {
+        name: cells.count_J.new_full(shape, -torch.inf if name in MAXIMA else 0.0) for name, shape in shapes.items()
+    }
 
 
 def _named_fields(fields: Mapping[str, Tensor], cells: SharedCells) -> list[tuple[Tensor, list[Tensor]]]:
@@ -166,7 +159,7 @@ def _count(index: Tensor, counts: Tensor, num: int) -> Tensor:
 
 
 def report_fields(drift: Drift, gates: Gates, cells: SharedCells, value: Tensor, clipped: Tensor) -> dict[str, Tensor]:
-    """This rank's fields, from J and the number of clipped tokens of its own tokens."""
+    """This rank's fields, from J and the number of clipped ones of its own tokens."""
     out = empty_fields(cells)
     out["value"] = value.reshape(1)
     out["tokens"] = torch.cat([torch.stack([cells.count_J.sum(), clipped]), drift.sums_2J.sum(1)])
@@ -179,13 +172,11 @@ def report_fields(drift: Drift, gates: Gates, cells: SharedCells, value: Tensor,
         largest = torch.cat([figures[:2], torch.stack([kl_estimate(mean), tv_estimate(mean)])[None]])
         in_state = state == torch.arange(len(STATES), device=state.device)[:, None, None]
         sums, figures = torch.cat([in_state.double(), largest]) * owned, figures * owned
-
         channel = torch.stack([2 * forest.stratum_N, 2 * forest.stratum_N + 1])
         bins = BINS * channel + torch.bucketize(largest[1], x.new_tensor(HISTOGRAM_EDGES))
         regime = (len(REGIMES) + 1) * forest.stratum_N + regimes(state).clamp_max(len(REGIMES))
         out["histogram"] += _count(bins.flatten(), owned.repeat(2), out["histogram"].numel()).view_as(out["histogram"])
         out["regimes"] += _count(regime, owned, out["regimes"].numel()).view_as(out["regimes"])
-
         for index, nodes in forest.slices.items():
             level, (of_cells, of_parts) = cells.levels[index], named[index]
             out["sums"][index] = sums[..., nodes].sum(-1)
@@ -201,90 +192,76 @@ def report_fields(drift: Drift, gates: Gates, cells: SharedCells, value: Tensor,
 
 def pack(fields: Mapping[str, Tensor], cells: SharedCells) -> dict[str, Tensor]:
     """The fields for a buffer that is summed over the ranks of `cells`: maxima have a place per rank."""
-    out = dict(fields)
-    for name in out.keys() & set(MAXIMA):
-        out[name] = fields[name].new_zeros(*fields[name].shape, cells.world_size)
-        out[name][..., cells.rank] = fields[name]
-    return out
+    place = cells.rank, cells.world_size - 1 - cells.rank
+    return {name: pad(value[..., None], place) if name in MAXIMA else value for name, value in fields.items()}
 
 
 def unpack(summed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The fields of all ranks, from the sums of what `pack` made."""
+    """The fields of all ranks, from the sums of those of `pack`."""
     return {name: value.amax(-1) if name in MAXIMA else value for name, value in summed.items()}
 
 
 def merge(groups: Sequence[Mapping[str, Tensor]], empty: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The fields of evaluations that share no cell, such as those of micro-batches, together; `empty` for none."""
     out = dict(empty)
-    for fields in groups:
-        for name, value in fields.items():
-            out[name] = torch.maximum(out[name], value) if name in MAXIMA else out[name] + value
+    for name, value in (item for fields in groups for item in fields.items()):
+        out[name] = torch.maximum(out[name], value) if name in MAXIMA else out[name] + value
     return out
 
 
 def make_report(fields: Mapping[str, Tensor], cells: SharedCells) -> tuple[float, Report]:
     """J and the report, from the fields of all ranks, by one copy to the host."""
-    flat = torch.cat([value.reshape(-1) for value in fields.values()]).cpu()
-    split = flat.split([value.numel() for value in fields.values()])
-    host = {name: part.view(value.shape) for (name, value), part in zip(fields.items(), split, strict=True)}
-    strata = []
-    for index, (level, (of_cells, of_parts)) in enumerate(zip(cells.levels, _named_fields(host, cells), strict=True)):
-        named = _named_cells(level, of_cells)
-        for part, tally, figures in zip(level.parts, level.tally[-len(level.parts) :], of_parts, strict=False):
-            named |= _named_part(part, tally, level.num_tokens, figures)
-        strata.append(_stratum_report(level, {name: host[name][index] for name in BY_STRATUM}, named))
+    host = all_reduce(fields, torch.Tensor.cpu)
+    names = zip(cells.levels, _named_fields(host, cells), strict=True)
+    strata = tuple(_stratum_report(level, index, host, *named) for index, (level, named) in enumerate(names))
     live, clipped, pos, neg = host["tokens"].tolist()
     count = max(live, 1.0)
     mean, abs_mean, largest = (pos + neg) / count, (pos - neg) / count, float(host["largest"])
-    report = Report(tuple(strata), round(live), clipped / count, mean, abs_mean, largest, kl=-mean, tv=abs_mean / 2.0)
+    report = Report(strata, round(live), clipped / count, mean, abs_mean, largest, kl=-mean, tv=abs_mean / 2.0)
     return float(host["value"]), report
 
 
-def _stratum_report(level: Level, host: Mapping[str, Tensor], named: dict[str, NamedReport]) -> StratumReport:
+def _stratum_report(
+    level: Level, index: int, host: Mapping[str, Tensor], of_cells: Tensor, of_parts: Sequence[Tensor]
+) -> StratumReport:
     cells = max(level.num_acting, 1)
-    *shares, (kl, tv) = (host["sums"] / cells).tolist()
-    *most, (kl_max, tv_max) = host["maxima"].nan_to_num(neginf=0.0).tolist()
-    channels = {}
+    *shares, (kl, tv) = (host["sums"][index] / cells).tolist()
+    *most, (kl_max, tv_max) = host["maxima"][index].nan_to_num(neginf=0.0).tolist()
+    histograms, channels = host["histogram"][index].long().tolist(), {}
     for at, channel in enumerate(CHANNELS):
-        passes, rollback, zeroed, drift, used = (share[at] for share in shares)
-        bins = tuple(host["histogram"][at].long().tolist())
+        (passes, rollback, zeroed, drift, used), bins = (share[at] for share in shares), tuple(histograms[at])
         channels[channel] = ChannelReport(passes, rollback, zeroed, drift, most[0][at], used, most[1][at], bins)
     divergence = {"kl_mean": kl, "kl_max": kl_max, "tv_mean": tv, "tv_max": tv_max}
-    in_regime = dict(zip((*REGIMES, "other"), (host["regimes"] / cells).tolist(), strict=True))
+    in_regime = dict(zip((*REGIMES, "other"), (host["regimes"][index] / cells).tolist(), strict=True))
     merged = (level.merged[0], level.merged[1] / max(level.num_tokens, 1)) if level.merged else None
+    named = _named_reports(level, of_cells, of_parts)
     return StratumReport(level.name, level.num_acting, channels, named, merged, in_regime, divergence)
 
 
-def _named_cells(level: Level, figures: Tensor) -> dict[str, NamedReport]:
-    """Of the named cells that have tokens and a gate of their own, from [3, 2, names]."""
-    tokens, acting = level.tally[0].tolist() if level.names else ((), ())
-    keys, total = ("drift", "budget_used", "regime"), max(level.num_tokens, 1)
-    cells = ((cell, name) for cell, name in enumerate(level.names or ()) if acting[cell])
-    return {name: _named(tokens[cell] / total, keys, figures[:, :, cell]) for cell, name in cells}
+def _named_reports(level: Level, of_cells: Tensor, of_parts: Sequence[Tensor]) -> dict[str, NamedReport]:
+    """Of named cells with tokens and a gate of their own, from [3, 2, names]; and of the names of each part of a join
+    that have tokens, from [2, 2, names]."""
+    out, total, tallies = dict[str, NamedReport](), max(level.num_tokens, 1), list(level.tally)
 
+    def add(name: str, tokens: float, keys: tuple[str, ...], figures: Tensor) -> None:
+        rows = zip(CHANNELS, figures.T.tolist(), strict=True)
+        out[name] = NamedReport(tokens / total, {channel: dict(zip(keys, row, strict=True)) for channel, row in rows})
 
-def _named_part(part: Part, tally: Tensor, total: int, figures: Tensor) -> dict[str, NamedReport]:
-    """Of the names of a part of a join that have tokens, of `total` in all, from [2, 2, names]."""
-    tokens, acting = tally
-    values = torch.stack([figures[0].abs() / tokens, figures[1] / acting.clamp_min(1.0)])
-    names = ((at, f"{part.name}.{part.names[at]}") for at in tokens.nonzero().squeeze(1).tolist())
-    return {name: _named(float(tokens[at]) / total, ("drift", "beyond"), values[:, :, at]) for at, name in names}
-
-
-def _named(share: float, keys: Sequence[str], values: Tensor) -> NamedReport:
-    """From the figures [figures, 2]."""
-    by_channel = zip(CHANNELS, values.T.tolist(), strict=True)
-    return NamedReport(share, {channel: dict(zip(keys, row, strict=True)) for channel, row in by_channel})
+    if level.names:
+        tokens, acting = tallies.pop(0).tolist()
+        for at in (at for at in range(len(level.names)) if acting[at]):
+            add(level.names[at], tokens[at], ("drift", "budget_used", "regime"), of_cells[:, :, at])
+    for part, (tokens, acting), sums in zip(level.parts, tallies, of_parts, strict=True):
+        figures = torch.stack([sums[0].abs() / tokens, sums[1] / acting.clamp_min(1.0)])
+        for at in tokens.nonzero().squeeze(1).tolist():
+            add(f"{part.name}.{part.names[at]}", float(tokens[at]), ("drift", "beyond"), figures[:, :, at])
+    return out
 
 
 @dataclass(frozen=True, eq=False)
 class StratumRegimes:
-    """The regimes of the cells of one stratum that this rank holds and that have a gate of their own.
-
-    label_C             int64 [C], ascending
-    global_C, local_C   int64 [C], indices into GLOBAL_REGIMES and LOCAL_REGIMES
-    owned_C             bool [C]: this rank counts the cell
-    """
+    """The regimes of those cells of one stratum that this rank holds and that have a gate of their own: their labels,
+    ascending; indices into GLOBAL_REGIMES and LOCAL_REGIMES; and whether this rank counts the cell. int64, bool [C]."""
 
     name: str
     label_C: Tensor
@@ -305,21 +282,19 @@ def named_regimes(
     """The regimes of the cells of every active stratum, coarsest first, under the gates of `token_coefficients`.
 
     Args and errors as there; `reduce` is called as often as in its forward half (once without branches), and once more.
-    SPMD: tokens are sharded; a cell of several ranks has the same regimes on each of them.
+    SPMD: tokens are sharded; a cell has the same regimes on every rank.
     """
     cells = checked(cells, hierarchy, log_ratio=log_ratio)
     tokens = Tokens.of(cells, log_ratio, torch.ones_like(log_ratio))
     drift, _ = measure(tokens, cells, reduce)
-    if not cells.forests:
-        return ()
     gates = gate_cells(drift, cells, hierarchy)
     clipped_J = cells.layout.cell_sums(weigh(tokens, cells, drift, gates, exponentiate=False).clipped)
     clipped, _ = sum_nodes([(forest.slots, forest.up(clipped_J)) for forest in cells.forests], reduce, {})
     out: dict[int, StratumRegimes] = {}
     for index, forest in enumerate(cells.forests):
         global_N = regimes(states(drift.drift[index], gates.budget[index], gates.slope[index]))
-        # Sums of shares are rounded; a share is at least 1/255.
-        local_N = (clipped[index] > 1e-3).long() + (clipped[index] > forest.count_N - 1e-3).long()
+        some_N, all_N = clipped[index] > 1e-3, clipped[index] > forest.count_N - 1e-3  # a share is at least 1/255
+        local_N = some_N.long() + all_N.long()
         for stratum, nodes in forest.slices.items():
             of_nodes = (value[nodes] for value in (forest.label_N, global_N, local_N, forest.owned_N))
             out[stratum] = StratumRegimes(cells.levels[stratum].name, *of_nodes)

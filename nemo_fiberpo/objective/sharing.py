@@ -1,7 +1,5 @@
-"""Cells: which tokens count together, built by each rank from its own labels and then agreed between the ranks.
-
-    Cells         what a rank knows by itself: its joint cells, their labels in every stratum, their token counts
-    SharedCells   the same with global counts, forests, and the nodes that several ranks hold
+"""Cells: which tokens count together. Each rank builds `Cells` from its own labels; `SharedCells` add what only all
+ranks together know: global counts, forests, and the nodes that several ranks hold.
 
 Nothing here communicates. The caller gathers the censuses of a rollout as it likes, and hands the objective a `Reduce`
 that sums a small buffer over the ranks.
@@ -29,7 +27,7 @@ Reduce = Callable[[Tensor], Tensor]
 def all_reduce(parts: Mapping[str, Tensor], reduce: Reduce | None) -> dict[str, Tensor]:
     """The named float64 tensors summed over the ranks, in one call of `reduce`; as they are where it is None. Every
     rank must pass the same names and shapes."""
-    if reduce is None:
+    if reduce is None or not parts:
         return dict(parts)
     total = reduce(torch.cat([part.reshape(-1) for part in parts.values()]))
     split = total.split([part.numel() for part in parts.values()])
@@ -39,7 +37,7 @@ def all_reduce(parts: Mapping[str, Tensor], reduce: Reduce | None) -> dict[str, 
 def sum_nodes(
     values: Sequence[tuple[Slots, Tensor]], reduce: Reduce | None, riders: Mapping[str, Tensor]
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Values of nodes or cells [..., N], with the sums over the ranks where several hold one; and the riders' sums. One
+    """Values of nodes or cells [..., N], summed over the ranks where several hold one; and the sums of the riders. One
     call of `reduce`."""
     if reduce is None:
         return [value for _, value in values], dict(riders)
@@ -122,12 +120,12 @@ class _Queries(ABC):
 
 @dataclass(frozen=True, eq=False)
 class SharedCells(_Queries):
-    """Cells of all active strata for the tokens of one rank, agreed with the other ranks.
-
-    SPMD: tokens are sharded over ranks. Counts, slots and owners are global. Budgets, slopes and gates are not part of
-    the cells: they are looked up in the hierarchy whenever an objective is evaluated.
+    """Cells of all active strata for the tokens of one rank, agreed with the other ranks. Budgets, slopes and gates are
+    not part of them: the hierarchy gives them whenever an objective is evaluated.
 
     count_J   live tokens of this rank in its joint cells, float64
+
+    SPMD: tokens are sharded over ranks. Counts, slots and owners are global.
     """
 
     stages: Stages
@@ -182,13 +180,11 @@ class Cells(_Queries):
         return self.share([self.census()], 0)
 
     def share(self, censuses: Sequence[Tensor], rank: int) -> SharedCells:
-        """The cells with global counts, and for those of several ranks their slot in the shared buffer and their owner;
-        cells below the floor of their stratum (`Stratum.min_tokens`) are merged into their parents.
+        """The cells with global counts, and for those of several ranks their slot in the shared buffer and their owner,
+        the lowest rank that holds the cell. Those below the floor of their stratum are merged into their parents.
 
-        Pure. A cell's owner is the lowest rank that holds it; slots go by label. Every rank must pass the same
-        `censuses`, in rank order, its own at position `rank`; they may live on any device.
-
-        Raises ValueError where a cell has different parents on two ranks, and where censuses[rank] is not this census.
+        Every rank must pass the same `censuses`, on any device, in rank order, its own at position `rank`. Raises
+        ValueError where a cell has different parents on two ranks, and where censuses[rank] is not this census.
         """
         own = self.census()
         if not 0 <= rank < len(censuses):

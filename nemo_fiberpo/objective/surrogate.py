@@ -19,8 +19,7 @@ WEIGHTS = ("trajectory_mean", "token_mean", "fixed_length_mean")
 
 @dataclass(frozen=True, eq=False)
 class Surrogate:
-    """value: J of all ranks; coefficients: [T], dJ/dlogp of this rank's tokens; report: the gates of all ranks, made of
-    `fields`, see report.py."""
+    """J of all ranks; [T], dJ/dlogp of this rank's tokens; the gates of all ranks, from `fields`, see report.py."""
 
     value: float
     coefficients: Tensor
@@ -40,7 +39,7 @@ def token_weights(
 
         trajectory_mean     1 / (|Tj| T_tau(i))     (18), (30): every trajectory counts the same
         token_mean          1 / N                   every token counts the same
-        fixed_length_mean   1 / (|Tj| length)       every token counts the same, whatever the lengths came out as
+        fixed_length_mean   1 / (|Tj| length)       every token counts the same, whatever the lengths are
 
     |Tj| counts trajectories with a live token, T_tau and N live tokens, on all ranks where `cells` is shared.
 
@@ -70,8 +69,8 @@ def token_weights(
 def on_policy_coefficients(weighted_advantage: Tensor, cells: Cells | SharedCells) -> Tensor:
     """Coefficients at log-ratio exactly 0, where the Jacobian is the identity: w_i A_i on live tokens, 0 elsewhere.
 
-    [T] -> [T], no reduction. Right only where the old log-probabilities come from the very model, weights, precision
-    and layout that is trained. Raises ValueError for a non-finite value on a live token of this rank.
+    [T] -> [T], no reduction. Right only if the old log-probabilities come from the same model, weights, precision and
+    layout that are trained. Raises ValueError for a non-finite value on a live token of this rank.
     """
     cells = checked(cells, None, weighted_advantage=weighted_advantage)
     bad = find_bad(weighted_advantage, cells)
