@@ -233,7 +233,11 @@ class FiberPOTrainer(PPOTrainer):
         result = self.model.step(
             minibatch,
             self.hierarchy,
+<<<<<<< HEAD
             gating=self.settings.gating_map,
+=======
+            gating=self.settings.gating,
+>>>>>>> h-lean
             use_min=self.settings.use_min,
             kl_coefficient=self.settings.kl.coefficient,
         )

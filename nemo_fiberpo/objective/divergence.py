@@ -2,10 +2,11 @@
 
 Both are means of a function of the ratio r = exp(log-ratio) under the old policy, (37) and (38):
     TV: f(r) = |r - 1| / 2        KL: f(r) = -log r
-and the estimators differ only in what they average over: the tokens of a state (39), (40); all tokens (42); the worst
-state (44); the tokens of a trajectory (47)-(49); the trajectories (51). Sums are float64.
+The estimators differ in what they average over: the tokens of a state (39), (40); all tokens (42); the worst state
+(44); the tokens of a trajectory (47)-(49); the trajectories (51). Sums are float64.
 
-SPMD: everything here is about the tokens it is given. Sums and counts of several ranks add up; ratios of them do not.
+Arguments: log_ratio [T]; mask bool [T], True for live tokens; labels of states or trajectories, int64 [T].
+SPMD: only the tokens given count. Sums and counts of several ranks add up; ratios of them do not.
 """
 
 from __future__ import annotations
@@ -22,10 +23,8 @@ KINDS = ("tv", "kl")
 
 @dataclass(frozen=True, eq=False)
 class CellDivergence:
-    """Divergence of every cell that has a live token: label, ascending, number of live tokens, and mean of f.
-
-    [C] each; int64, int64, float64.
-    """
+    """Divergence of every cell that has a live token: its label, ascending, and number of live tokens, int64; and the
+    mean of f, float64."""
 
     label_C: Tensor
     count_C: Tensor
@@ -51,13 +50,8 @@ def token_divergence(log_ratio: Tensor, kind: str) -> Tensor:
 
 
 def cell_divergence(log_ratio: Tensor, label: Tensor, kind: str, mask: Tensor | None = None) -> CellDivergence:
-    """Divergence of each cell, the mean of f over its live tokens.
-
-    With labels of states it is (39) and (40), with labels of trajectories (47), (48) and (49).
-
-    Args: log_ratio [T]; label int64 [T], equal where tokens are in the same cell; mask bool [T], True for live tokens.
-    A state of a language model is a prompt with all tokens before this one: nearly all states have a single token.
-    """
+    """The mean of f over the live tokens of each cell: (39) and (40) with labels of states, (47)-(49) with those of
+    trajectories. A state of a language model is a prompt with all tokens before this one: nearly all have one token."""
     value_T = token_divergence(log_ratio, kind)
     _check_like(log_ratio, label=label, mask=mask)
     if mask is not None:
@@ -88,16 +82,13 @@ def trajectory_divergence(log_ratio: Tensor, trajectory: Tensor, kind: str, mask
 
 
 def kl_estimate(mean_2C: Tensor) -> Tensor:
-    """KL(old || new) of a cell, (40) and (49): log s^- - log s^+ = -(M^+ + M^-) = -mean(log r).
-
-    `mean_2C` [2, ...] holds the signed channel means; nats per token. Unbiased under the old policy, so it can be below
-    0 on a sample.
-    """
+    """KL(old || new) of cells, (40) and (49), from their signed channel means [2, ...]: log s^- - log s^+ =
+    -(M^+ + M^-) = -mean(log r). Unbiased under the old policy, so it can be below 0 on a sample."""
     return -mean_2C.sum(0)
 
 
 def tv_estimate(mean_2C: Tensor) -> Tensor:
-    """Total variation of a cell, (39) and (48) to first order: (log s^+ + log s^-) / 2 = mean|log r| / 2."""
+    """Total variation of cells, (39) and (48) to first order: (log s^+ + log s^-) / 2 = mean|log r| / 2."""
     return (mean_2C[0] - mean_2C[1]) / 2.0
 
 

@@ -79,8 +79,8 @@ class ExpertPartitions:
         expert that is in no partition or does not exist, and for a single partition, which would classify nothing.
         """
         if isinstance(self.by, Mapping):
-            return _table_of_map(self.by, num_experts)
-        if self.by == "expert":
+            table, names = _table_of_map(self.by, num_experts), tuple(self.by)
+        elif self.by == "expert":
             table, names = torch.arange(num_experts), tuple(f"expert_{index}" for index in range(num_experts))
         else:
             if expert_parallel_size < 2:
@@ -98,7 +98,9 @@ class ExpertPartitions:
             table = torch.arange(num_experts) // block
             ends = ((start, start + block - 1) for start in range(0, num_experts, block))
             names = tuple(f"expert_{a}" if a == b else f"experts_{a}-{b}" for a, b in ends)
-        return table, _several(names)
+        if not 2 <= len(names) <= _MOST:
+            raise ValueError(f"expert_partitions.by: makes {len(names)} partition(s); there must be 2 to {_MOST}")
+        return table, names
 
 
 def _checked_map(by: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
@@ -122,7 +124,7 @@ def _checked_map(by: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
     return checked
 
 
-def _table_of_map(by: Mapping[str, Sequence[int]], num_experts: int) -> tuple[Tensor, tuple[str, ...]]:
+def _table_of_map(by: Mapping[str, Sequence[int]], num_experts: int) -> Tensor:
     table = torch.full((num_experts,), -1)
     for number, (name, experts) in enumerate(by.items()):
         for expert in experts:
@@ -136,28 +138,19 @@ def _table_of_map(by: Mapping[str, Sequence[int]], num_experts: int) -> tuple[Te
     if missing:
         told = f"expert {missing[0]} is" if len(missing) == 1 else f"experts {', '.join(map(str, missing))} are"
         raise ValueError(f"expert_partitions.by: {told} in no partition; every expert of the model belongs to one")
-    return table, _several(tuple(by))
-
-
-def _several(names: tuple[str, ...]) -> tuple[str, ...]:
-    if not 2 <= len(names) <= _MOST:
-        raise ValueError(f"expert_partitions.by: makes {len(names)} partition(s); there must be 2 to {_MOST}")
-    return names
+    return table
 
 
 def _integers(value: object, where: str, wanted: str) -> tuple[int, ...]:
-    whole = isinstance(value, Sequence) and not isinstance(value, str)
-    if not whole or not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in value):  # type: ignore[attr-defined]
+    integers = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (None,)
+    if not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in integers):
         raise ValueError(f"{where}: must be {wanted}, got {value!r}")
-    return tuple(value)  # type: ignore[arg-type]
+    return integers
 
 
 def hard_labels(masses: Tensor) -> Tensor:
-    """The partition with most mass, the lowest of equal ones: masses [..., P] -> uint8 [...] (int16 for P > 256).
-
-    Where masses are not finite it is the lowest partition: the log-prob of such a token is not finite either, and a
-    live one is refused for that.
-    """
+    """The partition with most mass, the lowest of equal ones: masses [..., P] -> uint8 [...] (int16 for P > 256). The
+    lowest where masses are not finite: the log-prob of such a token is not finite either, for which it is refused."""
     label = masses.nan_to_num(nan=0.0).argmax(-1)
     return label.to(torch.uint8 if masses.shape[-1] <= 256 else torch.int16)
 
@@ -165,9 +158,8 @@ def hard_labels(masses: Tensor) -> Tensor:
 def soft_membership(masses: Tensor) -> Tensor:
     """Shares q_{t e} of a token in the partitions in units of 1/255: masses [..., P] -> uint8 [..., P] that sum to 255.
 
-    Rounded down, and what is left goes by one unit to the largest remainders, of equal ones the lowest partitions. All
-    in integers, so that the same masses give the same memberships on every rank. Masses that are not finite: all to the
-    lowest partition.
+    Rounded down; the units left go to the largest remainders, of equal ones the lowest partitions. All in integers, so
+    that the same masses give the same memberships on every rank. Masses that are not finite: all to the lowest.
     """
     units = (masses.nan_to_num(nan=0.0) / MASS_UNIT).round().long()
     lowest = torch.zeros_like(units)

@@ -1,8 +1,8 @@
 """The gating operator on forests of cells and its exact adjoint: (26), (31), (32) and the gradient (19).
 
-Per channel l, a_i^l = ell_i where token i is in channel l, else 0; A_j^l its sums over joint cells, N_j their tokens of
-this rank, and count_n the tokens of a node over all ranks. Forests are extracted one after the other, each from what
-those before it have left (a chain is one forest; its branches follow it, and `sweeps` repeats both):
+Per channel l, a_i^l = ell_i where token i is in channel l, else 0; A_j^l its sums over joint cells, N_j their tokens,
+both of this rank; count_n the tokens of a node over all ranks. Forests are extracted one after the other, each from
+what the earlier ones have left. A chain is one forest; its branches follow it, and `sweeps` repeats both:
 
     O = 0, X_f = 0
     for f in visits:     m = up(A - N O) / count          the mean of what is left, (9) and (33)      one reduction
@@ -13,7 +13,7 @@ those before it have left (a chain is one forest; its branches follow it, and `s
 While no gate and no clip acts, L_i = ell_i. With G = g'(X), y_i = w_i A_i rhat_i (or any other derivative of a function
 of L), Y^l its sums over joint cells, Y = Y^+ + Y^-:
 
-    Obar^l = sum of those y of channel l whose own clip is saturated + [|O^l| > eps] Y^{-l},   Z = 0
+    Obar^l = sums of those y of channel l whose own clip is saturated + [|O^l| > eps] Y^{-l},   Z = 0
     for f in reversed(visits):  mbar = minus_children((G - 1) up(Y)) + Obar at the leaves             one reduction
                                 b = mbar / count, summed over the path to the root;  Z += b;  Obar -= N b
     c_i = dJ / d ell_i = [own clip not saturated] y_i + Z^{l_i}
@@ -37,13 +37,13 @@ from torch.autograd.function import once_differentiable
 from . import kernels
 from .gates import log_clip
 from .hierarchy import Hierarchy
-from .kernels import Weighed, compute_dtype
-from .sharing import NO_RIDERS, Cells, Reduce, Riders, SharedCells, all_reduce
+from .kernels import Weighed
+from .sharing import NO_RIDERS, Cells, Reduce, Riders, SharedCells, all_reduce, sum_nodes
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Log-ratios and weights (of `kernels.weigh`) of this rank's tokens [T], and as their pieces hold them [P, S]."""
+    """Log-ratios and weights (those of `kernels.weigh`) of this rank's tokens: [T], and in pieces [P, S]."""
 
     log_ratio: Tensor
     weight: Tensor | None
@@ -52,7 +52,7 @@ class Tokens:
 
     @classmethod
     def of(cls, cells: SharedCells, log_ratio: Tensor, weight: Tensor | None = None) -> Tokens:
-        """Of tensors that `checked` has passed, without their gradients."""
+        """From tensors that `checked` has passed, without their gradients."""
         log_ratio, weight = log_ratio.detach(), None if weight is None else weight.detach()
         spread = cells.layout.spread
         return cls(log_ratio, weight, spread(log_ratio), None if weight is None else spread(weight))
@@ -60,11 +60,11 @@ class Tokens:
 
 @dataclass(frozen=True, eq=False)
 class Drift:
-    """What the log-ratios come to in cells, float64.
+    """Log-ratios by cell, float64.
 
     sums_2J       A: this rank's channel sums of joint cells
-    mean          per forest [2, N]: channel means M of its nodes, over all their tokens
-    drift         per forest [2, N]: X, what a node drifts beyond its parent and the forests before it
+    mean          per forest [2, N]: channel means M of the nodes, over all their tokens
+    drift         per forest [2, N]: X, the drift of a node beyond its parent and the earlier forests
     reference_2J  O: what tokens measure their own residual from
     largest_P     the largest |ell| of each piece
     """
@@ -78,80 +78,66 @@ class Drift:
 
 @dataclass(frozen=True, eq=False)
 class Gates:
-    """The gates of all nodes, per forest: budget C, value g(X) and derivative G, [2, N] each; and the token clip of
-    every joint cell [J] with what a token adds to its own clipped residual [2, J]."""
+    """Budget C and derivative G of the gates of all nodes, [2, N] per forest; and what tokens read of their joint cell,
+    see `kernels.gate`."""
 
     budget: list[Tensor]
-    value: list[Tensor]
     slope: list[Tensor]
-    clip_J: Tensor
-    offset_2J: Tensor
+    table_5J: Tensor
 
 
 def measure(
     tokens: Tokens, cells: SharedCells, reduce: Reduce | None, riders: Riders = NO_RIDERS
 ) -> tuple[Drift, dict[str, Tensor]]:
-    """The extraction above; and the sums of the riders, which are checked before anything else.
-
-    Raises ValueError on every rank where a live token of any rank has a non-finite log-ratio or weight, or where the
-    reduction is over other ranks than those that share the cells.
-    """
+    """The extraction: O and X; and the sums of the riders, which are checked first. Raises ValueError on every rank
+    where a live token of any rank has a non-finite value, or where other ranks are summed than share the cells."""
     layout, forests = cells.layout, cells.forests
     sums_P2, largest_P, bad_P2 = kernels.run(kernels.measure, tokens.log_ratio_PS, tokens.weight_PS, layout.entries)
     sums_2J, bad_2 = layout.cell_sums(sums_P2), bad_P2.sum(0)
-    local = [forest.up(sums_2J) for forest in forests]
-    parts = {"checks": torch.cat([bad_2, bad_2.new_ones(1)]), **riders.parts}
-    parts |= {f"sums {index}": forest.slots.pack(local[index]) for index, forest in enumerate(forests)}
-    summed = all_reduce(parts, reduce)
+    checks = {"checks": torch.cat([bad_2, bad_2.new_ones(1)]), **riders.parts}
+    sums, summed = sum_nodes([(forest.slots, forest.up(sums_2J)) for forest in forests], reduce, checks)
     riders.check(summed)
     _check(summed["checks"], bad_2, tokens, cells, reduce)
-    sums = [forest.slots.unpack(local[index], summed[f"sums {index}"]) for index, forest in enumerate(forests)]
-    drift = [torch.zeros_like(value) for value in sums]
-    reference_2J = torch.zeros_like(sums_2J)
+    mean = [sums_2N / forest.count_N for sums_2N, forest in zip(sums, forests, strict=True)]
+    drift, reference_2J = [torch.zeros_like(mean_2N) for mean_2N in mean], torch.zeros_like(sums_2J)
     for number, index in enumerate(cells.stages.visits):
-        forest, left = forests[index], sums[index]
-        if number:
-            left = forest.up(sums_2J - cells.count_J * reference_2J)
-            left = forest.slots.unpack(left, all_reduce({"": forest.slots.pack(left)}, reduce)[""])
-        mean_2N = left / forest.count_N
+        forest, mean_2N = forests[index], mean[index]
+        if number:  # the first forest is extracted from all there is
+            left_2N = forest.up(sums_2J - cells.count_J * reference_2J)
+            (left_2N,), _ = sum_nodes([(forest.slots, left_2N)], reduce, {})
+            mean_2N = left_2N / forest.count_N
         drift[index] = drift[index] + forest.minus_parent(mean_2N)
         reference_2J = reference_2J + forest.at(mean_2N)
-    means = [value / forest.count_N for value, forest in zip(sums, forests, strict=True)]
-    return Drift(sums_2J, means, drift, reference_2J, largest_P), summed
+    return Drift(sums_2J, mean, drift, reference_2J, largest_P), summed
 
 
 def gate_cells(drift: Drift, cells: SharedCells, hierarchy: Hierarchy) -> Gates:
-    """Gate the drift of every node with the gate, budgets and slope that `hierarchy` gives its stratum."""
-    budgets, values, slopes = [], [], []
+    """g(X) and G of every node, with the gate, budgets and slope of its stratum; and the offsets of joint cells."""
+    budgets, slopes = [], []
     clip_J = hierarchy.clip_of(cells)
-    offset_J = torch.zeros_like(drift.reference_2J[0])
+    offset_J = torch.zeros_like(clip_J)
     for forest, drift_2N in zip(cells.forests, drift.drift, strict=True):
         gated = []
-        for stratum, nodes in forest.slices.items():
-            budget_2C, slope_C = hierarchy.budget_of(cells.levels[stratum])
-            budget, slope = budget_2C[:, forest.cell_N[nodes]], slope_C[forest.cell_N[nodes]]
-            gated.append((budget, *hierarchy.active[stratum].gate(drift_2N[:, nodes], budget, slope)))
-        budget, value, slope = (torch.cat(part, 1) for part in zip(*gated, strict=True))
-        offset_J = offset_J + forest.path(value.sum(0))
-        budgets.append(budget)
-        values.append(value)
-        slopes.append(slope)
-    return Gates(budgets, values, slopes, clip_J, offset_J + log_clip(-drift.reference_2J.flip(0), clip_J))
+        for index, nodes in forest.slices.items():
+            stratum, names = hierarchy.active[index], cells.levels[index].names
+            budget, slope = stratum.bounds_of(forest.label_N[nodes], forest.count_N[nodes], names)
+            gated.append((budget, *stratum.gate(drift_2N[:, nodes], budget, slope)))
+        budget_2N, value_2N, slope_2N = (torch.cat(part, 1) for part in zip(*gated, strict=True))
+        offset_J = offset_J + forest.path(value_2N.sum(0))
+        budgets.append(budget_2N)
+        slopes.append(slope_2N)
+    offset_2J = offset_J + log_clip(-drift.reference_2J.flip(0), clip_J)
+    return Gates(budgets, slopes, torch.cat([drift.reference_2J, offset_2J, clip_J[None]]))
 
 
 def weigh(
     tokens: Tokens, cells: SharedCells, drift: Drift, gates: Gates, exponentiate: bool = True, use_min: bool = False
 ) -> Weighed:
     """y of every token and its sums, see `kernels.weigh`."""
-    pieces = tokens.log_ratio_PS, tokens.weight_PS, _table(tokens, cells, drift, gates), cells.layout.entries
+    table = cells.layout.table(gates.table_5J, kernels.compute_dtype(tokens.log_ratio))
+    pieces = tokens.log_ratio_PS, tokens.weight_PS, table, cells.layout.entries
     weighed: Weighed = kernels.run(kernels.weigh, *pieces, exponentiate, use_min)
     return weighed
-
-
-def _table(tokens: Tokens, cells: SharedCells, drift: Drift, gates: Gates) -> Tensor:
-    """What the pieces read of their joint cells, see `kernels.gate`."""
-    table_5J = torch.cat([drift.reference_2J, gates.offset_2J, gates.clip_J[None]])
-    return cells.layout.table(table_5J, compute_dtype(tokens.log_ratio))
 
 
 def coefficients(
@@ -163,23 +149,24 @@ def coefficients(
     reduce: Reduce | None,
     riders: Mapping[str, Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """c of every token, [T] in the dtype of `log_ratio`, by the adjoint above; and `riders` of its first reduction."""
+    """The adjoint: c of every token, [T] in the dtype of `log_ratio`; and the sums of `riders`."""
     layout = cells.layout
-    total_2J, blocked_2J = layout.cell_sums(weighed.total), layout.cell_sums(weighed.saturated)
+    total_2J, saturated_2J = layout.cell_sums(weighed.total), layout.cell_sums(weighed.saturated)
     total_J = total_2J.sum(0)
-    blocked_2J = blocked_2J + torch.where(drift.reference_2J.abs() > gates.clip_J, total_2J.flip(0), 0.0)
+    beyond_2J = drift.reference_2J.abs() > gates.table_5J[4]
+    blocked_2J = saturated_2J + torch.where(beyond_2J, total_2J.flip(0), 0.0)
     adjoint_2J = torch.zeros_like(blocked_2J)
-    riding, summed = dict(riders), dict[str, Tensor]()
+    summed: dict[str, Tensor] = {}
     for index in reversed(cells.stages.visits):
         forest = cells.forests[index]
         back_2N = forest.minus_children((gates.slope[index] - 1.0) * forest.up(total_J)) + forest.at_leaves(blocked_2J)
-        told = all_reduce({**riding, "back": forest.slots.pack(back_2N)}, reduce)
-        back_2J = forest.path(forest.slots.unpack(back_2N, told.pop("back")) / forest.count_N)
+        (back_2N,), told = sum_nodes([(forest.slots, back_2N)], reduce, riders)
+        back_2J = forest.path(back_2N / forest.count_N)
         adjoint_2J = adjoint_2J + back_2J
         blocked_2J = blocked_2J - cells.count_J * back_2J
-        riding, summed = {}, summed | told
+        riders, summed = {}, summed | told
     if not cells.forests:
-        summed = all_reduce(riding | {"back": adjoint_2J.new_zeros(0)}, reduce)
+        summed = all_reduce({**riders, "none": adjoint_2J.new_zeros(0)}, reduce)
     adjoint = layout.table(adjoint_2J, weighed.passed.dtype)
     out = kernels.run(kernels.pull, weighed.passed, tokens.log_ratio_PS, adjoint, layout.entries)
     return narrowed(layout.collect(out), tokens.log_ratio.dtype), summed
@@ -205,8 +192,8 @@ def token_coefficients(
         log_ratio           [T], current minus old log-probability, nats; float16, bfloat16, float32 or float64
         weighted_advantage  [T], w_i A_i with global weights (see `token_weights`)
         cells, hierarchy    cells of the hierarchy's active strata; budgets and slopes come from the hierarchy
-        reduce              sums a float64 vector over the ranks; called `hierarchy.num_reductions` times: exactly
-                            twice without branches. None for one process
+        reduce              sums a float64 vector over the ranks; called `hierarchy.num_reductions` times: twice without
+                            branches. None for one process
         use_min             J = sum_i w_i min(r_i A_i, rhat_i A_i), the pessimism of PPO on top of the hierarchy: where
                             the token's own ratio is the minimum, its gradient w_i A_i r_i passes through no gate
 
@@ -234,7 +221,7 @@ class _GatedLogRatio(torch.autograd.Function):
         gates = gate_cells(drift, cells, hierarchy)
         ctx.save_for_backward(log_ratio)
         ctx.held = cells, drift, gates, reduce
-        table = _table(tokens, cells, drift, gates)
+        table = cells.layout.table(gates.table_5J, kernels.compute_dtype(log_ratio))
         gated = kernels.run(kernels.gate, tokens.log_ratio_PS, table, cells.layout.entries)
         return cells.layout.collect(gated).to(log_ratio.dtype)
 
@@ -256,8 +243,8 @@ def gated_log_ratio(
 
     Arguments, dtype, errors and SPMD layout as `token_coefficients`; half of the calls of `reduce` (one, without
     branches) are made in the forward pass, half in the backward pass, which every rank must therefore run.
-    With shared cells the derivative is that of the sum of all ranks' losses. The result is 0 at masked tokens, and what
-    gradient arrives there is ignored.
+    With shared cells the derivative is that of the sum of all ranks' losses. The result is 0 at masked tokens, whose
+    incoming gradient is ignored.
     """
     cells = checked(cells, hierarchy, log_ratio=log_ratio)
     gated: Tensor = _GatedLogRatio.apply(log_ratio, cells, hierarchy, reduce)
@@ -276,41 +263,36 @@ def checked(cells: Cells | SharedCells, hierarchy: Hierarchy | None, **tokens: T
             raise ValueError(f"{name}: must be a floating-point tensor, got {got}")
         if value.ndim != 1 or value.numel() != cells.num_tokens:
             raise ValueError(f"{name}: must have shape [{cells.num_tokens}] like the labels, got {list(value.shape)}")
-        if value.device != cells.layout.device:
-            raise ValueError(f"{name}: is on {value.device}, but the cells are on {cells.layout.device}")
+        if value.device != cells.count_J.device:
+            raise ValueError(f"{name}: is on {value.device}, but the cells are on {cells.count_J.device}")
     return cells
 
 
+def find_bad(value_T: Tensor, cells: SharedCells) -> str | None:
+    """The first value of a live token that is not finite, and its place, for a message; None without one."""
+    batch, mask_T = cells.layout.batch, cells.layout.mask_T
+    bad_T = ~(value_T.abs() <= kernels.LARGEST.get(value_T.dtype, torch.finfo(value_T.dtype).max))
+    bad = (bad_T if mask_T is None else bad_T & mask_T).nonzero()
+    if not bad.numel():
+        return None
+    index = int(bad[0])
+    where = f"sample {index // batch[1]}, token position {index % batch[1]}" if batch else None
+    return f"{value_T[index].item()} on a live token, {where or f'token {index} of the flat batch'}"
+
+
 def _check(summed: Tensor, bad_2: Tensor, tokens: Tokens, cells: SharedCells, reduce: Reduce | None) -> None:
-    """Refuse what the first reduction told: bad input on any rank, and another number of ranks than share the cells."""
-    *here, first, second, ranks = torch.cat([bad_2, summed]).tolist()
+    """Refuse bad input on any rank, and a reduction over another number of ranks than share the cells."""
+    *here, bad_ratios, bad_weights, ranks = torch.cat([bad_2, summed]).tolist()
     if ranks != cells.world_size:
         what = f"sums over {int(ranks)} rank(s)" if reduce is not None else "is required"
         raise ValueError(f"reduce: {what}, but the cells are shared by {cells.world_size} rank(s); see `Cells.share`")
     names, values = ("log_ratio", "weighted_advantage"), (tokens.log_ratio, tokens.weight)
-    for own, total, name, value in zip(here, (first, second), names, values, strict=True):
-        if own:
-            assert value is not None
-            index = int(bad_tokens(value, cells).nonzero()[0])
+    for own, total, name, value in zip(here, (bad_ratios, bad_weights), names, values, strict=True):
+        if own and value is not None:
             raise ValueError(
-                f"{name}: {value[index].item()} on a live token, {place(index, cells)}; "
-                f"{round(total)} such tokens in all, all live values must be finite"
+                f"{name}: {find_bad(value, cells)}; {round(total)} such tokens in all, all live values must be finite"
             )
         if total:
             raise ValueError(
                 f"{name}: {round(total)} live tokens on another rank are not finite; see that rank's error"
             )
-
-
-def bad_tokens(value: Tensor, cells: SharedCells) -> Tensor:
-    """Bool [T]: live tokens whose value is not finite."""
-    bad = ~(value.abs() <= kernels.LARGEST.get(value.dtype, torch.finfo(value.dtype).max))
-    return bad if cells.layout.mask_T is None else bad & cells.layout.mask_T
-
-
-def place(index: int, cells: SharedCells) -> str:
-    """Where a token is: sample and position in it where the shape of the batch is known."""
-    batch = cells.layout.batch
-    if batch is None:
-        return f"token {index} of the flat batch"
-    return f"sample {index // batch[1]}, token position {index % batch[1]}"

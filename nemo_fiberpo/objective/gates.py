@@ -2,17 +2,42 @@
 
 A gate is a function (x, budget, slope) -> (value, derivative) of float64 tensors: the drift x of cells, of either sign;
 their budgets C > 0; their slopes k > 0. It is odd, g(0) = 0 and g'(0) = 1, so that on-policy the Jacobian is the
-identity. What lies beyond C is open in the paper (E.5.2).
+identity. The paper leaves open what lies beyond C (E.5.2).
+
+A gate passes where |X| <= C; beyond, it rolls back where its derivative is not 0, else it is zeroed (with the gate (10)
+from C* = C (1 + 1/k)). Five of the nine combinations of a cell's two channels have a name. They follow each other as
+the drift of a trajectory grows, if the falling channel reaches its budget first:
+
+    G-I         both pass                       the gradient is the ordinary one
+    G-II,r      neg rolls back, pos passes
+    G-II        neg zeroed, pos passes          the base weight is s+ only
+    G-III,r     neg zeroed, pos rolls back
+    G-III       both zeroed                     the base weight is 1, only the tokens' residuals are left
+
+In the other four pos comes first. Where the ratios of a trajectory average to 1, (65), the falling channel drifts at
+least as much as the rising one, so that these four cannot occur with C-* <= C+; in a sample they can. By the token
+clips of its tokens a cell is in L-I (no live token's own residual is clipped), L-II (some are), or L-III (all are).
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+STATES = ("pass", "rollback", "zeroed")
+GLOBAL_REGIMES = (
+    "G-I", "G-II,r", "G-II", "G-III,r", "G-III",
+    "pos rollback, neg pass", "pos zeroed, neg pass", "pos rollback, neg rollback", "pos zeroed, neg rollback",
+)  # fmt: skip
+LOCAL_REGIMES = ("L-I", "L-II", "L-III")
+REGIMES = GLOBAL_REGIMES[:5]
+"""Those with a name in the paper; the others are "other" in a report."""
+_REGIME = (0, 1, 2, 5, 7, 3, 6, 8, 4)
+"""Index into GLOBAL_REGIMES by 3 x the state of pos + the state of neg."""
 
 GateFunction = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -37,17 +62,14 @@ class Gate:
 
 
 def aggregate_gate(drift: Tensor, budget: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """Value and derivative of g(x; C, k), equation (10), extended to negative x as an odd function.
+    """Value and derivative of g(x; C, k), (10), extended to negative x as an odd function.
 
         g(x) = x                             |x| <= C          pass-through, derivative 1
              = sgn(x) [C - k (|x| - C)]      C < |x| < C*      rollback,     derivative -k
              = 0                             |x| >= C*         zeroed,       derivative 0,   C* = C (1 + 1/k)
 
-    The rollback is written as C - k (|x| - C), not (k+1) C - k |x|: the difference |x| - C is exact in floating point
-    near C, so a window of width C / k survives k = 1e6.
-
-    Args: `drift`, `budget` (> 0) and `slope` (> 0), in log-ratio units but for the slope, broadcastable; any dtype.
-    Returns (g, dg/dx), shaped like the broadcast arguments.
+    Written as C - k (|x| - C), not (k+1) C - k |x|: near C the difference |x| - C is exact in floating point, so that a
+    window of width C / k survives k = 1e6. Args: drift and budget (> 0) in nats, slope (> 0); broadcastable, any dtype.
     """
     size = drift.abs()
     passes = size <= budget
@@ -63,20 +85,14 @@ def zeroed_from(budget: Tensor, slope: Tensor) -> Tensor:
 
 
 def clip_gate(drift: Tensor, budget: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """g(x) = clip(x, +-C): saturates at the budget, derivative 0 beyond it, so nothing pushes back. `slope` is unused.
-
-    Arguments and result as `aggregate_gate`.
-    """
+    """g(x) = clip(x, +-C): saturates at the budget, derivative 0 beyond it, so nothing pushes back. `slope` is unused."""
     value = torch.minimum(torch.maximum(drift, -budget), budget)
     return value, (drift.abs() <= budget).to(drift.dtype)
 
 
 def soft_gate(drift: Tensor, budget: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """g(x) = x exp(-(x / C)^2 / 2): smooth, the identity to second order at 0, with its peak of .61 C at x = C.
-
-    Beyond C it falls to 0 without ever being flat: g'(x) = (1 - (x / C)^2) exp(-(x / C)^2 / 2). `slope` is unused.
-    Arguments and result as `aggregate_gate`.
-    """
+    """g(x) = x exp(-(x / C)^2 / 2), g'(x) = (1 - (x / C)^2) exp(-(x / C)^2 / 2): smooth, the identity to second order at
+    0, with its peak of .61 C at x = C. Beyond it falls to 0 without ever being flat. `slope` is unused."""
     square = (drift / budget).square()
     falling = torch.exp(-0.5 * square)
     return drift * falling, (1.0 - square) * falling
@@ -92,6 +108,22 @@ GATES = {
 }
 
 
+def states(drift: Tensor, budget: Tensor, derivative: Tensor) -> Tensor:
+    """Index into STATES of every gate, from its drift, budget and derivative."""
+    return torch.where(drift.abs() <= budget, 0, torch.where(derivative != 0, 1, 2))
+
+
+def regimes(state_2C: Tensor) -> Tensor:
+    """Index into GLOBAL_REGIMES of every cell, from the states of its two channels."""
+    return torch.tensor(_REGIME, device=state_2C.device)[3 * state_2C[0] + state_2C[1]]
+
+
+def global_regimes(drift_2C: Tensor, budget_2C: Tensor, slope_C: Tensor) -> Tensor:
+    """Index into GLOBAL_REGIMES of every cell under the gate (10), int64 [C], from its drift beyond the parent's, its
+    budgets C and its slope k. Elementwise."""
+    return regimes(states(drift_2C, budget_2C, aggregate_gate(drift_2C, budget_2C, slope_C)[1]))
+
+
 def log_clip(residual: Tensor, token_clip: Tensor) -> Tensor:
     """Logarithm of the token clip (12): clip(x, +-eps), elementwise. Its derivative is 1 where it returns x, else 0."""
     return residual.clamp(-token_clip, token_clip)
@@ -102,28 +134,22 @@ def find_gate(given: object) -> Gate:
     `Gate`, or a `Gate` itself. One that is not ours is checked, see `check_gate`. ValueError names the field `gate`."""
     if isinstance(given, str) and given in GATES:
         return GATES[given]
-    if isinstance(given, Gate):
+    if isinstance(given, str) and given.count(":") == 1:
+        module, _, name = given.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"gate: {given!r} cannot be imported: {error}") from error
+        if not isinstance(found, Gate) and not callable(found):
+            raise ValueError(f"gate: {given!r} is no function and no Gate, but {found!r}")
+        gate = replace(found, name=given) if isinstance(found, Gate) else Gate(given, found)
+    elif isinstance(given, Gate):
         gate = given
-    elif isinstance(given, str) and given.count(":") == 1:
-        gate = _imported(given)
     else:
         raise ValueError(f"gate: must be one of {', '.join(GATES)}, or package.module:function, got {given!r}")
     if gate not in GATES.values():
         check_gate(gate)
     return gate
-
-
-def _imported(given: str) -> Gate:
-    module, _, name = given.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"gate: {given!r} cannot be imported: {error}") from error
-    if isinstance(found, Gate):
-        return Gate(given, found.function, found.passes, found.kinks)
-    if not callable(found):
-        raise ValueError(f"gate: {given!r} is no function and no Gate, but {found!r}")
-    return Gate(given, found)
 
 
 def check_gate(gate: Gate) -> None:

@@ -9,20 +9,18 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .labels import Column, check_labels, find_membership, resolve_labels
-from .sharing import Cells, Level, SharedCells, Stages, make_cells
+from .labels import Names, check_labels, find_membership, resolve_labels
+from .sharing import Cells, SharedCells, Stages, make_cells
 from .stratum import (
     Budget,
     SlopeCap,
     Stratum,
-    belongs_into_the_chain,
+    belongs_in_chain,
     check_structure,
     nearest,
     nothing_left,
     positive_number,
 )
-
-__all__ = ["Budget", "Hierarchy", "SlopeCap", "Stratum", "positive_number"]
 
 
 @dataclass(frozen=True)
@@ -58,15 +56,17 @@ class Hierarchy:
     @cached_property
     def active(self) -> tuple[Stratum, ...]:
         """The strata that are switched on: the chain, coarsest first, then the branches."""
-        return self._chain + self._branches
+        return tuple(stratum for stratum in (*self.strata, *self.branches) if stratum.enabled)
 
     @cached_property
-    def _chain(self) -> tuple[Stratum, ...]:
-        return tuple(stratum for stratum in self.strata if stratum.enabled)
+    def _chain(self) -> list[str]:
+        """Names of the active strata of the chain."""
+        return [stratum.name for stratum in self.strata if stratum.enabled]
 
     @cached_property
-    def _branches(self) -> tuple[Stratum, ...]:
-        return tuple(branch for branch in self.branches if branch.enabled)
+    def _beside(self) -> dict[str, str]:
+        """Active branch -> the stratum of the chain that it stands beside."""
+        return {branch.name: branch.beside or self._chain[-1] for branch in self.branches if branch.enabled}
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -90,26 +90,25 @@ class Hierarchy:
     def stages(self) -> Stages:
         """The forests, and the order in which they are extracted: a part of the chain and then the branches beside its
         last stratum, `sweeps` times over; then the next part."""
-        chain = [stratum.name for stratum in self._chain]
-        beside = [chain.index(branch.beside or chain[-1]) for branch in self._branches]
+        size = len(self._chain)
+        last = [self._chain.index(beside) for beside in self._beside.values()]
         forests: list[range] = []
         visits: list[int] = []
         first = 0
-        for last in sorted({*beside, len(chain) - 1} if chain else ()):
-            branches = [len(chain) + index for index, at in enumerate(beside) if at == last]
-            stage = [range(first, last + 1), *(range(branch, branch + 1) for branch in branches)]
+        for end in sorted({*last, size - 1} if size else ()):
+            branches = [range(size + index, size + index + 1) for index, at in enumerate(last) if at == end]
+            stage = [range(first, end + 1), *branches]
             visits += list(range(len(forests), len(forests) + len(stage))) * (self.sweeps if branches else 1)
             forests += stage
-            first = last + 1
+            first = end + 1
         floors = tuple(stratum.min_tokens or 0 for stratum in self.active)
-        names = tuple(stratum.name for stratum in self.active)
-        return Stages(names, len(chain), tuple(forests), tuple(visits), floors)
+        return Stages(tuple(stratum.name for stratum in self.active), size, tuple(forests), tuple(visits), floors)
 
     def cells(
         self,
         labels: Mapping[str, Tensor],
         mask: Tensor | None = None,
-        names: Mapping[str, Sequence[str]] | None = None,
+        names: Names | None = None,
         shape: tuple[int, int] | None = None,
     ) -> Cells:
         """Cells of the active strata for the tokens of this rank.
@@ -135,7 +134,12 @@ class Hierarchy:
         for name in names:
             if name not in known:
                 raise ValueError(f"names: no stratum is called {name!r}{nearest(name, known)}")
-        self._require(labels)
+        for stratum in self.active:
+            for column in stratum.columns:
+                if column not in labels:
+                    given = ", ".join(map(repr, labels)) or "none"
+                    what = "the join" if stratum.join else "the active stratum"
+                    raise ValueError(f"labels: {what} {stratum.name!r} needs labels of {column!r} (given: {given})")
         soft = find_membership(labels, self.columns, mask, names)
         hard = {name: labels[name] for name in self.columns}
         if soft is not None:
@@ -144,71 +148,36 @@ class Hierarchy:
         num = check_labels({f"labels[{name!r}]": label for name, label in some.items()}, mask, shape)
         if num is None:
             raise ValueError("labels: with no active stratum, labels, mask or shape must tell the number of tokens")
-        # First as if it were hard: what is wrong with other columns is then said of tokens, not of their entries.
-        columns = self._resolve(hard, mask, names)
+        # First as if it were hard, so that errors in other columns name tokens and not their entries.
+        columns = resolve_labels(self.active, self._beside, hard, mask, names)
         if soft is not None:
-            columns = self._resolve(*soft.entries(hard), names, soft.column)
+            columns = resolve_labels(self.active, self._beside, *soft.entries(hard), names, soft.column)
         for stratum in self.active:
             stratum.check_names(columns[stratum.name].names)
-        self._check_clips(columns)
+        if self.token_clips:
+            self._check_clips(self.active[0].name, columns[self.active[0].name].names)
         cells = make_cells(self.stages, columns, num, mask, shape, soft)
         cells.census()  # refuses cells that do not nest
         return cells
 
-    def _resolve(
-        self,
-        labels: Mapping[str, Tensor],
-        mask: Tensor | None,
-        names: Mapping[str, Sequence[str]],
-        soft: str | None = None,
-    ) -> dict[str, Column]:
-        return resolve_labels(self.active, [branch.name for branch in self._branches], labels, mask, names, soft)
-
-    def _require(self, labels: Mapping[str, Tensor]) -> None:
-        for stratum in self.active:
-            for column in stratum.columns:
-                if column not in labels:
-                    given = ", ".join(map(repr, labels)) or "none"
-                    what = "the join" if stratum.join else "the active stratum"
-                    raise ValueError(f"labels: {what} {stratum.name!r} needs labels of {column!r} (given: {given})")
-
-    def _check_clips(self, columns: Mapping[str, Column]) -> None:
-        if not self.token_clips:
-            return
-        name = self._chain[0].name
-        names = columns[name].names
+    def _check_clips(self, coarsest: str, names: Sequence[str] | None) -> None:
         if names is None:
-            raise ValueError(f"names: token_clips go by cells of {name!r}, so names[{name!r}] must list their names")
+            raise ValueError(
+                f"names: token_clips go by cells of {coarsest!r}, so names[{coarsest!r}] must list their names"
+            )
         for key in self.token_clips:
             if key not in names:
-                raise ValueError(f"token_clips.{key}: no cell of {name!r} has this name{nearest(key, names)}")
-
-    def budget_of(self, level: Level) -> tuple[Tensor, Tensor]:
-        """Budgets C [2, C] and rollback slopes k [C] of the cells of an active stratum, float64, on its device."""
-        stratum = next(stratum for stratum in self.active if stratum.name == level.name)
-        stratum.check_names(level.names)
-        named = [stratum.budgets.get(name, stratum.budget) for name in level.names or ()] if stratum.budgets else []
-        pairs = [[budget.pos, budget.neg] for budget in named or [stratum.budget]]
-        table = torch.tensor(pairs, dtype=torch.float64, device=level.label_C.device).T
-        index_C = level.label_C if named else torch.zeros_like(level.label_C)
-        if stratum.slope is None:
-            return table[:, index_C], level.count_C
-        if isinstance(stratum.slope, SlopeCap):
-            return table[:, index_C], level.count_C.clamp_max(stratum.slope.cap)
-        return table[:, index_C], torch.full_like(level.count_C, stratum.slope)
+                raise ValueError(f"token_clips.{key}: no cell of {coarsest!r} has this name{nearest(key, names)}")
 
     def clip_of(self, cells: SharedCells) -> Tensor:
         """The token clip eps of every joint cell, float64 [J]."""
         if not self.token_clips:
             return torch.full_like(cells.count_J, self.token_clip)
-        level = cells.levels[0]
-        clips = [self.token_clips.get(name, self.token_clip) for name in level.names or ()]
-        table = torch.tensor(clips, dtype=torch.float64, device=level.label_C.device)
-        return table[level.label_C[level.cell_J]]
+        coarsest = cells.levels[0]
+        clips = [self.token_clips.get(name, self.token_clip) for name in coarsest.names or ()]
+        return cells.count_J.new_tensor(clips)[coarsest.label_C[coarsest.cell_J]]
 
-    def check_data(
-        self, labels: Mapping[str, Tensor], mask: Tensor | None = None, names: Mapping[str, Sequence[str]] | None = None
-    ) -> None:
+    def check_data(self, labels: Mapping[str, Tensor], mask: Tensor | None = None, names: Names | None = None) -> None:
         """Refuse, with an explanation, joins and branches that would count a drift twice with these labels.
 
         `labels`, `mask` and `names` as in `cells`, of a whole data set: one token per prompt will do. Labels that only
@@ -216,17 +185,12 @@ class Hierarchy:
         two classifications may coincide in it by chance. Raises ValueError.
         """
         here = [stratum for stratum in self.active if set(stratum.columns) <= set(labels)]
-        branches = [branch.name for branch in self._branches]
-        columns = resolve_labels(here, branches, labels, mask, names or {})
+        columns = resolve_labels(here, self._beside, labels, mask, names or {})
         known = {name: label for name, label in labels.items() if isinstance(label, Tensor) and label.ndim == 1}
-        above: Tensor | None = None
-        for stratum in here:  # where it is missing, tokens are told apart as in the stratum above
-            column = columns[stratum.name]
-            known[stratum.name] = column.label_E
-            if column.present_E is not None:
-                assert above is not None
-                known[stratum.name] = torch.where(column.present_E, column.label_E, -1 - above.abs())
-            above = known[stratum.name]
+        above = torch.empty(0)
+        for name, column in columns.items():  # where it is missing, tokens are told apart as in the stratum above
+            label, present = column.label_E, column.present_E
+            above = known[name] = label if present is None else torch.where(present, label, -1 - above.abs())
 
         def refines(finer: str, coarser: str) -> bool:
             if finer not in known or coarser not in known:
@@ -243,16 +207,14 @@ class Hierarchy:
                         f"stratum {stratum.name!r}, join: in this data every {part} lies in one {others}, so the join "
                         f"is {part} itself; use {part} in its place"
                     )
-        chain = [stratum.name for stratum in self._chain]
-        for index, branch in enumerate(self._branches):
-            beside = branch.beside or chain[-1]
-            same = [other.name for other in self._branches[:index] if (other.beside or chain[-1]) == beside]
-            for taken in (beside, *same):
-                if refines(taken, branch.name):
-                    raise ValueError(f"branch {branch.name!r}: in this data {nothing_left(branch.name, taken)}")
+        chain = self._chain
+        for index, (branch, beside) in enumerate(self._beside.items()):
+            for taken in (beside, *(other for other, at in list(self._beside.items())[:index] if at == beside)):
+                if refines(taken, branch):
+                    raise ValueError(f"branch {branch!r}: in this data {nothing_left(branch, taken)}")
             following = chain[chain.index(beside) + 1 :]
-            if refines(branch.name, beside) and (not following or refines(following[0], branch.name)):
-                raise ValueError(f"branch {branch.name!r}: in this data {belongs_into_the_chain(branch.name, beside)}")
+            if refines(branch, beside) and (not following or refines(following[0], branch)):
+                raise ValueError(f"branch {branch!r}: in this data {belongs_in_chain(branch, beside)}")
 
     def check_cells(self, cells: SharedCells) -> None:
         """Refuse cells that were built for other strata than the active ones."""
@@ -295,7 +257,7 @@ def build_cells(
     strata: Sequence[str],
     labels: Mapping[str, Tensor],
     mask: Tensor | None = None,
-    names: Mapping[str, Sequence[str]] | None = None,
+    names: Names | None = None,
     shape: tuple[int, int] | None = None,
 ) -> Cells:
     """Cells of the chain `strata` (coarsest first); arguments, errors and SPMD layout as in `Hierarchy.cells`.

@@ -2,19 +2,22 @@
 
     measure   signed channel sums, and the count of bad input
     weigh     residual, clip, exp: y = w A rhat, and its sums
-    pull      add what cells give back to their tokens
+    pull      add what the cells give back to their tokens
 
-The passes are pure functions of plain torch on tensors [P, S], P pieces of S entries; what they return begins with P.
-`torch.compile` fuses each into one kernel: by default on a GPU, not on a CPU; NEMO_FIBERPO_COMPILE=auto|0|1 or
-`compile_passes` choose. Elementwise math is in float32, float64 for float64 input. Sums are float64,
-taken along a piece and then over pieces in their order: two runs give the same bits.
+A pass is a pure function of tensors [P, S], P pieces of S entries; what it returns begins with P. `torch.compile` fuses
+it into one kernel: by default on a GPU only; NEMO_FIBERPO_COMPILE=auto|0|1 or `compile_passes` choose. Elementwise math
+is in float32, or float64 for float64 input. Sums are float64, along a piece and then over pieces in their order: two
+runs give the same bits.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -24,70 +27,75 @@ from .forest import SegmentSum, read
 from .gates import log_clip
 
 LARGEST = {torch.float32: torch.finfo(torch.float32).max, torch.float64: 1e280}
-"""Magnitudes beyond it count as non-finite: a float64 sum of them could overflow."""
+"""Larger magnitudes count as non-finite: a float64 sum of them could overflow."""
 LARGEST_EXPONENT = {torch.float32: 80.0, torch.float64: 500.0}
 """Ratios that no gate bounds are exp(min(ell, this))."""
-LONGEST = 256
-"""Largest length of pieces that are cut; of its halves the longest is taken that adds at most a quarter of places."""
-BLOCK = 1 << 16
-"""Entries that an uncompiled pass works on at a time."""
+LONGEST = 256  # largest length of pieces that are cut; halved until padding adds at most a quarter
+BLOCK = 1 << 16  # entries that an uncompiled pass works on at a time
 MODES = ("auto", "0", "1")
+
+
+class Entries(NamedTuple):
+    """The entries of joint cells: tokens, or with soft membership pairs of a token and a value that it has a share in.
+
+    live        bool [P, S], places that hold a live entry; None where all do
+    share, share_TQ   float64: shares at every place [P, S], 0 without an entry; shares of a token, largest first. None
+                with hard labels
+    token       int64 [P, S], the token of an entry; None for rows as they stand
+    place_TQ    the places of a token's entries, as in `share_TQ`; Q = 1 with hard labels; None for rows as they stand
+    """
+
+    live: Tensor | None
+    share: Tensor | None = None
+    share_TQ: Tensor | None = None
+    token: Tensor | None = None
+    place_TQ: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class TokenLayout:
-    """Where the entries of joint cells lie. An entry is a token, or with soft membership a token with one share.
+    """Where the entries lie: in pieces of one joint cell each. Pieces are the rows of the batch as they stand, if every
+    row lies in one joint cell; else the entries of each joint cell in turn, cut to a fixed length and padded.
 
-    Each piece lies in one joint cell. Pieces are the rows of a batch as they stand, where every row lies in one joint
-    cell; else the entries of each joint cell one after the other, cut to a fixed length and filled up.
-
-    batch      (B, S) of the flattened tokens where it is known, for messages
+    num_tokens, num_cells   tokens of this rank, masked ones included; its joint cells
+    batch      (B, S) of the flattened tokens where it is known
     mask_T     bool, live tokens; None where all are
-    cell_P     joint cell of a piece; their number where no token of the piece is live
-    live_PS    bool, places that hold a live entry; None where all do
-    token_PS   the token of an entry; None for rows as they stand
-    entry_TQ   the places of a token's entries, largest share first; Q = 1 with hard labels; None for rows as they stand
-    share_TQ   float64, the shares of a token's entries, and share_PS those at every place, 0 where no entry is; None
-               with hard labels, where each counts for 1
+    cell_P     joint cell of a piece; `num_cells` where no token of the piece is live
     """
 
     num_tokens: int
-    shape: tuple[int, int]
     num_cells: int
     batch: tuple[int, int] | None
     mask_T: Tensor | None
     cell_P: Tensor
-    live_PS: Tensor | None
-    token_PS: Tensor | None = None
-    entry_TQ: Tensor | None = None
-    share_TQ: Tensor | None = None
+    entries: Entries
 
-    share_PS: Tensor | None = None
-    _to_cells: SegmentSum = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_to_cells", SegmentSum(self.cell_P, self.num_cells))
-
-    @property
-    def device(self) -> torch.device:
-        return self.cell_P.device
+    @cached_property
+    def _to_cells(self) -> SegmentSum:
+        return SegmentSum(self.cell_P, self.num_cells)
 
     def spread(self, value_T: Tensor) -> Tensor:
-        """Values of tokens at their entries' places, [P, S]; anything at places without a live entry."""
-        if self.token_PS is not None:
-            value_T = value_T.index_select(0, self.token_PS.view(-1))
-        return value_T.reshape(self.shape)
+        """Values of tokens at the places of their entries, [P, S]; arbitrary at places without a live entry."""
+        token = self.entries.token
+        if token is None:
+            return value_T.reshape(self.batch or ())
+        return value_T.index_select(0, token.view(-1)).view_as(token)
 
     def collect(self, value_PS: Tensor) -> Tensor:
-        """Values of entries at their tokens, summed by share, [T]; 0 at masked tokens if it is 0 at their places."""
-        if self.entry_TQ is None or not value_PS.numel():
-            return value_PS.reshape(-1) if self.entry_TQ is None else value_PS.new_zeros(self.num_tokens)
-        value_E = value_PS.reshape(-1).index_select(0, self.entry_TQ.view(-1))
-        if self.share_TQ is not None:  # as a correction to the first entry: exact where all entries are equal
-            value_TQ = value_E.view_as(self.share_TQ)
-            correction_T = (self.share_TQ * (value_TQ - value_TQ[:, :1])).sum(1)
-            value_E = (value_TQ[:, 0] + correction_T).to(value_PS.dtype)
-        return value_E if self.mask_T is None else torch.where(self.mask_T, value_E, 0.0)
+        """Values of entries at their tokens, summed by share, [T]. Values at places of masked tokens must be 0."""
+        place_TQ, share_TQ = self.entries.place_TQ, self.entries.share_TQ
+        if place_TQ is None or not value_PS.numel():
+            return value_PS.reshape(-1) if place_TQ is None else value_PS.new_zeros(self.num_tokens)
+        value_T = value_PS.reshape(-1).index_select(0, place_TQ.view(-1))
+        if share_TQ is not None:  # as a correction to the first entry: exact where all entries are equal
+            value_TQ = value_T.view_as(share_TQ)
+            correction_T = (share_TQ * (value_TQ - value_TQ[:, :1])).sum(1)
+            value_T = (value_TQ[:, 0] + correction_T).to(value_PS.dtype)
+        return self.masked(value_T)
+
+    def masked(self, value_T: Tensor, other: float = 0.0) -> Tensor:
+        """Values of live tokens, and `other` at masked ones, whatever they hold."""
+        return value_T if self.mask_T is None else torch.where(self.mask_T, value_T, other)
 
     def cell_sums(self, value_P: Tensor) -> Tensor:
         """Sums of pieces as sums of joint cells: [P] -> [J], [P, k] -> [k, J]."""
@@ -98,85 +106,46 @@ class TokenLayout:
         return read(value_J, self.cell_P).to(dtype).T.contiguous()
 
     def sum_tokens(self, value_T: Tensor) -> Tensor:
-        """Float64 sums of values of live tokens over joint cells: [T] -> [J]."""
-        value_PS = self.spread(value_T).double()
-        if self.live_PS is not None:
-            value_PS = torch.where(self.live_PS, value_PS, 0.0)
-        return self.cell_sums((value_PS if self.share_PS is None else value_PS * self.share_PS).sum(1))
+        """Float64 sums of the values of live tokens over joint cells: [T] -> [J]."""
+        return self.cell_sums(_sum(_live(self.spread(value_T).double(), self.entries), self.entries))
 
     def at_tokens(self, value_J: Tensor) -> Tensor:
         """A float64 value of joint cells read at their tokens: [J] -> [T]; 0 at masked ones."""
-        value_PS = read(value_J, self.cell_P)[:, None].expand(self.shape)
-        if self.live_PS is not None:
-            value_PS = torch.where(self.live_PS, value_PS, 0.0)
-        return self.collect(value_PS)
-
-    @property
-    def entries(self) -> Entries:
-        """For the passes."""
-        return Entries(self.live_PS, self.share_PS, self.share_TQ, self.token_PS, self.entry_TQ)
-
-
-def rows_as_pieces(batch: tuple[int, int], mask_T: Tensor | None, joint_R: Tensor, num_cells: int) -> TokenLayout:
-    """The layout of rows that lie in one joint cell each; `joint_R` is `num_cells` for rows without a live token."""
-    live = None if mask_T is None else mask_T.view(batch)
-    return TokenLayout(batch[0] * batch[1], batch, num_cells, batch, mask_T, joint_R, live)
+        shape = self.batch or () if self.entries.token is None else self.entries.token.shape
+        return self.collect(_live(read(value_J, self.cell_P)[:, None].expand(shape), self.entries))
 
 
 def entries_as_pieces(
-    joint_L: Tensor,
-    at_L: Tensor,
-    num_cells: int,
-    num_tokens: int,
-    batch: tuple[int, int] | None,
-    mask_T: Tensor | None,
-    share_TQ: Tensor | None,
-) -> TokenLayout:
-    """The layout of live entries in any order: their joint cells `joint_L`, and their places `at_L` among all entries,
-    which are token-major."""
-    device, per_token = joint_L.device, 1 if share_TQ is None else share_TQ.shape[1]
+    joint_L: Tensor, at_L: Tensor, num_cells: int, num_tokens: int, share_TQ: Tensor | None
+) -> tuple[Tensor, Entries]:
+    """The joint cell of every piece, and its entries, from live entries in any order: their joint cells, and their
+    places among all entries, which are token-major."""
     order, length_J = torch.argsort(joint_L, stable=True), torch.bincount(joint_L, minlength=num_cells)
     size = LONGEST
-    while size > 1 and 4 * int((-(-length_J // size)).sum()) * size > 5 * joint_L.numel():
+    while size > 1 and 4 * int((-(-length_J // size)).sum()) * size > 5 * len(order):
         size //= 2
     pieces_J = -(-length_J // size)
-    cell_P = torch.arange(num_cells, device=device).repeat_interleave(pieces_J)
+    cell_P = torch.arange(num_cells, device=order.device).repeat_interleave(pieces_J)
     begin_J = (pieces_J.cumsum(0) - pieces_J) * size - (length_J.cumsum(0) - length_J)
     place_L = torch.empty_like(order)
-    place_L[order] = torch.arange(len(order), device=device) + begin_J[joint_L[order]]
-    shape = (cell_P.numel(), size)
-    token_PS = torch.zeros(shape, dtype=torch.int64, device=device)
-    token_PS.view(-1)[place_L] = at_L // per_token
-    live_PS = torch.zeros(shape, dtype=torch.bool, device=device)
-    live_PS.view(-1)[place_L] = True
-    entry_TQ = torch.zeros(num_tokens * per_token, dtype=torch.int64, device=device)
-    entry_TQ[at_L] = place_L
-    entry_TQ = entry_TQ.view(num_tokens, per_token)
-    share_PS = None
+    place_L[order] = torch.arange(len(order), device=order.device) + begin_J[joint_L[order]]
+
+    def scattered(value: Tensor, index: Tensor, *shape: int) -> Tensor:
+        return value.new_zeros(shape).view(-1).index_copy_(0, index, value).view(shape)
+
+    shape, per_token = (len(cell_P), size), 1 if share_TQ is None else share_TQ.shape[1]
+    live, token = scattered(joint_L >= 0, place_L, *shape), scattered(at_L // per_token, place_L, *shape)
+    place_TQ, share = scattered(place_L, at_L, num_tokens, per_token), None
     if share_TQ is not None:
-        share_PS = torch.zeros(shape, dtype=torch.float64, device=device)
-        share_PS.view(-1)[place_L] = share_TQ.flatten()[at_L]
+        share = scattered(share_TQ.flatten()[at_L], place_L, *shape)
         share_TQ, largest_first = share_TQ.sort(1, descending=True)
-        entry_TQ = entry_TQ.gather(1, largest_first)
-    return TokenLayout(
-        num_tokens, shape, num_cells, batch, mask_T, cell_P, None if bool(live_PS.all()) else live_PS,
-        token_PS, entry_TQ, share_TQ, share_PS,
-    )  # fmt: skip
-
-
-class Entries(NamedTuple):
-    """What the passes know of a `TokenLayout`."""
-
-    live: Tensor | None
-    share: Tensor | None = None
-    share_TQ: Tensor | None = None
-    token: Tensor | None = None
-    place_TQ: Tensor | None = None
+        place_TQ = place_TQ.gather(1, largest_first)
+    return cell_P, Entries(None if bool(live.all()) else live, share, share_TQ, token, place_TQ)
 
 
 class Weighed(NamedTuple):
-    """What `weigh` returns: y where nothing saturates, [P, S]; and float64 sums over the entries of each piece, weighed
-    by share: of y and of its saturated part by channel [P, 2], of the objective and of clipped entries [P]."""
+    """y where nothing saturates, [P, S]; and float64 sums over the entries of each piece, weighed by share: of y and of
+    its saturated part by channel [P, 2], of the objective and of clipped entries [P]."""
 
     passed: Tensor
     total: Tensor
@@ -186,7 +155,7 @@ class Weighed(NamedTuple):
 
 
 def compute_dtype(value: Tensor) -> torch.dtype:
-    """Dtype of elementwise math: float64 and float32 stay, half types are raised to float32."""
+    """Dtype of elementwise math: half types are raised to float32."""
     return value.dtype if value.dtype == torch.float64 else torch.float32
 
 
@@ -198,6 +167,7 @@ def _live(value: Tensor, entries: Entries) -> Tensor:
 
 
 def _sum(value: Tensor, entries: Entries) -> Tensor:
+    """Float64 sums of pieces, weighed by share."""
     if entries.share is not None:
         value = value * entries.share
     return value.sum(-1, dtype=torch.float64)
@@ -223,26 +193,26 @@ def _of_token(value: Tensor, entries: Entries) -> Tensor:
 
 def measure(log_ratio: Tensor, weight: Tensor | None, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
     """Pass 1, by piece: S^+ and S^- [P, 2], (9) before the division; the largest |ell| [P]; how many live entries have
-    a bad log-ratio and a bad weight [P, 2], in which case the sums have no meaning."""
+    a bad log-ratio and a bad weight [P, 2]. With any of them the sums are meaningless."""
     x = _live(log_ratio.to(compute_dtype(log_ratio)), entries)
     size = x.abs()
-    bad = [_sum(~(size <= LARGEST[x.dtype]), entries)]
-    if weight is None:
-        bad.append(torch.zeros_like(bad[0]))
-    else:
-        w = weight.to(compute_dtype(weight))
-        bad.append(_sum(_live(~(w.abs() <= LARGEST[w.dtype]), entries), entries))
+    sizes = [size, torch.zeros_like(x) if weight is None else weight.to(compute_dtype(weight)).abs()]
+    bad = [_sum(_live(~(value <= LARGEST[value.dtype]), entries), entries) for value in sizes]
     return _by_channel(x, x < 0, entries), size.amax(-1).double(), torch.stack(bad, 1)
 
 
-def gate(log_ratio: Tensor, table: Tensor, entries: Entries) -> Tensor:
-    """log rhat of every entry, [P, S]: clip(ell - O^l, +-eps) + offset^l, with l the entry's own channel.
+def _gated(x: Tensor, table: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    """log rhat of every entry, clip(ell - O^l, +-eps) + offset^l with l its own channel; and whether the clip acts.
+    `table` [P, 5] holds O^+, O^-, offset^+, offset^-, eps."""
+    residual = x - _own(table[:, :2], negative)
+    clipped = log_clip(residual, table[:, 4:])
+    return clipped + _own(table[:, 2:4], negative), residual != clipped
 
-    `table` [P, 5] holds O^+, O^-, offset^+, offset^-, eps.
-    """
+
+def gate(log_ratio: Tensor, table: Tensor, entries: Entries) -> Tensor:
+    """log rhat of every entry, [P, S]; `table` as in `_gated`."""
     x = log_ratio.to(table.dtype)
-    negative = x < 0
-    return _live(log_clip(x - _own(table[:, :2], negative), table[:, 4:]) + _own(table[:, 2:4], negative), entries)
+    return _live(_gated(x, table, x < 0)[0], entries)
 
 
 def weigh(
@@ -251,21 +221,16 @@ def weigh(
     """Pass 2: y = w A rhat of every entry (the weight itself without `exponentiate`), split by its token clip.
 
     With `use_min` the objective is sum_i w_i min(r_i A_i, rhat_i A_i): where r_i A_i is the smaller one, y leaves the
-    sums, and its gradient w_i A_i r_i is passed on as it is. `table` as in `gate`.
+    sums, and its gradient w_i A_i r_i is passed on as it is. `table` as in `_gated`.
     """
-    x, y = log_ratio.to(table.dtype), weight.to(table.dtype)
+    x, weight = log_ratio.to(table.dtype), weight.to(table.dtype)
     negative = x < 0
-    residual = x - _own(table[:, :2], negative)
-    clipped = log_clip(residual, table[:, 4:])
-    outside = residual != clipped
-    del residual
-    free = y * x.clamp_max(LARGEST_EXPONENT[x.dtype]).exp() if use_min else None
-    if exponentiate:
-        y = y * _of_token(clipped + _own(table[:, 2:4], negative), entries).exp()
-    del clipped
-    y = _live(y, entries)
-    if free is not None:
-        takes = free < y
+    gated, outside = _gated(x, table, negative)
+    y = _live(weight * _of_token(gated, entries).exp() if exponentiate else weight, entries)
+    free = None
+    if use_min:
+        free = weight * x.clamp_max(LARGEST_EXPONENT[x.dtype]).exp()
+        takes = _live(free < y, entries)
         free, y = torch.where(takes, free, 0.0), torch.where(takes, 0.0, y)
     saturated = torch.where(outside, y, 0.0)
     total, passed = _by_channel(y, negative, entries), y - saturated
@@ -282,67 +247,53 @@ def pull(passed: Tensor, log_ratio: Tensor, adjoint: Tensor, entries: Entries) -
 
 
 class Passes:
-    """Runs a pass, compiled or not; where the compiler fails, after one warning, not.
+    """Runs a pass: compiled where the mode says so, unless the compiler has failed before; else in blocks."""
 
-    A pass that is not compiled works through pieces in blocks on a CPU, so that its temporaries stay in cache.
-    """
-
-    def __init__(self) -> None:
-        self.mode = "auto"
-        self._compiled: dict[Any, Any] = {}
-        self._failed = False
+    mode, failed = "auto", False
+    compiled = staticmethod(cache(lambda function: torch.compile(function, dynamic=True)))
 
     def __call__(self, function: Any, *arguments: Any) -> Any:
-        if not self._compiles(arguments[0].device):
-            return _in_blocks(function, arguments)
-        if function not in self._compiled:
-            self._compiled[function] = torch.compile(function, dynamic=True)
-        try:
-            return self._compiled[function](*arguments)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            self._failed = True
-            said = (str(error).splitlines() or [""])[0]
-            warnings.warn(
-                f"torch.compile failed on nemo_fiberpo's {function.__name__}, which now runs uncompiled: "
-                f"{type(error).__name__}: {said}. NEMO_FIBERPO_COMPILE=0 does not try",
-                stacklevel=2,
-            )
-            return _in_blocks(function, arguments)
-
-    def _compiles(self, device: torch.device) -> bool:
         mode = os.environ.get("NEMO_FIBERPO_COMPILE", self.mode)
         if mode not in MODES:
             raise ValueError(f"NEMO_FIBERPO_COMPILE: must be one of {', '.join(MODES)}, got {mode!r}")
-        return not self._failed and (mode == "1" or (mode == "auto" and device.type == "cuda"))
+        if self.failed or not (mode == "1" or (mode == "auto" and arguments[0].device.type == "cuda")):
+            return _in_blocks(function, arguments)
+        try:
+            return self.compiled(function)(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self.failed = True
+            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}. NEMO_FIBERPO_COMPILE=0 does not try"
+            what = f"torch.compile failed on nemo_fiberpo's {function.__name__}, which now runs uncompiled"
+            warnings.warn(f"{what}: {why}", stacklevel=2)
+        return _in_blocks(function, arguments)
 
 
 def _in_blocks(function: Any, arguments: tuple[Any, ...]) -> Any:
+    """On a CPU by blocks of pieces, so that temporaries stay in cache, unless shares tie the pieces together."""
     pieces, length = arguments[0].shape
     step = max(1, BLOCK // max(length, 1))
     entries = next(argument for argument in arguments if isinstance(argument, Entries))
     if arguments[0].device.type != "cpu" or entries.share_TQ is not None or pieces <= step:
         return function(*arguments)
 
-    def block(argument: Any, at: slice) -> Any:
+    def blocks(argument: Any) -> Iterable[Any]:
         if isinstance(argument, Entries):
-            return Entries(None if argument.live is None else argument.live[at])
-        return argument[at] if isinstance(argument, Tensor) else argument
+            return repeat(argument) if argument.live is None else map(Entries, argument.live.split(step))
+        return argument.split(step) if isinstance(argument, Tensor) else repeat(argument)
 
-    starts = range(0, pieces, step)
-    parts = [function(*(block(argument, slice(at, at + step)) for argument in arguments)) for at in starts]
+    parts = [function(*block) for block in zip(*map(blocks, arguments), strict=False)]
     if isinstance(parts[0], Tensor):
         return torch.cat(parts)
-    joined = [torch.cat(column) for column in zip(*parts, strict=True)]
-    return Weighed(*joined) if isinstance(parts[0], Weighed) else tuple(joined)
+    return getattr(type(parts[0]), "_make", tuple)(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 run = Passes()
 
 
 def compile_passes(mode: str) -> None:
-    """Choose whether the passes are compiled: "auto" (on a GPU), "0" or "1". NEMO_FIBERPO_COMPILE comes before it."""
+    """Whether the passes are compiled: "auto" (on a GPU), "0" or "1". NEMO_FIBERPO_COMPILE overrides it."""
     if mode not in MODES:
         raise ValueError(f"compile: must be one of {', '.join(MODES)}, got {mode!r}")
     run.mode = mode

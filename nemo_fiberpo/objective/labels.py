@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,10 +24,8 @@ Names = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True)
 class Part:
-    """A classification with names by which the cells of a stratum are told apart: its own, or a part of its join.
-
-    The name of a cell of label v is names[v // stride % len(names)].
-    """
+    """A classification with names: that of a stratum itself, or a part of its join. The name of label v is
+    names[v // stride % len(names)]."""
 
     name: str
     names: tuple[str, ...]
@@ -42,9 +40,9 @@ class Part:
 class Column:
     """The labels of one stratum.
 
-    label_E    int64, a label per entry: per token, or per token and share where the membership of some column is soft
+    label_E    int64, a label per entry: per token, or per token and value where some column is soft
     present_E  bool, entries that have a cell of this stratum; None for all of them
-    names      names of the labels, if they have some: label v is names[v]
+    names      names of the labels, if they have names: label v is names[v]
     parts      those parts of its join that have names
     soft       a token may lie in several of its cells
     """
@@ -60,15 +58,19 @@ class Column:
         present = None if self.present_E is None else self.present_E[index]
         return replace(self, label_E=self.label_E[index], present_E=present)
 
+    def part_E(self, part: Part) -> Tensor:
+        """Index of the name of each entry in a part; the number of names where the stratum is missing."""
+        value_E = part.value(self.label_E)
+        return value_E if self.present_E is None else torch.where(self.present_E, value_E, len(part.names))
+
 
 @dataclass(frozen=True, eq=False)
 class Membership:
-    """Soft membership: a token has a share in each value of one column, such as a partition of the experts.
+    """Soft membership: a token has shares in the values of one column, such as the partitions of the experts.
 
-    Token i with value e is an entry with share q_ie >= 0, sum_e q_ie = 1. Cells are cells of entries, which count for
-    their shares:
+    Token i and value e make an entry with share q_ie >= 0, sum_e q_ie = 1. Cells weigh entries by share:
         M_c^l = sum_{(i,e) in c} q_ie a_i^l / Q_c,    k = Q_c = sum_{(i,e) in c} q_ie,    L_i = sum_e q_ie L_ie
-    Shares are integers in units of 1/UNIT, so that counts are exact and the same however tokens are split over ranks.
+    Shares are integers in units of 1/UNIT, so that counts are exact however tokens are split over ranks.
 
     column, share_TQ   the column's name; uint8 [T, Q], 0 at masked tokens. Entries are token-major
     """
@@ -83,11 +85,16 @@ class Membership:
         return self.share_TQ.argmax(1)
 
     def entries(self, labels: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """Labels of entries, int64 [T Q], from those of tokens, and which entries count for something, bool [T Q]."""
+        """Labels of entries, int64 [T Q], from those of tokens; and which entries have a share, bool [T Q]."""
         num, values = self.share_TQ.shape
         out = {name: label.repeat_interleave(values) for name, label in labels.items()}
         out[self.column] = torch.arange(values, device=self.share_TQ.device).repeat(num)
         return out, (self.share_TQ > 0).flatten()
+
+
+def both(condition: Tensor, other: Tensor | None) -> Tensor:
+    """condition & other, where None stands for all entries."""
+    return condition if other is None else condition & other
 
 
 def find_membership(
@@ -98,7 +105,8 @@ def find_membership(
     Raises ValueError for two of them, for shares that do not sum to 255 at a live token, and where a column has other
     than Q names. What masked tokens hold is ignored.
     """
-    soft = [name for name in columns if _is_soft(labels.get(name))]
+    given = {name: labels[name] for name in columns if isinstance(labels.get(name), Tensor)}
+    soft = [name for name, label in given.items() if label.ndim == 2 and label.dtype == torch.uint8]
     if not soft:
         return None
     if len(soft) > 1:
@@ -113,7 +121,7 @@ def find_membership(
             raise ValueError(f"mask: must be a tensor of torch.bool, a value for each of the {num} tokens of {where}")
         share_TQ = share_TQ * mask[:, None]
     total_T = share_TQ.sum(1, dtype=torch.int64)
-    wrong_T = total_T != Membership.UNIT if mask is None else mask & (total_T != Membership.UNIT)
+    wrong_T = both(total_T != Membership.UNIT, mask)
     if bool(wrong_T.any()):
         index = int(wrong_T.nonzero()[0])
         raise ValueError(
@@ -123,27 +131,22 @@ def find_membership(
     return Membership(name, share_TQ)
 
 
-def _is_soft(label: object) -> bool:
-    return isinstance(label, Tensor) and label.ndim == 2 and label.dtype == torch.uint8
-
-
 def check_labels(fields: Mapping[str, Tensor], mask: Tensor | None, shape: tuple[int, int] | None) -> int | None:
     """Number of tokens (None if nothing tells it), after the checks of type, dtype, dimension, length and shape."""
-    wanted = dict.fromkeys(fields, torch.int64)
-    tensors = dict(fields)
+    wanted = [(name, label, torch.int64) for name, label in fields.items()]
     if mask is not None:
-        tensors["mask"], wanted["mask"] = mask, torch.bool
+        wanted.append(("mask", mask, torch.bool))
     num_tokens = None
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor) or value.dtype != wanted[name]:
+    for name, value, dtype in wanted:
+        if not isinstance(value, Tensor) or value.dtype != dtype:
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{name}: must be a tensor of {wanted[name]}, got {got}")
+            raise ValueError(f"{name}: must be a tensor of {dtype}, got {got}")
         if value.ndim != 1:
             raise ValueError(f"{name}: must have one dimension [T], got shape {list(value.shape)}")
         if num_tokens is None:
-            first, num_tokens = name, value.numel()
+            num_tokens = value.numel()
         if value.numel() != num_tokens:
-            raise ValueError(f"{name}: has {value.numel()} tokens, but {first} has {num_tokens}")
+            raise ValueError(f"{name}: has {value.numel()} tokens, but {wanted[0][0]} has {num_tokens}")
     if shape is not None:
         if len(shape) != 2 or any(isinstance(size, bool) or not isinstance(size, int) or size < 0 for size in shape):
             raise ValueError(f"shape: must be two integers (B, S), got {shape!r}")
@@ -155,7 +158,7 @@ def check_labels(fields: Mapping[str, Tensor], mask: Tensor | None, shape: tuple
 
 def resolve_labels(
     strata: Sequence[Stratum],
-    branches: Sequence[str],
+    branches: Collection[str],
     labels: Mapping[str, Tensor],
     mask: Tensor | None,
     names: Names,
@@ -165,50 +168,45 @@ def resolve_labels(
 
         a join    ((l_1 * n_2) + l_2) * n_3 + ..., called "a/b" where all parts have names; n is the number of a part's
                   names, `UNNAMED_LABELS` without names
-        missing   a stratum with `only` is not present outside of the cells that it names
+        missing   a stratum with `only` is present only in the cells that it names
 
-    `branches` are those of `strata` that are, of which every live token must be in a cell; `soft` is the column whose
-    values are entries, as are those of strata that join it, and of finer ones. Raises ValueError where labels are
-    missing, where names are not unique or too few, or where a live token is in no cell (a negative label) of a join, a
-    branch or a stratum with `only`. What masked tokens hold is ignored.
+    `branches` are the names of branches, in which every live token must have a cell. `soft` is the column whose values
+    are entries; a stratum made from it is soft, as are finer ones. Raises ValueError where labels are missing, where
+    names are too few or not unique, or where a live token is in no cell (a negative label) of a join, a branch or a
+    stratum with `only`. What masked tokens hold is ignored.
     """
     out: dict[str, Column] = {}
     above = False
     for stratum in strata:
-        divided = soft in stratum.columns or (above and stratum.name not in branches)
+        name = stratum.name
+        divided = soft in stratum.columns or (above and name not in branches)
         above = above or divided
-        if stratum.join and stratum.name in names:
-            raise ValueError(f"names[{stratum.name!r}]: is a join, whose names are made from those of its parts")
+        if stratum.join and name in names:
+            raise ValueError(f"names[{name!r}]: is a join, whose names are made from those of its parts")
         present = None
         for coarser, kept in stratum.only.items():
-            inside = _inside(stratum, coarser, kept, out[coarser])
-            present = inside if present is None else present & inside
-        here = present if mask is None or present is None else mask & present
-        here = mask if here is None else here
+            present = both(_inside(stratum, coarser, kept, out[coarser]), present)
+        here = mask if present is None else both(present, mask)
         if stratum.join:
-            out[stratum.name] = replace(_join(stratum, labels, names, here), present_E=present, soft=divided)
-            continue
-        label, of_labels = labels[stratum.name], None
-        if stratum.only or stratum.name in branches:
-            _refuse_outside(stratum, stratum.name, label, 0, None, here)
-        if stratum.name in names:
-            of_labels = tuple(names[stratum.name])
-        out[stratum.name] = Column(label, present, of_labels, soft=divided)
+            column = _join(stratum, labels, names, here)
+        else:
+            column = Column(labels[name], names=tuple(names[name]) if name in names else None)
+            if stratum.only or name in branches:
+                _refuse_outside(stratum, name, column.label_E, 0, None, here)
+        out[name] = replace(column, present_E=present, soft=divided)
     for name, column in out.items():
         if column.names and not column.parts:
-            present = column.present_E
-            _check_names(name, column, mask if present is None else present if mask is None else present & mask)
+            here = mask if column.present_E is None else both(column.present_E, mask)
+            _check_names(name, column.names, column.label_E, here)
     return out
 
 
-def _check_names(name: str, column: Column, here: Tensor | None) -> None:
-    names, label = column.names or (), column.label_E
+def _check_names(name: str, names: Sequence[str], label: Tensor, here: Tensor | None) -> None:
     if len(set(names)) != len(names):
         raise ValueError(f"names[{name!r}]: names must be unique, got {list(names)}")
-    outside = (label < 0) | (label >= len(names))
-    outside = label[outside if here is None else outside & here]
-    if outside.numel():
-        raise ValueError(f"labels[{name!r}]: value {int(outside.min())} has no name; names[{name!r}] has {len(names)}")
+    unnamed = label[both((label < 0) | (label >= len(names)), here)]
+    if unnamed.numel():
+        raise ValueError(f"labels[{name!r}]: value {int(unnamed.min())} has no name; names[{name!r}] has {len(names)}")
 
 
 def _inside(stratum: Stratum, coarser: str, kept: Sequence[str], column: Column) -> Tensor:
@@ -219,9 +217,8 @@ def _inside(stratum: Stratum, coarser: str, kept: Sequence[str], column: Column)
     for name in kept:
         if name not in column.names:
             raise ValueError(f"{where}: no cell of the data is called {name!r}{nearest(name, column.names)}")
-    values = [column.names.index(name) for name in kept]
-    inside = torch.isin(column.label_E, torch.tensor(values, dtype=torch.int64, device=column.label_E.device))
-    return inside if column.present_E is None else inside & column.present_E
+    values = column.label_E.new_tensor([column.names.index(name) for name in kept])
+    return both(torch.isin(column.label_E, values), column.present_E)
 
 
 def _join(stratum: Stratum, labels: Mapping[str, Tensor], names: Names, here: Tensor | None) -> Column:
@@ -231,28 +228,23 @@ def _join(stratum: Stratum, labels: Mapping[str, Tensor], names: Names, here: Te
             f"stratum {stratum.name!r}, join: {sum(part not in names for part in stratum.join)} of its parts have no "
             "names; at most one can be without, or two if no other part has many"
         )
-    joined = torch.zeros_like(labels[stratum.join[0]])
-    for part, size in zip(stratum.join, sizes, strict=True):
+    joined, parts = torch.zeros_like(labels[stratum.join[0]]), []
+    for index, (part, size) in enumerate(zip(stratum.join, sizes, strict=True)):
         _refuse_outside(stratum, part, labels[part], size, names.get(part), here)
         joined = joined * size + labels[part]
-    strides = [math.prod(sizes[index + 1 :]) for index in range(len(sizes))]
-    known = zip(stratum.join, strides, strict=True)
-    parts = tuple(Part(part, tuple(names[part]), stride) for part, stride in known if part in names)
+        if part in names:
+            parts.append(Part(part, tuple(names[part]), math.prod(sizes[index + 1 :])))
     if len(parts) < len(stratum.join):
-        return Column(joined, parts=parts)
-    called = tuple("/".join(of_parts) for of_parts in itertools.product(*(names[part] for part in stratum.join)))
-    return Column(joined, names=called, parts=parts)
+        return Column(joined, parts=tuple(parts))
+    called = tuple("/".join(combined) for combined in itertools.product(*(part.names for part in parts)))
+    return Column(joined, names=called, parts=tuple(parts))
 
 
 def _refuse_outside(
     stratum: Stratum, column: str, label: Tensor, size: int, names: Sequence[str] | None, here: Tensor | None
 ) -> None:
     """Refuse an entry, of those `here`, that has no label in `column`, or for `size` > 0 one that is not below it."""
-    wrong = label < 0
-    if size:
-        wrong |= label >= size
-    if here is not None:
-        wrong &= here
+    wrong = both((label < 0) | (label >= size) if size else label < 0, here)
     if not bool(wrong.any()):
         return
     index = int(wrong.nonzero()[0])
@@ -287,11 +279,6 @@ def prefix_state_labels(tokens: Tensor, group: Tensor) -> Tensor:
 def _mix(value: Tensor) -> Tensor:
     """The step of splitmix64: int64 -> int64 that look random, one to one."""
     value = value - 0x61C8864680B583EB
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        value = (value ^ _shift(value, shift)) * factor
-    return value ^ _shift(value, 31)
-
-
-def _shift(value: Tensor, bits: int) -> Tensor:
-    """Shift to the right with zeros moving in, where int64 would repeat the sign."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        value = (value ^ ((value >> shift) & ((1 << (64 - shift)) - 1))) * factor  # a logical shift: zeros move in
+    return value

@@ -1,8 +1,8 @@
 """PPO, GRPO, GSPO, Truly-PPO and APC-Obj as ratio-gating maps: the other objectives of the framework.
 
-Ratio gating framework, equation (2), with ell_i the log-ratio and r_i = exp(ell_i) of live token i:
+Ratio gating framework, (2), with ell_i the log-ratio and r_i = exp(ell_i) of live token i:
     J = sum_i w_i A_i G(r)_i,        c_j = dJ / d ell_j = sum_i w_i A_i dG_i / d ell_j
-The weights w are the caller's (`token_weights`); a class here is a map G. FiberPO's map is `gated_log_ratio`.
+A class here is a map G; the weights w are the caller's (`token_weights`). FiberPO's map is `gated_log_ratio`.
 
     objective   map         weights (C.4, C.5)   couples the tokens of
     PPO         PpoClip     token_mean           nothing
@@ -16,9 +16,9 @@ weighted advantage, as w >= 0. Every map is the identity to first order at log-r
 serves them all; GSPO's Jacobian there is the mean over the trajectory, which is the identity on weighted advantages
 that are the same for all tokens of a trajectory, the ones it is defined for.
 
-Ratios are taken in float64, after the mask. Those of PpoClip and TrulyPpo are unbounded, as in the papers: a token of
-negative advantage whose ratio has grown adds r A to J and c = w A r, e^200 at 200 nats. FiberPO and Apc are bounded.
-Exponents are cut at `LARGEST_EXPONENT`, and a coefficient beyond the range of its dtype becomes its largest number.
+Ratios are float64. Those of PpoClip and TrulyPpo are unbounded, as in the papers: a token of negative advantage whose
+ratio has grown adds r A to J and c = w A r, e^200 at 200 nats. FiberPO and Apc are bounded. Exponents are cut at
+`LARGEST_EXPONENT`; a coefficient beyond the range of its dtype becomes its largest number.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from .hierarchy import Hierarchy, positive_number
+from .hierarchy import Hierarchy
+from .stratum import positive_number
 
 LARGEST_EXPONENT = 500.0
 SPACES = ("ratio", "log")
@@ -68,13 +69,36 @@ class RatioGating(Protocol):
         """G from the log-ratios, whether the advantage is >= 0, and each token's cell's sum and count."""
 
 
-class _TokenWise:
+class _Checked:
+    """Refuses wrong arguments, ValueError by name."""
+
+    def __post_init__(self) -> None:
+        for name, value in list(vars(self).items()):
+            if name in ("low", "high", "eps", "alpha", "delta"):
+                object.__setattr__(self, name, positive_number(value, name))
+            if name in ("low", "eps") and value > 1.0:
+                raise ValueError(
+                    f"{name}: must be at most 1, since a ratio is at least 0 = 1 - 1, got {float(value)!r}"
+                )
+            if name == "use_min" and not isinstance(value, bool):
+                raise ValueError(f"{name}: must be true or false, got {value!r}")
+            if name == "stratum" and (not isinstance(value, str) or not value):
+                raise ValueError(f"stratum: must be the name of a stratum, got {value!r}")
+            if name == "space" and value not in SPACES:
+                raise ValueError(f"space: must be one of {', '.join(SPACES)}, got {value!r}")
+
+
+class _TokenWise(_Checked):
     """A map that couples no tokens."""
 
     stratum: ClassVar[str | None] = None
 
     def feature(self, x: Tensor, count: Tensor) -> Tensor:
         raise AssertionError("a token-wise map sums nothing")
+
+
+def _exp(x: Tensor) -> Tensor:
+    return x.clamp_max(LARGEST_EXPONENT).exp()
 
 
 @dataclass(frozen=True)
@@ -84,16 +108,13 @@ class PpoClip(_TokenWise):
         use_min   G_i = min(r_i, 1 + high) where A_i >= 0,   max(r_i, 1 - low) where A_i < 0
         else      G_i = clip(r_i, 1 - low, 1 + high)
 
-    Schulman et al. 2017, arXiv 1707.06347, equation (7); Shao et al. 2024, arXiv 2402.03300; Yu et al. 2025, arXiv
-    2503.14476. There is no dual clip: max(r, 1 - low) has no upper bound.
+    Schulman et al. 2017, arXiv 1707.06347, (7); Shao et al. 2024, arXiv 2402.03300; Yu et al. 2025, arXiv 2503.14476.
+    There is no dual clip: max(r, 1 - low) has no upper bound.
     """
 
     low: float
     high: float
     use_min: bool = True
-
-    def __post_init__(self) -> None:
-        _check_clip(self)
 
     def gate(self, x: Tensor, positive: Tensor, total: Tensor, count: Tensor) -> Gated:
         ratio, low, high = _exp(x), 1.0 - self.low, 1.0 + self.high
@@ -104,7 +125,7 @@ class PpoClip(_TokenWise):
 
 
 @dataclass(frozen=True)
-class Gspo:
+class Gspo(_Checked):
     """Sequence-level clip (C.5) of the geometric mean of a trajectory's ratios, the same for all of its tokens.
 
         s_tau = exp( (1 / T_tau) sum_{i in tau} ell_i ),     G_i = PpoClip's gate of s_tau instead of r_i
@@ -119,17 +140,12 @@ class Gspo:
     use_min: bool = True
     stratum: str = "trajectory"
 
-    def __post_init__(self) -> None:
-        _check_clip(self)
-        _check_stratum(self.stratum)
-
     def feature(self, x: Tensor, count: Tensor) -> Tensor:
         return x
 
     def gate(self, x: Tensor, positive: Tensor, total: Tensor, count: Tensor) -> Gated:
         whole = PpoClip(self.low, self.high, self.use_min).gate(total / count, positive, total, count)
-        nothing = torch.zeros_like(x)
-        return Gated(whole.ratio, nothing, whole.clipped, give=whole.own, take=1.0 / count)
+        return Gated(whole.ratio, torch.zeros_like(x), whole.clipped, give=whole.own, take=1.0 / count)
 
 
 @dataclass(frozen=True)
@@ -149,24 +165,17 @@ class TrulyPpo(_TokenWise):
     alpha: float
     use_min: bool = True
 
-    def __post_init__(self) -> None:
-        for name in ("eps", "alpha"):
-            object.__setattr__(self, name, positive_number(getattr(self, name), name))
-        _at_most_one(self.eps, "eps")
-        _check_bool(self.use_min, "use_min")
-
     def gate(self, x: Tensor, positive: Tensor, total: Tensor, count: Tensor) -> Gated:
-        ratio = _exp(x)
-        above, below = ratio >= 1.0 + self.eps, ratio <= 1.0 - self.eps
-        edge = ratio.clamp(1.0 - self.eps, 1.0 + self.eps)
+        ratio, low, high = _exp(x), 1.0 - self.eps, 1.0 + self.eps
+        above, below = ratio >= high, ratio <= low
         clipped = torch.where(positive, above, below) if self.use_min else above | below
-        rolled = (1.0 + self.alpha) * edge - self.alpha * ratio
+        rolled = (1.0 + self.alpha) * ratio.clamp(low, high) - self.alpha * ratio
         own = torch.where(clipped, -self.alpha * ratio, ratio)
         return Gated(torch.where(clipped, rolled, ratio), own, clipped)
 
 
 @dataclass(frozen=True)
-class Apc:
+class Apc(_Checked):
     """Aggregational policy censoring, APC-Obj (3), (57)-(63): a budget of total variation that a cell's tokens share.
 
         Delta_i = r_i - 1,     B = 2 n delta,     C1_i = sum_{j in cell, j != i} |Delta_j|,     n tokens in the cell
@@ -176,26 +185,19 @@ class Apc:
         zeroed (63)     C1_i >= B                        G_i = 1: the others have used the budget up
 
     stratum   the cells. States, (3): a stratum with a label per state. With an autoregressive policy a state is the
-              whole prefix (`states.prefix_state_labels`), so nearly all but the first states of the responses to a
-              prompt are seen once; then n = 1 and C1 = 0, and the map is a per-token clip, 1 + clip(r - 1, +-2 delta).
-              Trajectories: the relaxation in which the paper moves the budget there
+              whole prefix (`prefix_state_labels`), so nearly all states are seen once; then n = 1 and C1 = 0, and the
+              map is a per-token clip, 1 + clip(r - 1, +-2 delta). Trajectories: where the paper moves the budget then
     delta     the radius, > 0. The paper's delta_A = (1 - gamma) cbar / (8 gamma |A|_inf) is 0 at gamma = 1, as in the
               training of language models, where nothing would move; a number instead of it is the paper's relaxation
-    space     `ratio` as above; `log`: Delta_i = ell_i and G_i = exp(clip(...)), from which the paper goes on to FiberPO
-              (E.5). The paper's prose does not fix which of the two it calls the relaxation: both are here
+    space     `ratio` as above; `log`: Delta_i = ell_i and G_i = exp(clip(...)), where FiberPO starts (E.5). The paper's
+              prose does not fix which of the two it calls the relaxation
 
-    No minimum and no sign of A: the censoring is that of the ratios alone. Bounded by |G - 1| <= B (log: |log G|).
+    No minimum and no sign of A: the censoring depends on the ratios only. Bounded by |G - 1| <= B (log: |log G|).
     """
 
     delta: float
     stratum: str = "trajectory"
     space: str = "ratio"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "delta", positive_number(self.delta, "delta"))
-        _check_stratum(self.stratum)
-        if self.space not in SPACES:
-            raise ValueError(f"space: must be one of {', '.join(SPACES)}, got {self.space!r}")
 
     def _deviation(self, x: Tensor) -> Tensor:
         return x if self.space == "log" else x.clamp_max(LARGEST_EXPONENT).expm1()
@@ -212,21 +214,11 @@ class Apc:
         passes = (deviation.abs() <= room) & (room > 0.0)
         sign = deviation.sign()
         clipped = torch.where(passes, deviation, sign * room)
-        if self.space == "log":
-            ratio = _exp(clipped)
-            outer, inner = ratio, torch.ones_like(x)
-        else:
-            ratio = 1.0 + clipped
-            outer, inner = torch.ones_like(x), _exp(x)
-        rollback = ~passes & (room > 0.0)
-        return Gated(
-            ratio,
-            torch.where(passes, outer * inner, 0.0),
-            ~passes,
-            give=torch.where(rollback, -sign * outer, 0.0),
-            take=sign * inner,
-            others_only=True,
-        )
+        ratio, one = _exp(clipped) if self.space == "log" else 1.0 + clipped, torch.ones_like(x)
+        outer, inner = (ratio, one) if self.space == "log" else (one, _exp(x))  # dG / d clipped, d Delta / d ell
+        own = torch.where(passes, outer * inner, 0.0)
+        give = torch.where(~passes & (room > 0.0), -sign * outer, 0.0)
+        return Gated(ratio, own, ~passes, give, take=sign * inner, others_only=True)
 
 
 OBJECTIVES: dict[str, type | None] = {
@@ -243,47 +235,22 @@ OBJECTIVES: dict[str, type | None] = {
 def check_gating(gating: RatioGating | None, hierarchy: Hierarchy, soft: Collection[str] = ()) -> None:
     """ValueError where the map couples the tokens of a stratum that is not an active one of the hierarchy, or whose
     cells are made from one of the columns `soft`, in which tokens have memberships instead of a label."""
-    active = [stratum.name for stratum in hierarchy.active]
-    if gating is not None and gating.stratum is not None and gating.stratum not in active:
+    if gating is None or gating.stratum is None:
+        return
+    name, kind = gating.stratum, type(gating).__name__
+    active = {stratum.name: stratum for stratum in hierarchy.active}
+    if name not in active:
         raise ValueError(
-            f"gating.stratum: {type(gating).__name__} acts on the cells of {gating.stratum!r}, but the hierarchy's "
-            f"active strata are {active}; add it there"
+            f"gating.stratum: {kind} acts on the cells of {name!r}, but the hierarchy's active strata are "
+            f"{list(active)}; add it there"
         )
-    if gating is not None and any(stratum.name == gating.stratum and stratum.only for stratum in hierarchy.active):
+    if active[name].only:
         raise ValueError(
-            f"gating.stratum: {gating.stratum!r} is missing in parts of the tree (`only`); name one that every token "
-            "has"
+            f"gating.stratum: {name!r} is missing in parts of the tree (`only`); name one that every token has"
         )
-    for stratum in hierarchy.active:
-        spread = set(stratum.columns) & set(soft)
-        if gating is not None and stratum.name == gating.stratum and spread:
-            raise ValueError(
-                f"gating.stratum: {gating.stratum!r} spreads a token over several cells by its membership in "
-                f"{spread.pop()!r}; {type(gating).__name__} needs each token in one: set membership: hard"
-            )
-
-
-def _exp(x: Tensor) -> Tensor:
-    return x.clamp_max(LARGEST_EXPONENT).exp()
-
-
-def _check_clip(gating: PpoClip | Gspo) -> None:
-    for name in ("low", "high"):
-        object.__setattr__(gating, name, positive_number(getattr(gating, name), name))
-    _at_most_one(gating.low, "low")
-    _check_bool(gating.use_min, "use_min")
-
-
-def _at_most_one(value: float, name: str) -> None:
-    if value > 1.0:
-        raise ValueError(f"{name}: must be at most 1, since a ratio is at least 0 = 1 - 1, got {value!r}")
-
-
-def _check_bool(value: object, name: str) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}: must be true or false, got {value!r}")
-
-
-def _check_stratum(value: object) -> None:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"stratum: must be the name of a stratum, got {value!r}")
+    spread = set(active[name].columns) & set(soft)
+    if spread:
+        raise ValueError(
+            f"gating.stratum: {name!r} spreads a token over several cells by its membership in {spread.pop()!r}; "
+            f"{kind} needs each token in one: set membership: hard"
+        )

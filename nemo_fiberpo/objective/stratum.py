@@ -1,11 +1,14 @@
-"""Strata, budgets, and which strata may stand together: what a user configures, checked when it is made."""
+"""Strata and budgets, and which strata may stand together: what a user configures, checked when it is made."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
 
 from .gates import Gate, find_gate
 
@@ -121,6 +124,17 @@ class Stratum:
                     f"stratum {self.name!r}, budgets.{key}: no cell of the data has this name{nearest(key, names)}"
                 )
 
+    def bounds_of(self, label: Tensor, count: Tensor, names: Sequence[str] | None) -> tuple[Tensor, Tensor]:
+        """Budgets C [2, n] and rollback slopes k [n] of cells, float64, from their labels and token counts [n]; `names`
+        are those of the stratum's labels."""
+        self.check_names(names)
+        budgets = [self.budgets.get(name, self.budget) for name in names or ()] if self.budgets else [self.budget]
+        table = count.new_tensor([[budget.pos for budget in budgets], [budget.neg for budget in budgets]])
+        budget = table[:, label] if self.budgets else table.expand(2, len(count))
+        if isinstance(self.slope, SlopeCap):
+            return budget, count.clamp_max(self.slope.cap)
+        return budget, count if self.slope is None else torch.full_like(count, self.slope)
+
 
 def _names(value: object, where: str) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(name, str) for name in value):
@@ -129,16 +143,26 @@ def _names(value: object, where: str) -> tuple[str, ...]:
 
 
 def check_structure(strata: Sequence[Stratum], branches: Sequence[Stratum], sweeps: object) -> None:
-    """Refuse what the configuration shows to be wrong; ValueError names the field."""
+    """Refuse strata that do not fit together; ValueError names the field."""
     if not strata:
         raise ValueError("strata: at least one stratum is required")
     if isinstance(sweeps, bool) or not isinstance(sweeps, int) or sweeps < 1:
         raise ValueError(f"sweeps: must be a whole number of at least 1, got {sweeps!r}")
     if sweeps > 1 and not branches:
         raise ValueError("sweeps: repeats the extraction of branches, but there are none; a chain is exact at once")
-    _unique(strata, branches)
-    for where, stratum in _placed(strata, branches):
-        _check_join(where, stratum, strata, branches)
+    placed = {f"strata[{index}]": stratum for index, stratum in enumerate(strata)}
+    placed |= {f"branches[{index}]": branch for index, branch in enumerate(branches)}
+    seen: dict[str, str] = {}
+    for where, stratum in placed.items():
+        if stratum.name in seen:
+            why = "names must be unique"
+            if where.startswith("branches"):
+                why = "the same classification twice would count its drift twice"
+            raise ValueError(f"{where}.name: {stratum.name!r} is already the name of {seen[stratum.name]}; {why}")
+        seen[stratum.name] = where
+    for where, stratum in placed.items():
+        if stratum.join:
+            _check_join(where, stratum, placed, [other.name for other in strata])
     for index, stratum in enumerate(strata):
         if stratum.beside is not None:
             raise ValueError(
@@ -154,51 +178,29 @@ def check_structure(strata: Sequence[Stratum], branches: Sequence[Stratum], swee
         _check_branch(f"branches[{index}]", branch, strata, branches[:index])
 
 
-def _placed(strata: Sequence[Stratum], branches: Sequence[Stratum]) -> Iterator[tuple[str, Stratum]]:
-    for kind, listed in (("strata", strata), ("branches", branches)):
-        for index, stratum in enumerate(listed):
-            yield f"{kind}[{index}]", stratum
-
-
-def _unique(strata: Sequence[Stratum], branches: Sequence[Stratum]) -> None:
-    seen: dict[str, str] = {}
-    for where, stratum in _placed(strata, branches):
-        if stratum.name in seen:
-            why = "names must be unique"
-            if where.startswith("branches"):
-                why = "the same classification twice would count its drift twice"
-            raise ValueError(f"{where}.name: {stratum.name!r} is already the name of {seen[stratum.name]}; {why}")
-        seen[stratum.name] = where
-
-
-def _check_join(where: str, stratum: Stratum, strata: Sequence[Stratum], branches: Sequence[Stratum]) -> None:
-    if not stratum.join:
-        return
-    chain = [other.name for other in strata]
+def _check_join(where: str, stratum: Stratum, placed: Mapping[str, Stratum], chain: Sequence[str]) -> None:
     for index, part in enumerate(stratum.join):
         if part == stratum.name:
             raise ValueError(f"{where}.join: names {part!r} itself, whose name it has; give the join a name of its own")
         if part in stratum.join[:index]:
             raise ValueError(f"{where}.join: names {part!r} twice; a classification joined with itself is itself")
-        inner = next((other for other in (*strata, *branches) if other.name == part and other.join), None)
+        inner = next((other for other in placed.values() if other.name == part and other.join), None)
         if inner is not None:
             raise ValueError(f"{where}.join: {part!r} is a join; name its parts instead: {list(inner.join)}")
     if len(stratum.join) < 2:
         raise ValueError(f"{where}.join: must name two or more classifications, got {list(stratum.join)}")
-    nested = sorted((chain.index(part), part) for part in stratum.join if part in chain)
+    nested = [name for name in chain if name in stratum.join]
     if len(nested) > 1:
-        (_, coarser), (_, finer) = nested[:2]
         raise ValueError(
-            f"{where}.join: every {finer} lies in one {coarser}, since both are in the chain: their join is {finer} "
-            "itself, whose drift counts there already"
+            f"{where}.join: every {nested[1]} lies in one {nested[0]}, since both are in the chain: their join is "
+            f"{nested[1]} itself, whose drift counts there already"
         )
-    if stratum.name in chain and nested and nested[0][0] > chain.index(stratum.name):
-        part = nested[0][1]
+    if stratum.name in chain and nested and chain.index(nested[0]) > chain.index(stratum.name):
         raise ValueError(
-            f"{where}.join: {part!r} is coarser than the join that refines it, but stands after it; strata are listed "
-            "coarsest first"
+            f"{where}.join: {nested[0]!r} is coarser than the join that refines it, but stands after it; strata are "
+            "listed coarsest first"
         )
-    for there, other in _placed(strata, branches):
+    for there, other in placed.items():
         if there == where:
             return
         if other.enabled and stratum.enabled and set(other.join) == set(stratum.join):
@@ -232,8 +234,8 @@ def _check_branch(where: str, branch: Stratum, strata: Sequence[Stratum], earlie
         )
     names = [stratum.name for stratum in strata]
     if branch.beside is not None and branch.beside not in names:
-        raise ValueError(f"{where}.beside: no stratum of the chain is called {branch.beside!r}"
-                         f"{nearest(branch.beside, names)}")  # fmt: skip
+        known = nearest(branch.beside, names)
+        raise ValueError(f"{where}.beside: no stratum of the chain is called {branch.beside!r}{known}")
     if not branch.enabled:
         return
     active = [stratum for stratum in strata if stratum.enabled]
@@ -243,11 +245,11 @@ def _check_branch(where: str, branch: Stratum, strata: Sequence[Stratum], earlie
     if beside not in [stratum.name for stratum in active]:
         raise ValueError(f"{where}.beside: {beside!r} is switched off")
     above = strata[: names.index(beside) + 1]
-    known = {part for stratum in above if not stratum.only for part in (stratum.name, *stratum.columns)}
-    if set(branch.columns) <= known:
+    taken = {part for stratum in above if not stratum.only for part in (stratum.name, *stratum.columns)}
+    if set(branch.columns) <= taken:
         raise ValueError(f"{where}: {nothing_left(branch.name, beside)}")
     if beside == active[-1].name and set(active[-1].columns) <= set(branch.columns):
-        raise ValueError(f"{where}: {belongs_into_the_chain(branch.name, beside)}")
+        raise ValueError(f"{where}: {belongs_in_chain(branch.name, beside)}")
     for other in earlier:
         if other.enabled and (other.beside or active[-1].name) == beside and set(branch.columns) <= set(other.columns):
             raise ValueError(f"{where}: {nothing_left(branch.name, other.name)}")
@@ -262,7 +264,7 @@ def nothing_left(name: str, finer: str) -> str:
     )
 
 
-def belongs_into_the_chain(name: str, coarser: str) -> str:
+def belongs_in_chain(name: str, coarser: str) -> str:
     """Why a branch that nests with the chain makes no sense."""
     return (
         f"every {name} lies in one {coarser}, and finer strata in one {name}: it nests, so it belongs into `strata`, "

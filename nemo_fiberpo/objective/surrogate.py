@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .fibration import Drift, Tokens, bad_tokens, checked, coefficients, gate_cells, measure, narrowed, place, weigh
+from .fibration import Drift, Tokens, checked, coefficients, find_bad, gate_cells, measure, narrowed, weigh
 from .hierarchy import Hierarchy
 from .ratio_gating import Gated, RatioGating, check_gating
 from .report import Report, make_report, pack, report_fields, unpack
-from .sharing import NO_RIDERS, Cells, Level, Reduce, Riders, SharedCells, all_reduce
+from .sharing import NO_RIDERS, Cells, Level, Reduce, Riders, SharedCells, all_reduce, sum_nodes
 from .stratum import nearest, positive_number
 
 WEIGHTS = ("trajectory_mean", "token_mean", "fixed_length_mean")
@@ -19,8 +19,7 @@ WEIGHTS = ("trajectory_mean", "token_mean", "fixed_length_mean")
 
 @dataclass(frozen=True, eq=False)
 class Surrogate:
-    """value: J of all ranks; coefficients: [T], dJ/dlogp of this rank's tokens; report: the gates of all ranks, made of
-    `fields`, see report.py."""
+    """J of all ranks; [T], dJ/dlogp of this rank's tokens; the gates of all ranks, from `fields`, see report.py."""
 
     value: float
     coefficients: Tensor
@@ -40,7 +39,7 @@ def token_weights(
 
         trajectory_mean     1 / (|Tj| T_tau(i))     (18), (30): every trajectory counts the same
         token_mean          1 / N                   every token counts the same
-        fixed_length_mean   1 / (|Tj| length)       every token counts the same, whatever the lengths came out as
+        fixed_length_mean   1 / (|Tj| length)       every token counts the same, whatever the lengths are
 
     |Tj| counts trajectories with a live token, T_tau and N live tokens, on all ranks where `cells` is shared.
 
@@ -70,18 +69,14 @@ def token_weights(
 def on_policy_coefficients(weighted_advantage: Tensor, cells: Cells | SharedCells) -> Tensor:
     """Coefficients at log-ratio exactly 0, where the Jacobian is the identity: w_i A_i on live tokens, 0 elsewhere.
 
-    [T] -> [T], no reduction. Right only where the old log-probabilities come from the very model, weights, precision
-    and layout that is trained. Raises ValueError for a non-finite value on a live token of this rank.
+    [T] -> [T], no reduction. Right only if the old log-probabilities come from the same model, weights, precision and
+    layout that are trained. Raises ValueError for a non-finite value on a live token of this rank.
     """
     cells = checked(cells, None, weighted_advantage=weighted_advantage)
-    bad = bad_tokens(weighted_advantage, cells)
-    if bool(bad.any()):
-        index = int(bad.nonzero()[0])
-        value = weighted_advantage[index].item()
-        raise ValueError(f"weighted_advantage: {value} on a live token, {place(index, cells)}; it must be finite")
-    mask_T = cells.layout.mask_T
-    live_T = weighted_advantage.detach()
-    return live_T.clone() if mask_T is None else torch.where(mask_T, live_T, 0.0)
+    bad = find_bad(weighted_advantage, cells)
+    if bad:
+        raise ValueError(f"weighted_advantage: {bad}; it must be finite")
+    return cells.layout.masked(weighted_advantage.detach().clone())
 
 
 def surrogate(
@@ -134,24 +129,21 @@ def _evaluate_map(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Coefficients [T] of a ratio-gating map, and the summed fields of the report of the hierarchy's gates, as they
     would act on these log-ratios."""
+    layout = cells.layout
     drift, gated, y, level = _gate_tokens(gating, tokens, cells, reduce, riders)
-    live = cells.layout.mask_T
-    clipped = gated.clipped if live is None else gated.clipped & live
-    gates = gate_cells(drift, cells, hierarchy)
-    parts = pack(report_fields(drift, gates, cells, (y * gated.ratio).sum(), clipped.sum(dtype=y.dtype)), cells)
+    value, clipped = (y * gated.ratio).sum(), layout.masked(gated.clipped.to(y.dtype)).sum()
+    fields = pack(report_fields(drift, gate_cells(drift, cells, hierarchy), cells, value, clipped), cells)
     out = y * gated.own
     if level is None:
-        summed = all_reduce(parts, reduce)
+        summed = all_reduce(fields, reduce)
     else:
         assert gated.give is not None and gated.take is not None
         given = y * gated.give
-        given_C = level.sums(cells.layout.sum_tokens(given))
-        summed = all_reduce({**parts, "given": level.slots.pack(given_C)}, reduce)
-        pulled = cells.layout.at_tokens(level.at(level.slots.unpack(given_C, summed.pop("given"))))
+        (given_C,), summed = sum_nodes([(level.slots, level.sums(layout.sum_tokens(given)))], reduce, fields)
+        pulled = layout.at_tokens(level.at(given_C))
         # A token alone in its cell, or beyond the budget, gave all there is: the difference is exactly 0.
         out = out + gated.take * (pulled - given if gated.others_only else pulled)
-    out = out if live is None else torch.where(live, out, 0.0)
-    return narrowed(out, tokens.log_ratio.dtype), summed
+    return narrowed(layout.masked(out), tokens.log_ratio.dtype), summed
 
 
 def _gate_tokens(
@@ -161,9 +153,7 @@ def _gate_tokens(
     0 at masked tokens; and the level whose cells the map couples."""
     layout = cells.layout
     assert tokens.weight is not None
-    x, y = tokens.log_ratio.double(), tokens.weight.double()
-    if layout.mask_T is not None:
-        x, y = torch.where(layout.mask_T, x, 0.0), torch.where(layout.mask_T, y, 0.0)
+    x, y = layout.masked(tokens.log_ratio.double()), layout.masked(tokens.weight.double())
     if gating.stratum is None:
         return measure(tokens, cells, reduce, riders)[0], gating.gate(x, y >= 0, x, x), y, None
     level = cells.hard_level(gating.stratum)
@@ -188,4 +178,4 @@ def gated_ratio(
     cells = checked(cells, None, log_ratio=log_ratio, weighted_advantage=weighted_advantage)
     tokens = Tokens.of(cells, log_ratio, weighted_advantage)
     ratio = _gate_tokens(gating, tokens, cells, reduce, NO_RIDERS)[1].ratio
-    return ratio if cells.layout.mask_T is None else torch.where(cells.layout.mask_T, ratio, 1.0)
+    return cells.layout.masked(ratio, 1.0)
