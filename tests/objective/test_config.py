@@ -52,7 +52,7 @@ REFUSALS = [
     (
         "strata.1.zzzz",
         1,
-        r"strata\[1\]\.zzzz: unknown key; valid: beside, budget, budgets, enabled, gate, join, min_tokens, name, only, sl",
+        r"strata\[1\]\.zzzz: unknown key; valid: beside, budget, budgets, enabled, gate, join, min_tokens, name, only",
     ),
     ("token_clip", ..., "token_clip: is required"),
     ("strata", ..., "strata: is required"),
