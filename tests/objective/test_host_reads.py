@@ -140,6 +140,11 @@ def test_the_minimum_and_other_gates_read_no_more(name: str):
     assert reads_of(other, use_min=True) == reads_of(case)
 
 
+@pytest.mark.parametrize("gating", [fpo.PpoClip(0.2, 0.2), fpo.Gspo(0.03, 0.04), fpo.Apc(0.1)], ids=str)
+def test_another_map_reads_no_more(gating: fpo.RatioGating):
+    assert len(reads_of(many_names(4), gating=gating)) <= MOST
+
+
 def test_coefficients_alone_are_read_once():
     case = many_names(3)
     cells = case.cells.shared

@@ -55,6 +55,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_passes_give_what_uncompiled_ones_give(name: str, run: Passes, monkeypatch: pytest.MonkeyPatch):
     make, dtype, use_min = COMPILED[name]
