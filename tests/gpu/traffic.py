@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-ROOT = Path(__file__).parent.parent.parent
 HERE = torch.device("meta")
 """What `Pretended` tensors say their device is: a type that needs no driver."""
 _aten = torch.ops.aten
@@ -59,10 +57,11 @@ def _inner(value: Any) -> Any:
 
 
 def _place() -> str:
-    """File and line of this package that the current operation comes from."""
+    """File and line of this package or of Megatron that the current operation comes from."""
     for frame in reversed(traceback.extract_stack()):
-        if "nemo_fiberpo" in (path := Path(frame.filename)).parts and path.is_relative_to(ROOT / "nemo_fiberpo"):
-            return f"{path.relative_to(ROOT)}:{frame.lineno}"
+        path = Path(frame.filename)
+        if {"nemo_fiberpo", "megatron"} & set(path.parts) and "tests" not in path.parts and path.name != "cpu.py":
+            return f"{'/'.join(path.parts[-4:])}:{frame.lineno}"
     return "elsewhere"
 
 
@@ -135,7 +134,7 @@ def watched(device: torch.device) -> Iterator[list[str]]:
         finally:
             torch.cuda.set_sync_debug_mode(before)
     told = [warning for warning in seen if "called a synchronizing" in str(warning.message)]
-    crossings += [f"{Path(warning.filename).name}:{warning.lineno}" for warning in told]
+    crossings += [f"{'/'.join(Path(warning.filename).parts[-4:])}:{warning.lineno}" for warning in told]
 
 
 def on_device(value: Any, device: torch.device) -> Any:
@@ -144,29 +143,24 @@ def on_device(value: Any, device: torch.device) -> Any:
     return tree_map(lambda leaf: move(leaf) if isinstance(leaf, Tensor) else leaf, value)
 
 
-class CountedOperations(TorchDispatchMode):
-    """Counts operations that are no views, and what the host reads where tensors are on the CPU: `reads`."""
+class _Launches(TorchDispatchMode):
+    """Counts operations that are no views."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations: Counter[str] = Counter()
+        self.number = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view:
-            self.operations[func.overloadpacket.__name__] += 1
+        self.number += not func.is_view
         return func(*args, **(kwargs or {}))
-
-    @property
-    def reads(self) -> int:
-        return sum(self.operations[packet.__name__] for packet in WAITS)
 
 
 def launches(work: Callable[[], Any], device: torch.device) -> tuple[int, float | None]:
     """Kernels that a call launches and the milliseconds that they take together; on a CPU its operations, and None."""
     if device.type != "cuda":
-        with CountedOperations() as counted:
+        with _Launches() as counted:
             work()
-        return counted.operations.total(), None
+        return counted.number, None
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
         work()
@@ -175,3 +169,45 @@ def launches(work: Callable[[], Any], device: torch.device) -> tuple[int, float 
     kernels = [event for event in on_gpu if not getattr(event, "is_user_annotation", False)]
     kernels = [event for event in kernels if not event.name.startswith(("Memcpy", "Memset", "#"))]
     return len(kernels), sum(event.device_time for event in kernels) / 1000.0
+
+
+@contextlib.contextmanager
+def host_reads(device: torch.device) -> Iterator[list[str]]:
+    """Where the host reads from the device within the block, also in code that knows no `Pretended` tensors. Without a
+    GPU: what it would have to read, if the tensors of the CPU were on one."""
+    if device.type == "cuda":
+        with watched(device) as places:
+            yield places
+        return
+    seen: list[str] = []
+    inside = False
+    methods = {name: getattr(Tensor, name) for name in ("tolist", "numpy")}
+
+    def noted(name: str) -> Callable[..., Any]:
+        def method(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            if inside:  # a function mode calls what the name stands for once more
+                return methods[name](*args, **kwargs)
+            seen.append(f"{_place()} {name}")
+            inside = True
+            try:
+                return methods[name](*args, **kwargs)
+            finally:
+                inside = False
+
+        return method
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket in WAITS:
+                seen.append(f"{_place()} {func.overloadpacket.__name__}")
+            return func(*args, **(kwargs or {}))
+
+    for name in methods:
+        setattr(Tensor, name, noted(name))
+    try:
+        with Reads():
+            yield seen
+    finally:
+        for name, method in methods.items():
+            setattr(Tensor, name, method)
