@@ -12,6 +12,7 @@ import dataclasses
 import pickle
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.megatron.schedule import Policy
 from nemo_fiberpo.megatron.step import StepResult, current_log_probs, exact_step
+from tests import distributed
 from tests.gpu.device import CPU, DEVICE, ON_GPU
 from tests.gpu.traffic import host_reads
 from tests.megatron import batches, tiny
@@ -65,20 +67,23 @@ def missing(spec: str) -> str | None:
 
 
 @contextlib.contextmanager
-def megatron_on_gpu() -> Iterator[None]:
-    """Megatron's groups over NCCL, with this process as their only rank."""
+def _megatron(device: torch.device) -> Iterator[None]:
+    """Megatron's process groups with this process as their only rank."""
     from megatron.core import parallel_state, tensor_parallel
 
-    torch.cuda.set_device(DEVICE)
     with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        try:
+        if device == CPU:
+            distributed.join(folder, 0, 1, 100.0)
+            with tiny.megatron(Layout()):
+                yield
+        else:
+            torch.cuda.set_device(device)
+            dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
             parallel_state.initialize_model_parallel()
             tensor_parallel.model_parallel_cuda_manual_seed(1234)
             yield
             parallel_state.destroy_model_parallel()
-        finally:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def _fuses_accumulation() -> bool:
@@ -191,21 +196,20 @@ STEPS = [(1, False, False), (4, False, False), (1, True, False), (4, True, False
 """Micro-batches, on-policy, nosy."""
 
 
-def device_worker(rank: int, world: int, spec: str) -> bytes:
-    """All `STEPS` in bf16 on the device, pickled."""
-    if ON_GPU:
-        with megatron_on_gpu():
-            return pickle.dumps(_steps(make_model(spec, torch.bfloat16), DEVICE))
-    with tiny.megatron(Layout()):
+def write_device_steps(spec: str, path: str) -> None:
+    """All `STEPS` in bf16 on the device. For a process of its own."""
+    with _megatron(DEVICE):
         torch.set_default_dtype(torch.float32)
-        return pickle.dumps(_steps(make_model(spec, torch.bfloat16), CPU))
+        Path(path).write_bytes(pickle.dumps(_steps(make_model(spec, torch.bfloat16), DEVICE)))
 
 
-def reference_worker(rank: int, world: int) -> bytes:
-    """Steps with one micro-batch in float64, off- and on-policy, pickled."""
-    with tiny.megatron(Layout()):
+def write_reference(path: str) -> None:
+    """Steps with one micro-batch in float64 by on-policy or not. For a process of its own, which sees no GPU."""
+    assert not ON_GPU
+    with _megatron(CPU):
         model = make_model("local", torch.float64)
-        return pickle.dumps({on_policy: take_step(model, 1, on_policy, CPU) for on_policy in (False, True)})
+        steps = {on_policy: take_step(model, 1, on_policy, CPU) for on_policy in (False, True)}
+        Path(path).write_bytes(pickle.dumps(steps))
 
 
 def _steps(model: Any, device: torch.device) -> dict[tuple[int, bool, bool], Step]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import multiprocessing
+import os
 import pickle
+import subprocess
+import sys
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests import distributed
 from tests.gpu import gpt
 from tests.gpu.cases import difference
-from tests.gpu.device import ON_GPU
 from tests.gpu.gpt import Step
+
+ROOT = Path(__file__).parent.parent.parent
 
 pytestmark = pytest.mark.distributed
 
@@ -28,25 +30,27 @@ GIVEN = 1e-4
 Steps = dict[tuple[int, bool, bool], Step]
 
 
-@functools.cache
-def _device_steps(spec: str) -> Steps:
-    if not ON_GPU:
-        return pickle.loads(distributed.run(gpt.device_worker, 1, spec, timeout=200.0)[0])
-    # A fresh process: CUDA cannot be used in one that was forked from a server that may have touched it.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pickle.loads(pool.submit(gpt.device_worker, 0, 1, spec).result(timeout=200.0))
+def _in_process(call: str, folder: Path, **environment: str) -> Any:
+    """What a function of `gpt` wrote, in a process of its own: process groups and a GPU are used once in a process."""
+    out = folder / "steps"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"from tests.gpu import gpt; gpt.{call.format(path=repr(str(out)))}"],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return pickle.loads(out.read_bytes())
 
 
-@pytest.fixture(params=gpt.SPECS)
-def steps(request: pytest.FixtureRequest) -> Steps:
+@pytest.fixture(scope="module", params=gpt.SPECS)
+def steps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Steps:
     if reason := gpt.missing(request.param):
         pytest.skip(reason)
-    return _device_steps(request.param)
+    return _in_process(f"write_device_steps({request.param!r}, {{path}})", tmp_path_factory.mktemp("steps"))
 
 
 @pytest.fixture(scope="module")
-def reference() -> dict[bool, Step]:
-    return pickle.loads(distributed.run(gpt.reference_worker, 1, timeout=200.0)[0])
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Step]:
+    return _in_process("write_reference({path})", tmp_path_factory.mktemp("reference"), CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.mark.parametrize("on_policy", [False, True], ids=["off-policy", "on-policy"])
