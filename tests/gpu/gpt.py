@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import pickle
 import tempfile
 from collections.abc import Callable, Iterator
@@ -69,6 +70,8 @@ def missing(spec: str) -> str | None:
 @contextlib.contextmanager
 def _megatron(device: torch.device) -> Iterator[None]:
     """Megatron's process groups with this process as their only rank."""
+    for name in distributed.PRELOAD:  # torch.compile, which Megatron imports call, must not see what CPUs replace
+        importlib.import_module(name)
     from megatron.core import parallel_state, tensor_parallel
 
     with tempfile.TemporaryDirectory() as folder:

@@ -3,7 +3,8 @@
 #   bash tests/gpu/run.sh --wheels DIR [--out DIR]     with the wheels of DIR
 #   bash tests/gpu/run.sh [--out DIR]                  with what the Python has, such as that of NVIDIA's NeMo container
 #   bash tests/gpu/run.sh --download DIR               fetches those wheels, on a machine with a network
-# Leaves report.md and report.json in --out (default: a new folder, which it prints). Without a GPU it runs on the CPU.
+# Leaves report.md and report.json in --out (default: a new folder, which it prints). Without a GPU it runs on the CPU,
+# without a promise about its time.
 # What a machine lacks is left out with a reason; the exit status is 0 where every check passed.
 # Reads PYTHON: the Python to use, which must have torch (to download: of the same version as that one). Installs nothing
 # into it, needs no root, and writes to the --out folder alone.
@@ -45,12 +46,14 @@ export TORCHINDUCTOR_CACHE_DIR="$scratch/inductor" TRITON_CACHE_DIR="$scratch/tr
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 unset NEMO_FIBERPO_COMPILE
 
-# Runs one stage with its output in a log, and prints a line about it: name, limit in seconds, command.
+slow=$("$python" -c 'import torch; print(1 if torch.cuda.is_available() else 5)') || fail "$python has no torch; set PYTHON"
+
+# Runs one stage with its output in a log, and prints a line about it: name, limit in seconds (on a GPU), command.
 spent='' failed=0
 stage() {
     local name=$1 limit=$2 begun=$SECONDS status=0
     shift 2
-    timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
+    timeout --kill-after=5 $((limit * slow)) "$@" >"$out/$name.log" 2>&1 || status=$?
     spent+="$name $((SECONDS - begun)) "
     echo "== $name: $([ $status -eq 0 ] && echo passed || echo "failed ($status), see $out/$name.log") in $((SECONDS - begun)) s"
     [ $status -eq 0 ] || failed=1
