@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 lint() {
     ruff check . && ruff format --check . && hadolint Dockerfile && shellcheck --external-sources --source-path SCRIPTDIR \
-        .ci/run {requirements,tests,tests/slurm,examples,examples/slurm}/*.sh examples/slurm/*.sbatch
+        .ci/run {requirements,tests,tests/gpu,tests/slurm,examples,examples/slurm}/*.sh examples/slurm/*.sbatch
 }
 types() { mypy; }
 # Two files at a time: a test that waits for processes leaves a core to the other. More would crowd out tests that start
