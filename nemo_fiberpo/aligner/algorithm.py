@@ -46,14 +46,8 @@ class AlgorithmSettings:
 
     objective            fiberpo: gated by the hierarchy; ppo, grpo, gspo, truly_ppo, apc: by `gating`, while the
                          hierarchy only reports. conf/algorithm/ has a file for each, with its `weights`
-<<<<<<< HEAD
     gating               the fields of that objective's map in `objective/ratio_gating.py`; for fiberpo, those of
                          `HierarchyGating`
-=======
-    gating               the fields of that objective's map in `objective/ratio_gating.py`. Of fiberpo, use_min alone
-    use_min              written as gating.use_min: fiberpo's objective is sum_i w_i min(r_i A_i, rhat_i A_i), see
-                         `nemo_fiberpo.token_coefficients`; without it, (18) of the paper to the letter
->>>>>>> h-lean
     compile              whether the objective's passes over tokens are compiled: auto (on a GPU), true or false. The
                          environment variable NEMO_FIBERPO_COMPILE (auto, 1 or 0) comes before it
     samples_per_prompt   G, responses per prompt: the prompt group
@@ -82,12 +76,7 @@ class AlgorithmSettings:
     samples_per_prompt: int
     prompts_per_rollout: int
     objective: str = "fiberpo"
-<<<<<<< HEAD
     gating: RatioGating | HierarchyGating = field(default_factory=HierarchyGating)
-=======
-    gating: RatioGating | None = None
-    use_min: bool = False
->>>>>>> h-lean
     compile: bool | str = "auto"
     optimizer_steps: int = 1
     epochs: int = 1
@@ -110,11 +99,6 @@ class AlgorithmSettings:
             raise ValueError(
                 f"gating: objective {self.objective} has the fields of {kind.__name__}, got {self.gating!r}"
             )
-<<<<<<< HEAD
-=======
-        if not isinstance(self.use_min, bool):
-            raise ValueError(f"gating.use_min: must be true or false, got {self.use_min!r}")
->>>>>>> h-lean
         if self.compile != "auto" and not isinstance(self.compile, bool):
             raise ValueError(f"compile: must be auto, true or false, got {self.compile!r}")
         for name in ("samples_per_prompt", "prompts_per_rollout", "optimizer_steps", "epochs", "data_epochs"):

@@ -15,13 +15,8 @@ from omegaconf import DictConfig
 
 from nemo_fiberpo.aligner.algorithm import AlgorithmSettings, HierarchyGating, KlSettings
 from nemo_fiberpo.aligner.fields import build, choice, plain, whole
-<<<<<<< HEAD
 from nemo_fiberpo.config import mapping, parse_expert_partitions, parse_hierarchy, reject_unknown_keys, section
 from nemo_fiberpo.objective import OBJECTIVES, ExpertPartitions, Hierarchy
-=======
-from nemo_fiberpo.config import mapping, reject_unknown_keys
-from nemo_fiberpo.objective import OBJECTIVES
->>>>>>> h-lean
 from nemo_fiberpo.objective.stratum import nearest, positive_number
 from nemo_fiberpo.plan.assumptions import Assumptions
 
@@ -134,40 +129,23 @@ def algorithm_settings(cfg: DictConfig) -> AlgorithmSettings:
     """The `algorithm` section. Raises ValueError naming the field."""
     values = plain(cfg, "algorithm")
     kl = build(KlSettings, mapping(values.pop("kl", None) or {}, "algorithm.kl"), "algorithm.kl")
-    if "use_min" in values:
-        raise ValueError("algorithm.use_min: unknown key; it belongs below gating: algorithm.gating.use_min")
     gating = _gating(values.get("objective", "fiberpo"), values.pop("gating", None))
     return build(AlgorithmSettings, values, "algorithm", kl=kl, **gating)
 
 
 def _gating(objective: Any, fields: Any) -> dict[str, Any]:
-<<<<<<< HEAD
     """The `gating` block as its objective reads it; nothing for a name that AlgorithmSettings refuses."""
     fields = mapping({} if fields is None else fields, "algorithm.gating")
     if not isinstance(objective, str) or objective not in OBJECTIVES:
         return {}
     others = [name for name in fields if name != "use_min"]
     if objective == "fiberpo" and others:
-=======
-    """What the `gating` block says: the map of an objective, or `use_min` of fiberpo, whose gates the hierarchy has.
-    Nothing for a name that AlgorithmSettings refuses."""
-    fields = mapping({} if fields is None else fields, "algorithm.gating")
-    kind = OBJECTIVES.get(objective) if isinstance(objective, str) else None
-    if kind is not None:
-        return {"gating": build(kind, fields, "algorithm.gating")}
-    others = [name for name in fields if name != "use_min"]
-    if others and objective == "fiberpo":
->>>>>>> h-lean
         known = ", ".join(name for name in OBJECTIVES if name != "fiberpo")
         raise ValueError(
             f"algorithm.gating.{others[0]}: objective fiberpo is gated by the hierarchy and has no field here but "
             f"use_min; with algorithm.objective: {known}"
         )
-<<<<<<< HEAD
     return {"gating": build(OBJECTIVES[objective] or HierarchyGating, fields, "algorithm.gating")}
-=======
-    return fields if objective == "fiberpo" else {}
->>>>>>> h-lean
 
 
 def data_settings(cfg: DictConfig) -> DataSettings:

@@ -233,11 +233,7 @@ class FiberPOTrainer(PPOTrainer):
         result = self.model.step(
             minibatch,
             self.hierarchy,
-<<<<<<< HEAD
             gating=self.settings.gating_map,
-=======
-            gating=self.settings.gating,
->>>>>>> h-lean
             use_min=self.settings.use_min,
             kl_coefficient=self.settings.kl.coefficient,
         )

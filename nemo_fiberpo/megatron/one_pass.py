@@ -63,7 +63,7 @@ def _in_two_places(
         return f"micro-batch {place[1]}{where}"
 
     return ValueError(
-        f"one pass: {stratum} {cells[0].called(level, label)} has tokens in {said(first)} and in {said(second)}; put "
+        f"one pass: {stratum} {cells[0].columns[level].called(label)} has tokens in {said(first)} and in {said(second)}; put "
         f"every {stratum} into one micro-batch, or use two passes, which are exact for any split"
     )
 

@@ -58,6 +58,10 @@ class Column:
         present = None if self.present_E is None else self.present_E[index]
         return replace(self, label_E=self.label_E[index], present_E=present)
 
+    def called(self, label: int) -> str:
+        """A label for a message, with its name where it has one."""
+        return f"{label} ({self.names[label]!r})" if self.names and 0 <= label < len(self.names) else str(label)
+
     def part_E(self, part: Part) -> Tensor:
         """Index of the name of each entry in a part; the number of names where the stratum is missing."""
         value_E = part.value(self.label_E)

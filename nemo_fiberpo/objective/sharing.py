@@ -246,18 +246,15 @@ class Cells(_Queries):
         if not wrong.numel():
             return parent_2C[:, :num]
 
-        def called(at: int, label: int) -> str:
-            names = self.columns[at].names
-            return f"{label} ({names[label]!r})" if names and 0 <= label < len(names) else str(label)
-
         def place(at: int, label: int) -> str:
-            return f"{strata[max(at, 0)]} {called(at, label) if at >= 0 else 'none (the stratum is missing there)'}"
+            known = self.columns[at].called(label) if at >= 0 else "none (the stratum is missing there)"
+            return f"{strata[max(at, 0)]} {known}"
 
         entry, strata = int(wrong[0, 0]), self.stages.strata
         cell, name = int(cell_E[entry]), strata[index]
         first, second = sorted((parent_2C[:, cell].tolist(), parent_2E[:, entry].tolist()))
         raise ValueError(
-            f"labels[{name!r}]: value {called(index, int(label_C[cell]))} has tokens in {place(*first)} and in "
+            f"labels[{name!r}]: value {self.columns[index].called(int(label_C[cell]))} has tokens in {place(*first)} and in "
             f"{place(*second)}; every {name} must lie in one {strata[second[0]]}, and values must be unique over the "
             "batch; two classifications of the same tokens are no chain: use their `join`, or make one of them a branch"
         )
