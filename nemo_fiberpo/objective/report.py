@@ -216,7 +216,7 @@ def make_report(fields: Mapping[str, Tensor], cells: SharedCells) -> tuple[float
     strata = tuple(_stratum_report(level, index, host, *named) for index, (level, named) in enumerate(names))
     live, clipped, pos, neg = host["tokens"].tolist()
     count = max(live, 1.0)
-    mean, abs_mean, largest = (pos + neg) / count, (pos - neg) / count, float(host["largest"])
+    mean, abs_mean, largest = (pos + neg) / count, (pos - neg) / count, max(float(host["largest"]), 0.0)
     report = Report(strata, round(live), clipped / count, mean, abs_mean, largest, kl=-mean, tv=abs_mean / 2.0)
     return float(host["value"]), report
 

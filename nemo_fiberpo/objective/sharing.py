@@ -297,4 +297,5 @@ def make_cells(
     else:
         share_TQ = None if membership is None else membership.share_TQ.double() / unit
         cell_P, entries = entries_as_pieces(joint, at, num, num_tokens, share_TQ)
-    return Cells(stages, tuple(ordered), tokens_J, TokenLayout(num_tokens, num, batch, mask, cell_P, entries), unit)
+    layout = TokenLayout(num_tokens, batch, mask, cell_P, SegmentSum(cell_P, num), entries)
+    return Cells(stages, tuple(ordered), tokens_J, layout, unit)
