@@ -85,14 +85,14 @@ def zeroed_from(budget: Tensor, slope: Tensor) -> Tensor:
 
 
 def clip_gate(drift: Tensor, budget: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """g(x) = clip(x, +-C): saturates at the budget, derivative 0 beyond it: nothing pushes back. `slope` is unused."""
+    """g(x) = clip(x, +-C): saturates at the budget, derivative 0 beyond, so nothing pushes back. `slope` is unused."""
     value = torch.minimum(torch.maximum(drift, -budget), budget)
     return value, (drift.abs() <= budget).to(drift.dtype)
 
 
 def soft_gate(drift: Tensor, budget: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     """g(x) = x exp(-(x / C)^2 / 2), g'(x) = (1 - (x / C)^2) exp(-(x / C)^2 / 2): smooth, the identity to second order
-    at 0, with its peak of .61 C at x = C. Beyond it falls to 0 without ever being flat. `slope` is unused."""
+    at 0, with its peak of .61 C at x = C. Beyond, it falls to 0 without ever being flat. `slope` is unused."""
     square = (drift / budget).square()
     falling = torch.exp(-0.5 * square)
     return drift * falling, (1.0 - square) * falling

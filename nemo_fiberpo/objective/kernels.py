@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -57,19 +57,19 @@ class TokenLayout:
     """Where the entries lie: in pieces of one joint cell each. Pieces are the rows of the batch as they stand, if every
     row lies in one joint cell; else the entries of each joint cell in turn, cut to a fixed length and padded.
 
-    num_tokens, num_cells   tokens of this rank, masked ones included; its joint cells
-    batch      (B, S) of the flattened tokens where it is known
-    mask_T     bool, live tokens; None where all are
-    cell_P     joint cell of a piece; `num_cells` where no token of the piece is live. `to_cells` sums by it
+    num_tokens   of this rank, masked ones included
+    batch        (B, S) of the flattened tokens where it is known
+    mask_T       bool, live tokens; None where all are
+    cell_P       joint cell of a piece; J where no token of the piece is live
+    to_cells     sums of pieces by joint cell
     """
 
     num_tokens: int
-    num_cells: int
     batch: tuple[int, int] | None
     mask_T: Tensor | None
     cell_P: Tensor
+    to_cells: SegmentSum
     entries: Entries
-    to_cells: SegmentSum = field(repr=False)
 
     def spread(self, value_T: Tensor) -> Tensor:
         """Values of tokens at the places of their entries, [P, S]; arbitrary at places without a live entry."""

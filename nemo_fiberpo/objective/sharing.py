@@ -295,5 +295,5 @@ def make_cells(
     else:
         share_TQ = None if membership is None else membership.share_TQ.double() / unit
         cell_P, entries = entries_as_pieces(joint, at, num, num_tokens, share_TQ)
-    layout = TokenLayout(num_tokens, num, batch, mask, cell_P, entries, SegmentSum(cell_P, num))
+    layout = TokenLayout(num_tokens, batch, mask, cell_P, SegmentSum(cell_P, num), entries)
     return Cells(stages, tuple(ordered), tokens_J, layout, unit)
