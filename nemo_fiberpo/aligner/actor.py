@@ -105,20 +105,23 @@ class FiberPOActor(MegatronGPTActorModel):
             if generating:
                 self._reset_sequence_parallelism_args()
 
-    def rows(self, tokens: Tensor, lengths: Tensor, size: int, packed: bool) -> list[Rows]:
+    def rows(
+        self, tokens: Tensor, lengths: Tensor, size: int, packed: bool, counted: Tensor | None = None
+    ) -> list[Rows]:
         """The micro-batches of this rank's samples, all of one width.
 
-        tokens int64 [b, s], lengths [b] of the sequences, `size` samples per micro-batch. Padded rows keep the order of
+        tokens int64 [b, s], lengths [b] of the sequences, `size` samples per micro-batch; `counted`, bool [b], as in
+        `padded_rows`. Padded rows keep the order of
         the samples; packed ones are filled so that they come out about equally long, on every rank to the width of the
         longest of any rank. SPMD: every rank calls this; one all-reduce where `packed`.
         """
         axes, real = self.reducer.axes, lengths.tolist()
         cp = axes.axis("cp")
         multiple = length_multiple(axes.axis("tp").size, cp.size, self._sequence_parallel)
-        place: dict[str, int] = {"cp_size": cp.size, "cp_rank": cp.rank, "multiple": multiple}
+        place: dict[str, Any] = {"cp_size": cp.size, "cp_rank": cp.rank, "multiple": multiple, "counted": counted}
         if not packed:
             order = torch.arange(len(tokens), device=tokens.device)
-            return [padded_rows(tokens, samples, **place) for samples in order.split(size)]
+            return [padded_rows(tokens, samples, lengths=real, **place) for samples in order.split(size)]
         dealt = balanced(real, len(tokens) // size)
         widest = max(sum(packed_spans([real[i] for i in samples], multiple)) for samples in dealt)
         width = torch.tensor([widest], device=torch.cuda.current_device())

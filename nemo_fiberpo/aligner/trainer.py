@@ -159,7 +159,9 @@ class FiberPOTrainer(PPOTrainer):
         size, settings = self.model.cfg.micro_batch_size, self.settings
         # Collective where rows are packed, so that nothing that can fail on one rank stands between.
         rows = [
-            self.model.rows(part["response_tokens"], part["response_lengths"], size, settings.packing)
+            self.model.rows(
+                part["response_tokens"], part["response_lengths"], size, settings.packing, part["mask"].any(dim=1)
+            )
             for part in samples
         ]
         own: list[Cells] = []

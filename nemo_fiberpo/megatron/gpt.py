@@ -47,6 +47,7 @@ def gpt_policy(
         log_probs=log_probs,
         seq_length=rows[0].seq_length,
         micro_batch_size=rows[0].tokens.shape[0],
+        routed=lambda batch: batch["rows"].routed,
     )
 
 
