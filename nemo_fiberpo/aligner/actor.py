@@ -24,10 +24,11 @@ from nemo_fiberpo.aligner.experts import ExpertLabels
 from nemo_fiberpo.aligner.generation import GUARD_ROWS, Lockstep, add_guard_rows, expert_group, generate_tokens
 from nemo_fiberpo.aligner.inference_layout import whole_sequences
 from nemo_fiberpo.aligner.minibatch import Minibatch
-from nemo_fiberpo.aligner.model_checks import check_model
+from nemo_fiberpo.aligner.model_checks import check_model, check_vocabulary
 from nemo_fiberpo.megatron.gpt import gpt_policy
 from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.megatron.one_pass import one_pass_step
+from nemo_fiberpo.megatron.penalty import kl_penalty
 from nemo_fiberpo.megatron.sequences import Rows, length_multiple, packed_rows, packed_spans, padded_rows
 from nemo_fiberpo.megatron.step import Policy, StepResult, StepTokens, current_log_probs, exact_step
 from nemo_fiberpo.objective import ExpertPartitions, Hierarchy, RatioGating
@@ -58,6 +59,11 @@ class FiberPOActor(MegatronGPTActorModel):
         self.experts: ExpertLabels | None = None
         # Optimizer steps begun, and how many had been when the old log-probs were computed.
         self._steps_begun, self._old_since = 0, -1
+
+    def _build_vocab(self) -> None:
+        """The parent's, which is done before anything is allocated."""
+        super()._build_vocab()
+        check_vocabulary(self.cfg, self.tokenizer, self.padded_vocab_size)
 
     @property
     def reducer(self) -> Reducer:
@@ -227,7 +233,7 @@ class FiberPOActor(MegatronGPTActorModel):
             return exact_step(*given, hierarchy, self.reducer, gating=gating, on_policy=on_policy, extra_loss=penalty)
 
     def _policy(self, rows: Sequence[Rows]) -> Policy:
-        return gpt_policy(self.model, rows, mpu.get_tensor_model_parallel_group())
+        return gpt_policy(self.model, rows, mpu.get_tensor_model_parallel_group(), self.tokenizer.vocab_size)
 
     @torch.no_grad()
     def infer(self, inference_batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -291,16 +297,3 @@ def balanced(lengths: Sequence[int], bins: int) -> list[list[int]]:
         turn, within = divmod(place, bins)
         dealt[within if turn % 2 == 0 else bins - 1 - within].append(index)
     return dealt
-
-
-def kl_penalty(log_probs: Tensor, batch: dict[str, Tensor], *, coefficient: float) -> Tensor:
-    """coefficient * sum_i w_i (exp(d_i) - d_i - 1), d = log pi_init - log pi: the k3 estimate of KL(pi || pi_init).
-
-    All [b, s - 1]; masked tokens add nothing, whatever their values. The exponent is limited to 20 nats (a ratio of
-    5e8), beyond which float32 would overflow.
-    """
-    mask = batch["mask"].to(log_probs.device)
-    difference = batch["init_log_probs"].to(log_probs.device) - log_probs
-    difference = torch.where(mask, difference, 0.0)
-    estimate = difference.clamp(max=20.0).exp() - difference - 1.0
-    return coefficient * (batch["weights"].to(log_probs.device) * estimate.double()).sum()

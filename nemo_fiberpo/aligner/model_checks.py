@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 from omegaconf import DictConfig
 from torch import Tensor
@@ -65,6 +66,26 @@ def model_problems(cfg: DictConfig, on_cpu: bool) -> Iterator[str]:
                 f"model.ppo.sampling_params.{name}: {given}; must be {value}: the ratios compare the policy with "
                 "itself, and responses sampled from another distribution are not its own"
             )
+
+
+def check_vocabulary(cfg: DictConfig, tokenizer: Any, padded: int) -> None:
+    """ValueError where the tokenizer of NeMo's `model` section has tokens that the policy's embedding has no row for,
+    or ends responses with a token that is never sampled.
+
+    padded  rows of the embedding where `override_vocab_size` does not set them
+    """
+    size, end = tokenizer.vocab_size, tokenizer.eos_id
+    rows = cfg.get("override_vocab_size") or padded
+    if size > rows:
+        raise ValueError(
+            f"model.tokenizer: {size} tokens, but the policy's embedding has {rows} rows (override_vocab_size); take "
+            "the tokenizer that belongs to the policy"
+        )
+    if end is None or not 0 <= end < size:
+        raise ValueError(
+            f"model.tokenizer: the token that ends a response has the id {end}, which is not among its {size} tokens, "
+            "so no response could end"
+        )
 
 
 def partition_table(partitions: ExpertPartitions, model: DictConfig) -> tuple[Tensor, tuple[str, ...]]:

@@ -201,6 +201,16 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.records)
 
+    def check_tokens(self, vocab_size: int) -> None:
+        """ValueError naming the first prompt with a token outside [0, vocab_size), which no policy could have said."""
+        for record, tokens in zip(self.records, self._tokens, strict=True):
+            outside = tokens[(tokens < 0) | (tokens >= vocab_size)].tolist()
+            if outside:
+                raise ValueError(
+                    f"{record.where}: prompt: the tokenizer makes the token {outside[0]} of it, outside its own "
+                    f"vocabulary of {vocab_size}"
+                )
+
     def subset(self, places: Sequence[int]) -> PromptSubset:
         """The prompts at `places`; their `prompt_index` stays what it is here."""
         return PromptSubset(self, places)

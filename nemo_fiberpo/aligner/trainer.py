@@ -66,6 +66,9 @@ class FiberPOTrainer(PPOTrainer):
                 f"algorithm.prompts_per_rollout: {settings.prompts_per_rollout}, but data.train has "
                 f"{len(prompts)} prompts"
             )
+        for data in (prompts, heldout):
+            if data is not None:
+                data.check_tokens(parent["model"].tokenizer.vocab_size)
         experts = parent["model"].experts
         check_gating(settings.gating, hierarchy, () if experts is None else experts.partitions.soft_columns)
         self.strata = StrataLabels(hierarchy, prompts, () if experts is None else experts.names)
@@ -150,6 +153,8 @@ class FiberPOTrainer(PPOTrainer):
         mask = mask & keep[:, None]
         advantage = rollout_batch["advantage"][:, None].expand(mask.shape)
         problem = non_finite("old log-probs", log_probs, mask) or non_finite("advantage", advantage, mask)
+        if "init_logprobs" in rollout_batch:
+            problem = problem or non_finite("initial policy's log-probs", rollout_batch["init_logprobs"], mask)
         columns = dict(rollout_batch) | {"mask": mask}
         self._minibatches = self._agree(split_columns(columns, self.settings.optimizer_steps), problem)
         return {"response_tokens": tokens}, {}

@@ -1,14 +1,15 @@
-"""Parts of the actor that need no model: what it refuses and the KL penalty."""
+"""Parts of the actor that need no model: what it refuses, and how it packs."""
+
+from types import SimpleNamespace
 
 import pytest
-import torch
 from omegaconf import OmegaConf
 
 from nemo_fiberpo.aligner import cpu
 
 cpu.install()
-from nemo_fiberpo.aligner.actor import balanced, kl_penalty  # noqa: E402
-from nemo_fiberpo.aligner.model_checks import check_model  # noqa: E402
+from nemo_fiberpo.aligner.actor import FiberPOActor, balanced  # noqa: E402
+from nemo_fiberpo.aligner.model_checks import check_model, check_vocabulary  # noqa: E402
 
 GOOD = {"mcore_gpt": True, "optim": {"name": "mcore_distributed_optim"}, "ppo": {"sampling_params": {}}}
 
@@ -71,43 +72,35 @@ def test_context_parallelism_on_a_gpu_needs_transformer_engine(monkeypatch):
         check_model(OmegaConf.create(GOOD | {"context_parallel_size": 2, "transformer_engine": False}))
 
 
+@pytest.mark.parametrize(
+    ("size", "end", "config", "said"),
+    [
+        (50, 7, {"override_vocab_size": 48}, "model.tokenizer: 50 tokens, but the policy's embedding has 48 rows"),
+        (65, 7, {}, "model.tokenizer: 65 tokens, but the policy's embedding has 64 rows"),
+        (50, 50, {}, "the token that ends a response has the id 50"),
+        (50, None, {}, "the token that ends a response has the id None"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_the_policy_is_refused(size, end, config, said):
+    with pytest.raises(ValueError, match=said):
+        check_vocabulary(OmegaConf.create(config), SimpleNamespace(vocab_size=size, eos_id=end), padded=64)
+    check_vocabulary(OmegaConf.create({"override_vocab_size": 50}), SimpleNamespace(vocab_size=50, eos_id=0), padded=64)
+
+
+def test_the_actor_looks_before_it_builds_a_model():
+    """NeMo calls `_build_vocab` first, and pads 45 tokens to 48 rows."""
+    actor = FiberPOActor.__new__(FiberPOActor)
+    actor.__dict__ |= {"_cfg": OmegaConf.create({"make_vocab_size_divisible_by": 8}), "use_loss_mask": False}
+    actor.__dict__["tokenizer"] = SimpleNamespace(vocab_size=45, eos_id=1)
+    actor._build_vocab()
+    assert actor.padded_vocab_size == 48
+    actor._cfg.override_vocab_size = 44
+    with pytest.raises(ValueError, match="45 tokens, but the policy's embedding has 44 rows"):
+        actor._build_vocab()
+
+
 def test_packed_micro_batches_have_equally_many_samples_and_about_equal_lengths():
     # sorted: 9 8 7 | 3 2 1, the second turn backwards: 9+1, 8+2, 7+3
     dealt = balanced([1, 9, 7, 2, 8, 3], 3)
     assert dealt == [[1, 0], [4, 3], [2, 5]]
     assert sorted(index for part in dealt for index in part) == list(range(6))
-
-
-def batch(init, weights, mask):
-    return {"init_log_probs": torch.tensor(init), "weights": torch.tensor(weights), "mask": torch.tensor(mask)}
-
-
-def test_kl_penalty_by_hand():
-    # d = init - current = log 2 and 0: exp(d) - d - 1 = 1 - log 2 and 0
-    current = torch.tensor([[-1.0, -2.0]], dtype=torch.float64)
-    init = [[-1.0 + 0.6931471805599453, -2.0]]
-    value = kl_penalty(current, batch(init, [[0.5, 0.5]], [[True, True]]), coefficient=0.1)
-    assert value.item() == pytest.approx(0.1 * 0.5 * (1 - 0.6931471805599453), rel=1e-6)
-
-
-def test_kl_penalty_pulls_towards_the_initial_policy():
-    current = torch.tensor([[-1.0, -1.0]], dtype=torch.float64, requires_grad=True)
-    kl_penalty(current, batch([[-0.5, -1.5]], [[1.0, 1.0]], [[True, True]]), coefficient=1.0).backward()
-    # d/d log pi of exp(d) - d - 1 is 1 - exp(d)
-    wanted = 1 - torch.tensor([[0.5, -0.5]], dtype=torch.float64).exp()
-    torch.testing.assert_close(current.grad, wanted, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
-def test_kl_penalty_of_a_masked_token_is_nothing(value):
-    current = torch.tensor([[-1.0, -1.0]], requires_grad=True)
-    penalty = kl_penalty(current, batch([[-0.5, value]], [[1.0, 0.0]], [[True, False]]), coefficient=1.0)
-    penalty.backward()
-    assert torch.isfinite(penalty) and current.grad[0, 1] == 0.0
-
-
-def test_kl_penalty_of_a_token_far_off_is_finite():
-    current = torch.tensor([[-1e4, -1.0]], requires_grad=True)
-    penalty = kl_penalty(current, batch([[-0.5, -1e4]], [[1.0, 1.0]], [[True, True]]), coefficient=1.0)
-    penalty.backward()
-    assert torch.isfinite(penalty) and bool(torch.isfinite(current.grad).all())

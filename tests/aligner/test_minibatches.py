@@ -61,3 +61,16 @@ def test_routers_learn_from_the_tokens_of_samples_in_the_loss(packing, monkeypat
     fiberpo = trainer(truncated="keep", packing=packing)
     fiberpo.generate_ppo_data(rollout())
     assert sum(int(entry.routed.per_row.sum()) for entry in fiberpo._minibatches[0].rows) == 13
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [("logprobs", "old log-probs is -inf"), ("init_logprobs", "initial policy's log-probs is -inf")],
+)
+def test_a_log_prob_that_is_not_finite_stops_the_rollout(column, said):
+    log_probs = torch.full((4, 4), -1.0)
+    log_probs[0, 2] = -torch.inf
+    with pytest.raises(ValueError, match=f"{said} at sample 0, token position 2"):
+        trainer().generate_ppo_data(rollout(**{column: log_probs}))
+    log_probs[0, 2], log_probs[1, 3] = -1.0, -torch.inf  # behind the second response
+    trainer().generate_ppo_data(rollout(**{column: log_probs}))

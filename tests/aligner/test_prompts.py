@@ -151,6 +151,13 @@ def test_a_prompt_that_is_too_long_is_an_error_or_dropped_and_counted(write):
         PromptDataset(path, Letters(), 4, too_long="cut")
 
 
+def test_a_token_outside_the_policys_vocabulary_is_refused(write):
+    prompts = PromptDataset(write(line("ab"), line("az")), Letters(), 8)
+    prompts.check_tokens(ord("z") + 1)
+    with pytest.raises(ValueError, match=r"prompts.jsonl:2: prompt: the tokenizer makes the token 122 .* of 122"):
+        prompts.check_tokens(ord("z"))
+
+
 def test_a_prompt_outside_the_vocabulary_is_refused(write):
     with pytest.raises(ValueError, match=r"jsonl:2: prompt: '~~' has no tokens"):
         PromptDataset(write(line(), line("~~")), Letters(), 4)
