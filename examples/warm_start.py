@@ -71,11 +71,12 @@ def run(cfg: DictConfig) -> None:
     examples = tokenize(load_prompts(settings.data), actor.tokenizer)
     grader = make_reward_model(reward, checks.records, actor.tokenizer)
 
-    def step(batch) -> None:
-        supervised_step(actor, hierarchy, optimizer, scheduler, batch, settings.batch_size)
+    def step(number: int, batch) -> None:
+        where = f"step {number} of the warm start"
+        supervised_step(actor, hierarchy, optimizer, scheduler, batch, settings.batch_size, where)
 
     teach(settings, step, examples, actor, grader, checks, ranks, torch.Generator().manual_seed(cfg.model.seed))
-    save(actor, target)
+    save(actor, optimizer, target)
     grader.close()
 
 
@@ -102,7 +103,7 @@ def teach(settings, step, examples, actor, grader, checks, ranks: int, generator
     share = dict.fromkeys(checks.domains, 1.0)
     for number in range(settings.steps):
         rank = parallel_state.get_data_parallel_rank()
-        step(draw(examples, share, settings.batch_size, generator)[rank::ranks])
+        step(number, draw(examples, share, settings.batch_size, generator)[rank::ranks])
         if (number + 1) % settings.check_every == 0:
             rows = evaluate(actor, grader, sample, batch=len(sample), seed=number)
             means = mean_rewards(rows, "sampled")
@@ -144,8 +145,10 @@ def first_of_each_domain(prompts, number: int):
     return prompts.subset(places)
 
 
-def supervised_step(actor, hierarchy, optimizer, scheduler, examples, global_batch: int) -> None:
-    """One optimizer step on -mean log-likelihood of the answers, each answer weighing the same."""
+def supervised_step(actor, hierarchy, optimizer, scheduler, examples, global_batch: int, where: str) -> None:
+    """One optimizer step on -mean log-likelihood of the answers, each answer weighing the same; `where` it is, for an
+    error."""
+    from nemo_fiberpo.aligner import finite
     from nemo_fiberpo.aligner.minibatch import flat, in_rows, shape_of, take
     from nemo_fiberpo.objective.cells import build_cells
 
@@ -167,13 +170,16 @@ def supervised_step(actor, hierarchy, optimizer, scheduler, examples, global_bat
     actor.prepare_for_training_step()
     actor.step(minibatch, hierarchy, on_policy=True)
     actor.finish_training_step()
-    optimizer.step(closure=None)
+    finite.step(optimizer, where)
     scheduler.step()
     actor.finish_training()
 
 
-def save(actor, target: Path) -> None:
-    """Write the .nemo file whole or not at all."""
+def save(actor, optimizer, target: Path) -> None:
+    """Write the .nemo file whole or not at all, and only if its weights are finite."""
+    from nemo_fiberpo.aligner import finite
+
+    finite.check_weights(actor, optimizer, str(target))
     scratch = target.with_suffix(".partial")
     if launch.is_first_rank():
         shutil.rmtree(scratch, ignore_errors=True)

@@ -15,6 +15,7 @@ from nemo_aligner.utils.server_utils import FutureResult
 from nemo_aligner.utils.utils import cpu_dict
 from torch import Tensor
 
+from nemo_fiberpo.aligner import finite
 from nemo_fiberpo.aligner.advantages import ESTIMATORS
 from nemo_fiberpo.aligner.algorithm import AlgorithmSettings
 from nemo_fiberpo.aligner.evaluation import evaluate, mean_rewards
@@ -233,9 +234,10 @@ class FiberPOTrainer(PPOTrainer):
         )
         self.model.finish_training_step()
         lr = self.optimizer.param_groups[0]["lr"]
-        _, grad_norm, _ = self.optimizer.step(closure=None)
+        # As metrics.jsonl counts them.
+        grad_norm = finite.step(self.optimizer, f"optimizer step {self.ppo_optimization_step} of RL step {self.step}")
         self.scheduler.step()
-        metrics = {"grad_norm": float(grad_norm), "lr": lr, "on_policy": float(result.report is None)}
+        metrics = {"grad_norm": grad_norm, "lr": lr, "on_policy": float(result.report is None)}
         metrics |= {"gate_all_reduces": float(self.model.reducer.calls - calls)}
         metrics |= self._over_ranks(result, minibatch)
         if minibatch.parts is not None:  # one pass has no other to differ from
