@@ -25,7 +25,7 @@ from nemo_fiberpo.aligner.ending import explain
 from nemo_fiberpo.aligner.first_rank import decided
 from nemo_fiberpo.aligner.resume import RunRecord
 from nemo_fiberpo.aligner.resumption import take_directory
-from nemo_fiberpo.aligner.settings import data_settings, reward_settings, warm_start_settings
+from nemo_fiberpo.aligner.settings import check_precision, data_settings, reward_settings, warm_start_settings
 
 launch.register_resolvers()
 
@@ -33,6 +33,8 @@ launch.register_resolvers()
 def run(cfg: DictConfig) -> None:
     hierarchy, _ = launch.check_sections(cfg)
     settings, data, reward = warm_start_settings(cfg), data_settings(cfg), reward_settings(cfg)
+    check_precision(cfg.trainer.precision)
+    launch.check_lengths(cfg)
     record, target = RunRecord(cfg), Path(cfg.pretrained_checkpoint.restore_from_path)
     if decided(cfg.collective_timeout, lambda: whether_to_train(cfg, record, target)) is None:
         return
@@ -52,6 +54,7 @@ def run(cfg: DictConfig) -> None:
     from nemo_aligner.utils.train_script_utils import init_distributed
 
     from nemo_fiberpo.aligner.actor import FiberPOActor
+    from nemo_fiberpo.aligner.model_checks import first_token
     from nemo_fiberpo.aligner.prompts import PromptDataset, load_prompts
     from nemo_fiberpo.aligner.rewards import make_reward_model
 
@@ -66,9 +69,10 @@ def run(cfg: DictConfig) -> None:
     launch.wait_until_says(complete, f"seed {cfg.seed}")
     actor = FiberPOActor(cfg.model, trainer)
     init_distributed(trainer, actor)
-    checks = PromptDataset(data.train, actor.tokenizer, data.max_prompt_length)
+    bos_id = first_token(cfg.model, actor.tokenizer)
+    checks = PromptDataset(data.train, actor.tokenizer, data.max_prompt_length, bos_id=bos_id)
     optimizer, scheduler, _ = launch.initialise(cfg, trainer, actor, checks, settings.steps)
-    examples = tokenize(load_prompts(settings.data), actor.tokenizer)
+    examples = tokenize(load_prompts(settings.data), actor.tokenizer, bos_id)
     grader = make_reward_model(reward, checks.records, actor.tokenizer)
 
     def step(number: int, batch) -> None:
@@ -125,12 +129,13 @@ def draw(examples, share: dict[str, float], number: int, generator: torch.Genera
     return [pools[domain][int(place * len(pools[domain]))] for domain, place in zip(domains, places, strict=True)]
 
 
-def tokenize(records, tokenizer) -> dict[str, list[tuple[list[int], list[int]]]]:
-    """(prompt, answer and end of sequence) as token ids, by domain."""
+def tokenize(records, tokenizer, bos_id: int | None) -> dict[str, list[tuple[list[int], list[int]]]]:
+    """(prompt, answer and end of sequence) as token ids, by domain; prompts begin with `bos_id`, if any."""
+    first = [] if bos_id is None else [bos_id]
     examples: dict[str, list[tuple[list[int], list[int]]]] = {}
     for record in records:
         answer = [*tokenizer.text_to_ids(record.response), tokenizer.eos_id]
-        examples.setdefault(record.domain, []).append((tokenizer.text_to_ids(record.prompt), answer))
+        examples.setdefault(record.domain, []).append(([*first, *tokenizer.text_to_ids(record.prompt)], answer))
     return examples
 
 

@@ -60,6 +60,8 @@ class FiberPOTrainer(PPOTrainer):
     ):
         self.settings, self.hierarchy, self.prompts = settings, hierarchy, prompts
         self.heldout, self.heldout_modes = heldout, heldout_modes
+        if "greedy" in heldout_modes and parent["model"].use_trtllm_generation:
+            raise ValueError("data.heldout_greedy: true, but TensorRT-LLM samples here; set it to false")
         if settings.val_check_interval and heldout is None:
             raise ValueError("algorithm.val_check_interval: evaluates data.heldout, which is not given")
         if len(prompts) < settings.prompts_per_rollout:

@@ -8,8 +8,10 @@ from omegaconf import OmegaConf
 from nemo_fiberpo.aligner import cpu
 
 cpu.install()
+from nemo_fiberpo.aligner import generation  # noqa: E402
 from nemo_fiberpo.aligner.actor import FiberPOActor, balanced  # noqa: E402
-from nemo_fiberpo.aligner.model_checks import check_model, check_vocabulary  # noqa: E402
+from nemo_fiberpo.aligner.model_checks import check_model, check_vocabulary, first_token  # noqa: E402
+from tests.aligner.launching import ROOT  # noqa: E402
 
 GOOD = {"mcore_gpt": True, "optim": {"name": "mcore_distributed_optim"}, "ppo": {"sampling_params": {}}}
 
@@ -19,6 +21,7 @@ GOOD = {"mcore_gpt": True, "optim": {"name": "mcore_distributed_optim"}, "ppo": 
     [
         ({"optim": {"name": "distributed_fused_adam"}}, ["model.optim.name", "mcore_distributed_optim"]),
         ({"mcore_gpt": False}, ["model.mcore_gpt"]),
+        ({"precision": "16-mixed"}, ["model.precision: '16-mixed'", "use bf16"]),
         (
             {"context_parallel_size": 2, "ppo": {"sampling_params": {}, "trt_llm": {"enable": True}}},
             ["model.context_parallel_size", "model.ppo.trt_llm.enable"],
@@ -41,8 +44,7 @@ GOOD = {"mcore_gpt": True, "optim": {"name": "mcore_distributed_optim"}, "ppo": 
         ),
         ({"ppo": {"offload_adam_states": True, "sampling_params": {}}}, ["model.ppo.offload_adam_states", "False"]),
         ({"ppo": {"entropy_bonus": 0.1, "sampling_params": {}}}, ["model.ppo.entropy_bonus", "0"]),
-        ({"ppo": {"sampling_params": {"temperature": 0.7}}}, ["model.ppo.sampling_params.temperature", "must be 1.0"]),
-        ({"ppo": {"sampling_params": {"top_k": 5}}}, ["model.ppo.sampling_params.top_k", "must be 0"]),
+        ({"ppo": {"ratio_eps": 0.2, "sampling_params": {}}}, ["model.ppo.ratio_eps: 0.2", "0.0"]),
     ],
 )
 def test_a_model_that_cannot_run_is_refused_by_field(change, words):
@@ -50,6 +52,59 @@ def test_a_model_that_cannot_run_is_refused_by_field(change, words):
         check_model(OmegaConf.create(GOOD | change))
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "words"),
+    [
+        ("sampling_params", "use_greedy", True, "must be False: all responses to a prompt would be equal"),
+        ("sampling_params", "temperature", 0.7, "must be 1.0: the ratios compare the policy with itself"),
+        ("sampling_params", "temperature", True, "must be 1.0"),
+        ("sampling_params", "top_k", 5, "must be 0"),
+        ("sampling_params", "top_p", 0.9, "must be 1.0"),
+        ("sampling_params", "repetition_penalty", 1.2, "must be 1.0"),
+        ("sampling_params", "all_probs", True, "nothing here reads them"),
+        ("sampling_params", "compute_logprob", True, "nothing here reads them"),
+        ("sampling_params", "add_BOS", "yes", "must be true or false"),
+        ("sampling_params", "end_strings", "</s>", "must be a list of texts"),
+        ("sampling_params", "temprature", 0.7, "unknown key; did you mean 'temperature'"),
+        ("sampling_params", "min_p", 0.1, "unknown key"),
+        ("length_params", "min_length", 8, "must be 0: the token that ends a response"),
+        ("length_params", "min_length", 1, "must be 0"),
+        ("length_params", "min_lenght", 1, "did you mean 'min_length'"),
+    ],
+)
+def test_what_would_sample_from_another_distribution_is_refused(section, key, value, words):
+    given = OmegaConf.create(GOOD | {"ppo": {"sampling_params": {}, "length_params": {}} | {section: {key: value}}})
+    with pytest.raises(ValueError) as error:
+        check_model(given)
+    assert str(error.value).startswith(f"model.ppo.{section}.{key}: ") and words in str(error.value)
+
+
+def test_what_policies_are_sampled_with_passes():
+    neutral = {"use_greedy": False, "temperature": 1, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    free = {"add_BOS": True, "end_strings": ["\n"], "all_probs": False, "compute_logprob": False}
+    ppo = {"sampling_params": neutral | free, "length_params": {"max_length": 4, "min_length": 0}}
+    check_model(OmegaConf.create(GOOD | {"ppo": ppo}))
+
+
+def test_nemos_loop_is_asked_for_samples_of_the_policy(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(generation, "synced_generate", lambda *args, **options: asked.update(options))
+    base = OmegaConf.load(ROOT / "conf" / "model" / "policy.yaml").ppo
+    generation.generate_tokens(SimpleNamespace(), None, None, None, base.sampling_params, base.length_params)
+    assert asked["min_tokens_to_generate"] == 0 and not asked["greedy"] and asked["top_k"] == 0
+    assert asked["temperature"] == asked["top_p"] == asked["repetition_penalty"] == 1.0
+
+
+def test_prompts_begin_with_the_tokenizers_first_token_where_asked_for():
+    model = OmegaConf.create({"ppo": {"sampling_params": {"add_BOS": True}}})
+    assert first_token(model, SimpleNamespace(bos_id=2, vocab_size=5)) == 2
+    for bos_id in (None, -1, 5):
+        with pytest.raises(ValueError, match=r"^model\.ppo\.sampling_params\.add_BOS: true, but .* no token"):
+            first_token(model, SimpleNamespace(bos_id=bos_id, vocab_size=5))
+    model.ppo.sampling_params.add_BOS = False
+    assert first_token(model, SimpleNamespace(bos_id=None, vocab_size=5)) is None
 
 
 @pytest.mark.parametrize(
