@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from .divergence import kl_estimate, tv_estimate
 from .fibration import Drift, Gates, Tokens, checked, gate_cells, measure, weigh
-from .gates import GLOBAL_REGIMES, LOCAL_REGIMES, REGIMES, constant, regimes, states
+from .gates import GLOBAL_REGIMES, LOCAL_REGIMES, REGIMES, STATES, constant, regimes, states
 from .hierarchy import Hierarchy
 from .sharing import Cells, Level, Reduce, SharedCells, all_reduce, sum_nodes
 
