@@ -62,6 +62,7 @@ class StrataLabels:
         sample = torch.arange(len(self.prompts)).repeat_interleave(tokens)
         part = {"prompt_index": sample + self.prompts.first_index, "trajectory": sample}
         part[COLUMN] = torch.arange(len(sample)) % tokens
-        labels = self.labels(part)
-        self.hierarchy.cells(labels, names=self.names)
-        self.hierarchy.check_data(labels, names=self.names)
+        labels, mask = self.labels(part), torch.ones(len(sample), dtype=torch.bool)
+        # The mask tells the number of tokens where no stratum does: with the token clip alone there are no labels.
+        self.hierarchy.cells(labels, mask, names=self.names)
+        self.hierarchy.check_data(labels, mask, names=self.names)

@@ -163,7 +163,9 @@ def _cells(
             labels[name] = known[name]
         else:
             labels[name] = torch.tensor(prompts.labels[name])[torch.tensor(chosen)[prompt]]
-    return hierarchy.cells(labels, names={name: names[name] for name in labels if name in names})
+    # Without an active stratum there are no labels, and the mask tells the number of tokens.
+    live = torch.ones(len(sample), dtype=torch.bool)
+    return hierarchy.cells(labels, live, names={name: names[name] for name in labels if name in names})
 
 
 def _reductions(hierarchy: Hierarchy, cells: SharedCells, gating: RatioGating | None, passes: int) -> tuple[int, int]:

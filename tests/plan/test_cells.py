@@ -34,6 +34,12 @@ def joined() -> Hierarchy:
     return load_hierarchy({"token_clip": 0.1, "strata": strata, "expert_partitions": {"by": "expert"}})
 
 
+def clip_alone() -> Hierarchy:
+    """Its one stratum is switched off."""
+    strata = [{"name": "trajectory", "budget": {"pos": 0.1, "neg": 0.1}, "enabled": False}]
+    return load_hierarchy({"token_clip": 0.1, "strata": strata})
+
+
 CASES: list[tuple[str, int, int, RatioGating | None]] = [
     ("domain", 2, 1, None),
     ("domain", 2, 2, None),
@@ -42,11 +48,13 @@ CASES: list[tuple[str, int, int, RatioGating | None]] = [
     ("modality_sweep", 2, 1, None),
     ("domain", 2, 1, PpoClip(0.2, 0.2)),
     ("joined", 2, 2, None),
+    ("clip_alone", 2, 1, None),
 ]
+MADE_HERE = {"joined": joined, "clip_alone": clip_alone}
 
 
 def labels_and_case(name: str) -> tuple[Hierarchy, PromptLabels, Partitions | None]:
-    hierarchy = joined() if name == "joined" else hierarchy_of(name)
+    hierarchy = MADE_HERE[name]() if name in MADE_HERE else hierarchy_of(name)
     labels = PromptLabels.assumed(hierarchy, PROMPTS, {"domain": 3, "modality": 2})
     return hierarchy, labels, Partitions(NAMES) if name == "joined" else None
 

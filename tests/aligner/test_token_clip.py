@@ -1,0 +1,27 @@
+"""Every stratum switched off: the token clip alone, a natural baseline, trains end to end."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tests.aligner import forked
+from tests.aligner.launching import fresh, optimizer_steps
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("passes", [1, 2])
+def test_the_token_clip_alone_trains(start, tmp_path, passes: int):
+    """Two optimizer steps, the second off-policy with a clip that cuts; no stratum is reported."""
+    run_dir = fresh(start, tmp_path, "run")
+    forked.launch(
+        "train_gpt_fiberpo.py", run_dir, "hierarchy=trajectory", "hierarchy.strata.trajectory.enabled=false",
+        "hierarchy.token_clip=1e-4", "algorithm.rl_steps=1", "algorithm.save_interval=0", f"algorithm.passes={passes}",
+    )  # fmt: skip
+    first, second = optimizer_steps(run_dir)
+    assert first["train_optim/on_policy"] == float(passes == 2)
+    assert 0 < second["train_optim/gates/token/clipped"] <= 1
+    assert math.isfinite(second["train_optim/loss"]) and second["train_optim/grad_norm"] > 0
+    assert not [name for name in second if name.startswith("train_optim/gates/trajectory/")]
