@@ -1,6 +1,6 @@
 """What the objective computes for the random cases, and what it refuses, kept in frozen.npz.
 
-The file was made by the package as of commit 6030de0. This makes it again, by any package with the same public API:
+A change of these results is a change of the objective. Where one is meant, this makes the file again:
 
     python -m tests.objective.frozen nemo_fiberpo
 

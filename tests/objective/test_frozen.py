@@ -46,16 +46,9 @@ def _scale(name: str, case: Case, frozen: Outcome) -> float:
     return largest
 
 
-def _skipped(case: Case) -> set[str]:
-    """KL and TV of a stratum that is missing in parts of the tree once had its parents' values in them."""
-    partial = [entry["name"] for entry in case.active if entry.get("only")]
-    figures = [f"{kind}_{over}" for kind in ("kl", "tv") for over in ("mean", "max")]
-    return CHANGED | {f"report/{name}/{figure}" for name in partial for figure in figures}
-
-
 def differences(case: Case, frozen: Outcome, got: Outcome) -> list[str]:
     """What `got` lacks or has otherwise than the frozen outcome; it may have more."""
-    found, skipped = [], _skipped(case)
+    found: list[str] = []
     frozen = Outcome({**frozen.arrays, "token_coefficients": frozen.arrays["coefficients"]}, frozen.numbers)
     for name, wanted in frozen.arrays.items():
         if name not in got.arrays:
@@ -71,7 +64,7 @@ def differences(case: Case, frozen: Outcome, got: Outcome) -> list[str]:
     for name, wanted in frozen.numbers.items():
         if name not in got.numbers:
             found += [f"{name}: is gone"] if name not in CHANGED else []
-        elif name not in skipped:
+        elif name not in CHANGED:
             exact = name.startswith(("reductions", "cells/"))
             bound = 0.0 if exact else NUMBERS[case.dtype] * max(abs(wanted), 1.0)
             if name.rpartition("/")[2] == "J":
