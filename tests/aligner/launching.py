@@ -94,9 +94,7 @@ def wait_for_rl_step(process: Any, run_dir: Path, rl_step: int, seconds: float, 
     """Until the run has begun to write the metrics of that step, counted from 0. A run that ends before is an error
     with the end of what it wrote to `said`."""
     until = time.monotonic() + seconds
-    while not (
-        (run_dir / "metrics.jsonl").exists() and any(row["rl_step"] == rl_step for row in optimizer_steps(run_dir))
-    ):
+    while all(row["rl_step"] != rl_step for row in steps_so_far(run_dir)):
         assert process.poll() is None, "the run ended before" if said is None else said.read_text()[-8000:]
         assert time.monotonic() < until, f"no RL step {rl_step}"
         time.sleep(0.02)
@@ -128,3 +126,10 @@ def metrics(run_dir: Path) -> list[dict]:
 
 def optimizer_steps(run_dir: Path) -> list[dict]:
     return [row for row in metrics(run_dir) if "train_optim/grad_norm" in row]
+
+
+def steps_so_far(run_dir: Path) -> list[dict]:
+    """Of a run that goes on, whose metrics file may not exist yet or may end with half a line."""
+    path = run_dir / "metrics.jsonl"
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return [row for row in map(json.loads, whole.splitlines()) if "train_optim/grad_norm" in row]
