@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_fiberpo.aligner import launch, preemption
 from nemo_fiberpo.aligner.ending import explain
-from nemo_fiberpo.aligner.model_checks import partition_table
+from nemo_fiberpo.aligner.model_checks import first_token, partition_table
 from nemo_fiberpo.aligner.resume import RunRecord
 from nemo_fiberpo.aligner.resumption import find_checkpoint
 from nemo_fiberpo.aligner.settings import algorithm_settings, check_precision, data_settings, reward_settings
@@ -45,6 +45,7 @@ def run(cfg: DictConfig) -> None:
     settings.check_passes(hierarchy.active, cfg.model.micro_batch_size)
     settings.check_data(data)
     check_precision(cfg.trainer.precision)
+    launch.check_lengths(cfg)
     if partitions is not None and "num_moe_experts" in cfg.model:
         partition_table(partitions, cfg.model)
     record = RunRecord(cfg)
@@ -74,7 +75,8 @@ def run(cfg: DictConfig) -> None:
     context_parallel_size = cfg.model.get("context_parallel_size") or 1
     launch.check_batches(cfg, parallel_state.get_data_parallel_world_size(), context_parallel_size)
 
-    train, heldout = read_prompts(data, actor.tokenizer, tuple(reward.graders or ()))
+    bos_id = first_token(actor.cfg, actor.tokenizer)
+    train, heldout = read_prompts(data, actor.tokenizer, tuple(reward.graders or ()), bos_id)
     records = train.records + (heldout.records if heldout is not None else [])
     reward_model = make_reward_model(reward, records, actor.tokenizer)
 
@@ -86,11 +88,11 @@ def run(cfg: DictConfig) -> None:
         reward_model.close()
 
 
-def read_prompts(data, tokenizer, own_graders):
-    """The prompts to train on, and the held-out ones or None."""
+def read_prompts(data, tokenizer, own_graders, bos_id):
+    """The prompts to train on, and the held-out ones or None; all begin with `bos_id`, if any."""
     from nemo_fiberpo.aligner.prompts import PromptDataset
 
-    options: dict[str, Any] = {"too_long": data.too_long, "own_graders": own_graders}
+    options: dict[str, Any] = {"too_long": data.too_long, "own_graders": own_graders, "bos_id": bos_id}
     train = PromptDataset(data.train, tokenizer, data.max_prompt_length, **options)
     if train.dropped and launch.is_first_rank():
         print(f"{data.train}: dropped {train.dropped} prompts of more than {data.max_prompt_length} tokens")

@@ -25,7 +25,7 @@ from nemo_fiberpo.aligner.ending import explain
 from nemo_fiberpo.aligner.first_rank import decided
 from nemo_fiberpo.aligner.resume import RunRecord
 from nemo_fiberpo.aligner.resumption import take_directory
-from nemo_fiberpo.aligner.settings import data_settings, reward_settings, warm_start_settings
+from nemo_fiberpo.aligner.settings import check_precision, data_settings, reward_settings, warm_start_settings
 
 launch.prepare_hydra()
 
@@ -33,6 +33,8 @@ launch.prepare_hydra()
 def run(cfg: DictConfig) -> None:
     hierarchy, _ = launch.check_sections(cfg)
     settings, data, reward = warm_start_settings(cfg), data_settings(cfg), reward_settings(cfg)
+    check_precision(cfg.trainer.precision)
+    launch.check_lengths(cfg)
     record, target = RunRecord(cfg), Path(cfg.pretrained_checkpoint.restore_from_path)
     if decided(cfg.collective_timeout, lambda: whether_to_train(cfg, record, target)) is None:
         return
@@ -52,6 +54,7 @@ def run(cfg: DictConfig) -> None:
     from nemo_aligner.utils.train_script_utils import init_distributed
 
     from nemo_fiberpo.aligner.actor import FiberPOActor
+    from nemo_fiberpo.aligner.model_checks import first_token
     from nemo_fiberpo.aligner.prompts import PromptDataset, load_prompts
     from nemo_fiberpo.aligner.rewards import make_reward_model
 
@@ -66,16 +69,18 @@ def run(cfg: DictConfig) -> None:
     launch.wait_until_says(complete, f"seed {cfg.seed}")
     actor = FiberPOActor(cfg.model, trainer)
     init_distributed(trainer, actor)
-    checks = PromptDataset(data.train, actor.tokenizer, data.max_prompt_length)
+    bos_id = first_token(cfg.model, actor.tokenizer)
+    checks = PromptDataset(data.train, actor.tokenizer, data.max_prompt_length, bos_id=bos_id)
     optimizer, scheduler, _ = launch.initialise(cfg, trainer, actor, checks, settings.steps)
-    examples = tokenize(load_prompts(settings.data), actor.tokenizer)
+    examples = tokenize(load_prompts(settings.data), actor.tokenizer, bos_id)
     grader = make_reward_model(reward, checks.records, actor.tokenizer)
 
-    def step(batch) -> None:
-        supervised_step(actor, hierarchy, optimizer, scheduler, batch, settings.batch_size)
+    def step(number: int, batch) -> None:
+        where = f"step {number} of the warm start"
+        supervised_step(actor, hierarchy, optimizer, scheduler, batch, settings.batch_size, where)
 
     teach(settings, step, examples, actor, grader, checks, ranks, torch.Generator().manual_seed(cfg.model.seed))
-    save(actor, target)
+    save(actor, optimizer, target)
     grader.close()
 
 
@@ -102,7 +107,7 @@ def teach(settings, step, examples, actor, grader, checks, ranks: int, generator
     share = dict.fromkeys(checks.domains, 1.0)
     for number in range(settings.steps):
         rank = parallel_state.get_data_parallel_rank()
-        step(draw(examples, share, settings.batch_size, generator)[rank::ranks])
+        step(number, draw(examples, share, settings.batch_size, generator)[rank::ranks])
         if (number + 1) % settings.check_every == 0:
             rows = evaluate(actor, grader, sample, batch=len(sample), seed=number)
             means = mean_rewards(rows, "sampled")
@@ -124,12 +129,13 @@ def draw(examples, share: dict[str, float], number: int, generator: torch.Genera
     return [pools[domain][int(place * len(pools[domain]))] for domain, place in zip(domains, places, strict=True)]
 
 
-def tokenize(records, tokenizer) -> dict[str, list[tuple[list[int], list[int]]]]:
-    """(prompt, answer and end of sequence) as token ids, by domain."""
+def tokenize(records, tokenizer, bos_id: int | None) -> dict[str, list[tuple[list[int], list[int]]]]:
+    """(prompt, answer and end of sequence) as token ids, by domain; prompts begin with `bos_id`, if any."""
+    first = [] if bos_id is None else [bos_id]
     examples: dict[str, list[tuple[list[int], list[int]]]] = {}
     for record in records:
         answer = [*tokenizer.text_to_ids(record.response), tokenizer.eos_id]
-        examples.setdefault(record.domain, []).append((tokenizer.text_to_ids(record.prompt), answer))
+        examples.setdefault(record.domain, []).append(([*first, *tokenizer.text_to_ids(record.prompt)], answer))
     return examples
 
 
@@ -144,8 +150,10 @@ def first_of_each_domain(prompts, number: int):
     return prompts.subset(places)
 
 
-def supervised_step(actor, hierarchy, optimizer, scheduler, examples, global_batch: int) -> None:
-    """One optimizer step on -mean log-likelihood of the answers, each answer weighing the same."""
+def supervised_step(actor, hierarchy, optimizer, scheduler, examples, global_batch: int, where: str) -> None:
+    """One optimizer step on -mean log-likelihood of the answers, each answer weighing the same; `where` it is, for an
+    error."""
+    from nemo_fiberpo.aligner import finite
     from nemo_fiberpo.aligner.minibatch import flat, in_rows, shape_of, take
     from nemo_fiberpo.objective import build_cells
 
@@ -167,13 +175,16 @@ def supervised_step(actor, hierarchy, optimizer, scheduler, examples, global_bat
     actor.prepare_for_training_step()
     actor.step(minibatch, hierarchy, on_policy=True)
     actor.finish_training_step()
-    optimizer.step(closure=None)
+    finite.step(optimizer, where)
     scheduler.step()
     actor.finish_training()
 
 
-def save(actor, target: Path) -> None:
-    """Write the .nemo file whole or not at all."""
+def save(actor, optimizer, target: Path) -> None:
+    """Write the .nemo file whole or not at all, and only if its weights are finite."""
+    from nemo_fiberpo.aligner import finite
+
+    finite.check_weights(actor, optimizer, str(target))
     scratch = target.with_suffix(".partial")
     if launch.is_first_rank():
         shutil.rmtree(scratch, ignore_errors=True)

@@ -15,8 +15,7 @@ from drawing import BLACK, BLUE, PASS, ROLLBACK, TINTS, ZEROED, frame, new_figur
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from nemo_fiberpo.objective.gates import aggregate_gate
-from nemo_fiberpo.objective.report import GLOBAL_REGIMES, global_regimes, zeroed_from
+from nemo_fiberpo.objective.gates import GLOBAL_REGIMES, aggregate_gate, global_regimes, zeroed_from
 
 SLOPE = torch.tensor([2.0], dtype=torch.float64)
 BUDGET = torch.tensor([[0.20], [0.10]], dtype=torch.float64)  # C+, C-

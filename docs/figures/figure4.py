@@ -18,8 +18,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 import nemo_fiberpo as fpo
-from nemo_fiberpo.objective.gates import aggregate_gate
-from nemo_fiberpo.objective.report import zeroed_from
+from nemo_fiberpo.objective.gates import aggregate_gate, zeroed_from
 
 TOKENS, TOKEN_CLIP = 10, 0.04
 BUDGET, SLOPE = torch.tensor([[0.12], [0.05]], dtype=torch.float64), torch.tensor([32.0], dtype=torch.float64)

@@ -24,10 +24,11 @@ from nemo_fiberpo.aligner.experts import ExpertLabels
 from nemo_fiberpo.aligner.generation import GUARD_ROWS, Lockstep, add_guard_rows, expert_group, generate_tokens
 from nemo_fiberpo.aligner.inference_layout import whole_sequences
 from nemo_fiberpo.aligner.minibatch import Minibatch
-from nemo_fiberpo.aligner.model_checks import check_model
+from nemo_fiberpo.aligner.model_checks import check_model, check_vocabulary
 from nemo_fiberpo.megatron.gpt import gpt_policy
 from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.megatron.one_pass import one_pass_step
+from nemo_fiberpo.megatron.penalty import kl_penalty
 from nemo_fiberpo.megatron.sequences import Rows, length_multiple, packed_rows, packed_spans, padded_rows
 from nemo_fiberpo.megatron.step import Policy, StepResult, StepTokens, current_log_probs, exact_step
 from nemo_fiberpo.objective import ExpertPartitions, Hierarchy, RatioGating
@@ -58,6 +59,11 @@ class FiberPOActor(MegatronGPTActorModel):
         self.experts: ExpertLabels | None = None
         # Optimizer steps begun, and how many had been when the old log-probs were computed.
         self._steps_begun, self._old_since = 0, -1
+
+    def _build_vocab(self) -> None:
+        """The parent's, which is done before anything is allocated."""
+        super()._build_vocab()
+        check_vocabulary(self.cfg, self.tokenizer, self.padded_vocab_size)
 
     @property
     def reducer(self) -> Reducer:
@@ -105,20 +111,23 @@ class FiberPOActor(MegatronGPTActorModel):
             if generating:
                 self._reset_sequence_parallelism_args()
 
-    def rows(self, tokens: Tensor, lengths: Tensor, size: int, packed: bool) -> list[Rows]:
+    def rows(
+        self, tokens: Tensor, lengths: Tensor, size: int, packed: bool, counted: Tensor | None = None
+    ) -> list[Rows]:
         """The micro-batches of this rank's samples, all of one width.
 
-        tokens int64 [b, s], lengths [b] of the sequences, `size` samples per micro-batch. Padded rows keep the order of
+        tokens int64 [b, s], lengths [b] of the sequences, `size` samples per micro-batch; `counted`, bool [b], as in
+        `padded_rows`. Padded rows keep the order of
         the samples; packed ones are filled so that they come out about equally long, on every rank to the width of the
         longest of any rank. SPMD: every rank calls this; one all-reduce where `packed`.
         """
         axes, real = self.reducer.axes, lengths.tolist()
         cp = axes.axis("cp")
         multiple = length_multiple(axes.axis("tp").size, cp.size, self._sequence_parallel)
-        place: dict[str, int] = {"cp_size": cp.size, "cp_rank": cp.rank, "multiple": multiple}
+        place: dict[str, Any] = {"cp_size": cp.size, "cp_rank": cp.rank, "multiple": multiple, "counted": counted}
         if not packed:
             order = torch.arange(len(tokens), device=tokens.device)
-            return [padded_rows(tokens, samples, **place) for samples in order.split(size)]
+            return [padded_rows(tokens, samples, lengths=real, **place) for samples in order.split(size)]
         dealt = balanced(real, len(tokens) // size)
         widest = max(sum(packed_spans([real[i] for i in samples], multiple)) for samples in dealt)
         width = torch.tensor([widest], device=torch.cuda.current_device())
@@ -224,7 +233,7 @@ class FiberPOActor(MegatronGPTActorModel):
             return exact_step(*given, hierarchy, self.reducer, on_policy=on_policy, **options)
 
     def _policy(self, rows: Sequence[Rows]) -> Policy:
-        return gpt_policy(self.model, rows, mpu.get_tensor_model_parallel_group())
+        return gpt_policy(self.model, rows, mpu.get_tensor_model_parallel_group(), self.tokenizer.vocab_size)
 
     @torch.no_grad()
     def infer(self, inference_batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -288,16 +297,3 @@ def balanced(lengths: Sequence[int], bins: int) -> list[list[int]]:
         turn, within = divmod(place, bins)
         dealt[within if turn % 2 == 0 else bins - 1 - within].append(index)
     return dealt
-
-
-def kl_penalty(log_probs: Tensor, batch: dict[str, Tensor], *, coefficient: float) -> Tensor:
-    """coefficient * sum_i w_i (exp(d_i) - d_i - 1), d = log pi_init - log pi: the k3 estimate of KL(pi || pi_init).
-
-    All [b, s - 1]; masked tokens add nothing, whatever their values. The exponent is limited to 20 nats (a ratio of
-    5e8), beyond which float32 would overflow.
-    """
-    mask = batch["mask"].to(log_probs.device)
-    difference = batch["init_log_probs"].to(log_probs.device) - log_probs
-    difference = torch.where(mask, difference, 0.0)
-    estimate = difference.clamp(max=20.0).exp() - difference - 1.0
-    return coefficient * (batch["weights"].to(log_probs.device) * estimate.double()).sum()

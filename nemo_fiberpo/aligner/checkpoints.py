@@ -18,7 +18,7 @@ from nemo.utils.exp_manager import CallbackParams
 from nemo.utils.model_utils import ckpt_to_dir
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_fiberpo.aligner import checkpoint_choice, manifest
+from nemo_fiberpo.aligner import checkpoint_choice, finite, manifest
 from nemo_fiberpo.aligner.manifest import Manifest
 from nemo_fiberpo.aligner.preemption import held_back
 from nemo_fiberpo.aligner.resumption import checkpoint_directory
@@ -33,6 +33,8 @@ class WholeCheckpoints(NeMoModelCheckpoint):
     durable        files of the run that must be on the disk before a checkpoint counts: what they say of the RL steps
                    before it is not written again
 
+    Weights that are not finite are never saved: ValueError on every rank, before anything is written.
+
     SPMD: every rank saves; each reads back a share of the files, the first writes the manifest.
     """
 
@@ -42,6 +44,7 @@ class WholeCheckpoints(NeMoModelCheckpoint):
 
     def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
         self.finish_saves(trainer, blocking=True)  # one at a time
+        finite.check_weights(trainer.lightning_module, trainer.optimizers[0], f"checkpoint {Path(filepath).stem}")
         with held_back():  # a signal to the whole job must not end the processes that Megatron writes with
             super()._save_checkpoint(trainer, filepath)
 
@@ -105,6 +108,7 @@ class WholeCheckpoints(NeMoModelCheckpoint):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """NeMo's: write the policy as a .nemo file, here with a manifest beside it."""
         self.finish_saves(trainer, blocking=True)
+        finite.check_weights(pl_module, trainer.optimizers[0], self._format_nemo_checkpoint_name())
         if trainer.is_global_zero:  # where NeMo puts the weights before it packs them; a killed run leaves them there
             shutil.rmtree(Path(self.dirpath) / checkpoint_choice.UNPACKED, ignore_errors=True)
         trainer.strategy.barrier()

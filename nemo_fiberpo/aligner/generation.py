@@ -69,7 +69,8 @@ def generate_tokens(
     """Sample responses: tokens int64 [b, s] with room behind each prompt, lengths [b] of the prompts.
 
     Returns int64 [b, longest], None on a pipeline stage between the first and the last. NeMo's `generate` does the
-    same and then turns every token back into text, one at a time, which nobody here reads.
+    same and then turns every token back into text, one at a time, which nobody here reads. A response may end with its
+    first token: NeMo's `min_length` would change the policy's distribution, and is refused.
     """
     output = synced_generate(
         model,
@@ -85,7 +86,7 @@ def generate_tokens(
         compute_attention_mask=not getattr(model, "get_attention_mask_from_fusion", True),
         repetition_penalty=sampling["repetition_penalty"],
         end_strings=list(sampling["end_strings"]),
-        min_tokens_to_generate=length["min_length"],
+        min_tokens_to_generate=0,
     )
     return None if output is None else output[0]
 

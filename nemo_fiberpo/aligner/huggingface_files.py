@@ -31,7 +31,8 @@ def import_huggingface(source: Path, target: Path) -> None:
     """Write the model in the folder `source` (config.json, *.safetensors, tokenizer) as the `.nemo` folder `target`.
 
     ValueError for a model of another family, a field that NeMo cannot follow, a missing or superfluous tensor, one of
-    another shape, weights that are no safetensors, and a `target` that exists.
+    another shape, weights that are no safetensors, a tokenizer with more tokens than the embedding has rows, and a
+    `target` that exists.
     """
     if target.exists():
         raise ValueError(f"{target}: exists already")
@@ -40,6 +41,7 @@ def import_huggingface(source: Path, target: Path) -> None:
     strange = sorted(weights.names - names_used(model) - {"lm_head.weight"})
     if strange:
         raise ValueError(f"{source}: {strange[0]} is a tensor that this family does not have ({len(strange)} of them)")
+    huggingface_tokenizer.check_rows(source, model["override_vocab_size"])
     scratch = target.with_name(target.name + ".partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)

@@ -16,6 +16,7 @@ FILES = (
     *(*VOCABULARY, "special_tokens_map.json", "added_tokens.json", "merges.txt"),
     *("chat_template*", "generation_config.json"),  # how a conversation is written, and which tokens end a response
 )
+_UNLOADABLE = (ValueError, OSError, KeyError, ImportError)
 
 
 def copy_files(source: Path, target: Path) -> None:
@@ -23,6 +24,25 @@ def copy_files(source: Path, target: Path) -> None:
     for file in _matching(source, FILES):
         target.mkdir(exist_ok=True)
         shutil.copy(file, target)
+
+
+def check_rows(folder: Path, rows: int) -> None:
+    """ValueError where the tokenizer in `folder` has a token that the `rows` of the model's embedding do not reach. A
+    folder without one, or with one that cannot be loaded here, says nothing; the actor looks again before training."""
+    from transformers import AutoTokenizer
+
+    if not _matching(folder, VOCABULARY):
+        return
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except _UNLOADABLE:
+        return
+    highest = max((number, token) for token, number in tokenizer.get_vocab().items())
+    if highest[0] >= rows:
+        raise ValueError(
+            f"{folder}: the tokenizer's token {highest[1]!r} has the id {highest[0]}, but vocab_size in config.json is "
+            f"{rows}: it is not this model's tokenizer"
+        )
 
 
 def folder_of(model: Mapping[str, Any], nemo: Path) -> Path | None:
@@ -70,7 +90,7 @@ def _ids(folder: Path) -> tuple[dict[str, int | None], list[str]]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, ImportError) as error:
+    except _UNLOADABLE as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         return {}, [f"the tokenizer cannot be loaded, its files are copied as they are: {line}"]
     return {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS}, []

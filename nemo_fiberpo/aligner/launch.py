@@ -28,6 +28,7 @@ from nemo_fiberpo.megatron.timeouts import limit_collectives
 from nemo_fiberpo.objective import ExpertPartitions, Hierarchy
 from nemo_fiberpo.objective.stratum import positive_number
 from nemo_fiberpo.plan.batches import Batches
+from nemo_fiberpo.plan.lengths import too_long
 
 _NEMO = ("model", "trainer", "exp_manager", "hydra")  # sections whose unknown keys Hydra refuses
 
@@ -62,6 +63,11 @@ def check_sections(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None]
     if "collective_timeout" in cfg:
         positive_number(cfg.collective_timeout, "collective_timeout")
     check_resume(cfg)
+    if (cfg.get("trainer") or {}).get("max_time") is not None:
+        raise ValueError(
+            f"trainer.max_time: {cfg.trainer.max_time!r} would stop Lightning's own loop, which does not run here; set "
+            "exp_manager.max_time_per_run"
+        )
     hierarchy, partitions = hierarchy_section(cfg)
     log_budget_warnings(hierarchy, "hierarchy: ")
     return hierarchy, partitions
@@ -93,6 +99,13 @@ def batch_sizes(cfg: DictConfig) -> Batches:
 def check_batches(cfg: DictConfig, data_parallel_size: int, context_parallel_size: int = 1) -> None:
     """ValueError naming the field by which the batch sizes do not fit together, see `Batches.problems`."""
     for problem in batch_sizes(cfg).problems(data_parallel_size, context_parallel_size):
+        raise ValueError(problem)
+
+
+def check_lengths(cfg: DictConfig) -> None:
+    """ValueError naming the key of the model that the longest prompt and response do not fit in, as far as `cfg.model`
+    says: what the policy's own config holds joins it in `load_actor`."""
+    for problem in too_long(cfg.model, cfg.data.max_prompt_length):
         raise ValueError(problem)
 
 
@@ -159,6 +172,7 @@ def load_actor(cfg: DictConfig, trainer: Any) -> Any:
     if not Path(path).exists():
         raise ValueError(f"pretrained_checkpoint.restore_from_path: {path} does not exist; give a .nemo file or folder")
     cfg.model = load_and_override_model_config(path, cfg.model)
+    check_lengths(cfg)
     return load_from_nemo(FiberPOActor, cfg.model, trainer, strict=True, restore_path=path)
 
 

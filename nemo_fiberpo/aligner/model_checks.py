@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor
 
+from nemo_fiberpo.aligner.settings import check_precision
 from nemo_fiberpo.megatron import cpu
 from nemo_fiberpo.megatron.routing import chosen_layers
 from nemo_fiberpo.objective.expert_partitions import COLUMN, ExpertPartitions
+from nemo_fiberpo.objective.stratum import nearest
 
 
 def check_model(cfg: DictConfig) -> None:
@@ -28,6 +31,11 @@ def model_problems(cfg: DictConfig, on_cpu: bool) -> Iterator[str]:
         )
     if not cfg.get("mcore_gpt", False):
         yield "model.mcore_gpt: must be true; NeMo's own GPT without Megatron-core is not supported"
+    if cfg.get("precision") is not None and not OmegaConf.is_interpolation(cfg, "precision"):
+        try:
+            check_precision(cfg.precision, "model.precision")
+        except ValueError as error:
+            yield str(error)
     virtual = cfg.get("virtual_pipeline_model_parallel_size")
     if (virtual or 1) > 1:
         yield (
@@ -54,17 +62,83 @@ def model_problems(cfg: DictConfig, on_cpu: bool) -> Iterator[str]:
                 f"model.context_parallel_size: {cfg.context_parallel_size} does not go with generation by "
                 "TensorRT-LLM; set model.ppo.trt_llm.enable to false"
             )
-    for name, off in (("offload_adam_states", False), ("entropy_bonus", 0.0)):
+    for name, off in (("offload_adam_states", False), ("entropy_bonus", 0.0), ("ratio_eps", 0.0)):
         if cfg.ppo.get(name):
             yield f"model.ppo.{name}: {cfg.ppo.get(name)} is not supported by this actor; set it to {off}"
-    neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-    for name, value in neutral.items():
-        given = cfg.ppo.sampling_params.get(name, value)
-        if given != value:
-            yield (
-                f"model.ppo.sampling_params.{name}: {given}; must be {value}: the ratios compare the policy with "
-                "itself, and responses sampled from another distribution are not its own"
-            )
+    yield from _sampling_problems(cfg.ppo)
+
+
+_OTHER = "the ratios compare the policy with itself, and responses sampled from another distribution are not its own"
+_SAMPLING: dict[str, tuple[Any, str]] = {
+    "use_greedy": (False, "all responses to a prompt would be equal and their advantages 0; see data.heldout_greedy"),
+    "temperature": (1.0, _OTHER),
+    "top_k": (0, _OTHER),
+    "top_p": (1.0, _OTHER),
+    "repetition_penalty": (1.0, _OTHER),
+    "all_probs": (False, "nothing here reads them; log-probs are computed in the training layout"),
+    "compute_logprob": (False, "nothing here reads them; log-probs are computed in the training layout"),
+}
+"""What a key of `sampling_params` must be, and why: `add_BOS` and `end_strings` alone are free."""
+_LENGTHS: dict[str, tuple[Any, str]] = {
+    "min_length": (0, "the token that ends a response would be sampled with probability 0 before, not the policy's")
+}
+
+
+def _sampling_problems(ppo: DictConfig) -> Iterator[str]:
+    """Every key by which the responses would not be samples of the policy, or which nothing reads."""
+    sections = (
+        ("sampling_params", _SAMPLING, ("add_BOS", "end_strings")),
+        ("length_params", _LENGTHS, ("max_length",)),
+    )
+    for section, fixed, free in sections:
+        given = ppo.get(section) or {}
+        for name in given:
+            if name not in (*fixed, *free):
+                yield f"model.ppo.{section}.{name}: unknown key{nearest(name, (*fixed, *free))}"
+        for name, (value, reason) in fixed.items():
+            # True and 1 are equal to Python, and neither is a temperature to leave alone.
+            if name in given and (given[name] != value or isinstance(given[name], bool) != isinstance(value, bool)):
+                yield f"model.ppo.{section}.{name}: {given[name]!r}; must be {value}: {reason}"
+    sampling = ppo.get("sampling_params") or {}
+    if not isinstance(sampling.get("add_BOS", False), bool):
+        yield f"model.ppo.sampling_params.add_BOS: must be true or false, got {sampling['add_BOS']!r}"
+    ends = sampling.get("end_strings", [])
+    if not isinstance(ends, list | ListConfig) or not all(isinstance(end, str) and end for end in ends):
+        yield f"model.ppo.sampling_params.end_strings: must be a list of texts, got {ends!r}"
+
+
+def first_token(model: DictConfig, tokenizer: Any) -> int | None:
+    """The token that every prompt begins with, by `model.ppo.sampling_params.add_BOS`; None for none. ValueError where
+    the tokenizer has no such token."""
+    if not model.ppo.sampling_params.get("add_BOS", False):
+        return None
+    token = tokenizer.bos_id
+    if token is None or not 0 <= token < tokenizer.vocab_size:
+        raise ValueError(
+            "model.ppo.sampling_params.add_BOS: true, but the policy's tokenizer has no token that begins a text; set "
+            "it to false"
+        )
+    return int(token)
+
+
+def check_vocabulary(cfg: DictConfig, tokenizer: Any, padded: int) -> None:
+    """ValueError where the tokenizer of NeMo's `model` section has tokens that the policy's embedding has no row for,
+    or ends responses with a token that is never sampled.
+
+    padded  rows of the embedding where `override_vocab_size` does not set them
+    """
+    size, end = tokenizer.vocab_size, tokenizer.eos_id
+    rows = cfg.get("override_vocab_size") or padded
+    if size > rows:
+        raise ValueError(
+            f"model.tokenizer: {size} tokens, but the policy's embedding has {rows} rows (override_vocab_size); take "
+            "the tokenizer that belongs to the policy"
+        )
+    if end is None or not 0 <= end < size:
+        raise ValueError(
+            f"model.tokenizer: the token that ends a response has the id {end}, which is not among its {size} tokens, "
+            "so no response could end"
+        )
 
 
 def partition_table(partitions: ExpertPartitions, model: DictConfig) -> tuple[Tensor, tuple[str, ...]]:

@@ -153,6 +153,7 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
     first_index    `prompt_index` of the first prompt. A validation set that starts where the training set ends shares
                    one grader with it: `RuleRewards(train.records + validation.records)`.
     too_long       a prompt of more than max_prompt_length tokens: "error", or "drop" it (`dropped` counts them).
+    bos_id         a token that every prompt begins with, counted in its length; None: the text's tokens alone
 
     Every rank reads the same file and holds the same items.
     """
@@ -167,6 +168,7 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
         first_index: int = 0,
         too_long: str = "error",
         own_graders: Collection[str] = (),
+        bos_id: int | None = None,
     ):
         if too_long not in ("error", "drop"):
             raise ValueError(f"too_long: {too_long!r}; valid are 'error' and 'drop'")
@@ -183,6 +185,8 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
         for record, ids in zip(records, tokens, strict=True):
             if not ids:
                 raise ValueError(f"{record.where}: prompt: {record.prompt!r} has no tokens in this vocabulary")
+        if bos_id is not None:
+            tokens = [[bos_id, *ids] for ids in tokens]
         fits = [len(ids) <= max_prompt_length for ids in tokens]
         self.dropped = fits.count(False)
         if self.dropped and (too_long == "error" or self.dropped == len(records)):
@@ -200,6 +204,16 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def check_tokens(self, vocab_size: int) -> None:
+        """ValueError naming the first prompt with a token outside [0, vocab_size), which no policy could have said."""
+        for record, tokens in zip(self.records, self._tokens, strict=True):
+            outside = tokens[(tokens < 0) | (tokens >= vocab_size)].tolist()
+            if outside:
+                raise ValueError(
+                    f"{record.where}: prompt: the tokenizer makes the token {outside[0]} of it, outside its own "
+                    f"vocabulary of {vocab_size}"
+                )
 
     def subset(self, places: Sequence[int]) -> PromptSubset:
         """The prompts at `places`; their `prompt_index` stays what it is here."""

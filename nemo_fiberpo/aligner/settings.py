@@ -7,6 +7,7 @@ NeMo's own.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ TOO_LONG = ("error", "drop")
 REWARD_KINDS = ("rules", "server")
 SCORES = ("threshold", "raw")
 ON_FAILURE = ("drop", "zero", "error")
-PRECISIONS = ("bf16", "bf16-mixed", 16, "16", "16-mixed", 32, "32", "32-true")
+PRECISIONS = ("bf16", "bf16-mixed", 32, "32", "32-true")
 SECTIONS = (
     "name",
     "seed",
@@ -85,6 +86,13 @@ class RewardSettings:
         positive_number(self.time_limit, "time_limit")
         if (self.kind == "server") != (self.server is not None):
             raise ValueError("server: the reward server's address, for kind: server and only there")
+        for entry in dataclasses.fields(self) if self.kind == "server" else ():
+            given = getattr(self, entry.name)
+            if entry.name not in ("kind", "graders", "server") and given != entry.default:
+                raise ValueError(
+                    f"{entry.name}: {given!r} is read for kind: rules alone, a server grades by itself; leave it at "
+                    f"{entry.default!r}"
+                )
 
     def rule_options(self) -> dict[str, Any]:
         names = ("workers", "time_limit", "memory_limit_mib", "score", "on_failure", "graders")
@@ -163,12 +171,15 @@ def warm_start_settings(cfg: DictConfig) -> WarmStartSettings:
     return build(WarmStartSettings, plain(cfg, "warm_start"), "warm_start")
 
 
-def check_precision(precision: Any) -> None:
-    """ValueError unless `trainer.precision` is one that NeMo builds a policy in."""
-    if isinstance(precision, bool) or precision not in PRECISIONS:
+def check_precision(precision: Any, field: str = "trainer.precision") -> None:
+    """ValueError unless the precision is one that a policy can be trained in; `field` names it."""
+    if str(precision).split("-")[0] in ("16", "fp16"):
         raise ValueError(
-            f"trainer.precision: {precision!r} is unknown{nearest(precision, dict.fromkeys(map(str, PRECISIONS)))}"
+            f"{field}: {precision!r}: float16 needs a scale of the loss, which the optimizer would divide the gradient "
+            "by and the exact step does not multiply it with; use bf16, or 32"
         )
+    if isinstance(precision, bool) or precision not in PRECISIONS:
+        raise ValueError(f"{field}: {precision!r} is unknown{nearest(precision, dict.fromkeys(map(str, PRECISIONS)))}")
 
 
 def cluster_settings(cfg: DictConfig) -> Assumptions:

@@ -15,6 +15,7 @@ from nemo_aligner.utils.server_utils import FutureResult
 from nemo_aligner.utils.utils import cpu_dict
 from torch import Tensor
 
+from nemo_fiberpo.aligner import finite
 from nemo_fiberpo.aligner.advantages import ESTIMATORS
 from nemo_fiberpo.aligner.algorithm import AlgorithmSettings
 from nemo_fiberpo.aligner.evaluation import evaluate, mean_rewards
@@ -60,6 +61,8 @@ class FiberPOTrainer(PPOTrainer):
         self.settings, self.hierarchy, self.prompts = settings, hierarchy, prompts
         compile_passes("auto" if settings.compile == "auto" else str(int(settings.compile)))
         self.heldout, self.heldout_modes = heldout, heldout_modes
+        if "greedy" in heldout_modes and parent["model"].use_trtllm_generation:
+            raise ValueError("data.heldout_greedy: true, but TensorRT-LLM samples here; set it to false")
         if settings.val_check_interval and heldout is None:
             raise ValueError("algorithm.val_check_interval: evaluates data.heldout, which is not given")
         if len(prompts) < settings.prompts_per_rollout:
@@ -67,6 +70,9 @@ class FiberPOTrainer(PPOTrainer):
                 f"algorithm.prompts_per_rollout: {settings.prompts_per_rollout}, but data.train has "
                 f"{len(prompts)} prompts"
             )
+        for data in (prompts, heldout):
+            if data is not None:
+                data.check_tokens(parent["model"].tokenizer.vocab_size)
         experts = parent["model"].experts
         check_gating(settings.gating_map, hierarchy, () if experts is None else experts.partitions.soft_columns)
         self.strata = StrataLabels(hierarchy, prompts, () if experts is None else experts.names)
@@ -151,6 +157,8 @@ class FiberPOTrainer(PPOTrainer):
         mask = mask & keep[:, None]
         advantage = rollout_batch["advantage"][:, None].expand(mask.shape)
         problem = non_finite("old log-probs", log_probs, mask) or non_finite("advantage", advantage, mask)
+        if "init_logprobs" in rollout_batch:
+            problem = problem or non_finite("initial policy's log-probs", rollout_batch["init_logprobs"], mask)
         columns = dict(rollout_batch) | {"mask": mask}
         self._minibatches = self._agree(split_columns(columns, self.settings.optimizer_steps), problem)
         return {"response_tokens": tokens}, {"entropy": self._entropy(log_probs, mask)}
@@ -167,7 +175,9 @@ class FiberPOTrainer(PPOTrainer):
         size, settings = self.model.cfg.micro_batch_size, self.settings
         # Collective where rows are packed, so that nothing that can fail on one rank stands between.
         rows = [
-            self.model.rows(part["response_tokens"], part["response_lengths"], size, settings.packing)
+            self.model.rows(
+                part["response_tokens"], part["response_lengths"], size, settings.packing, part["mask"].any(dim=1)
+            )
             for part in samples
         ]
         own: list[Cells] = []
@@ -239,9 +249,10 @@ class FiberPOTrainer(PPOTrainer):
         )
         self.model.finish_training_step()
         lr = self.optimizer.param_groups[0]["lr"]
-        _, grad_norm, _ = self.optimizer.step(closure=None)
+        # As metrics.jsonl counts them.
+        grad_norm = finite.step(self.optimizer, f"optimizer step {self.ppo_optimization_step} of RL step {self.step}")
         self.scheduler.step()
-        metrics = {"grad_norm": float(grad_norm), "lr": lr, "on_policy": float(result.report is None)}
+        metrics = {"grad_norm": grad_norm, "lr": lr, "on_policy": float(result.report is None)}
         metrics |= {"gate_all_reduces": float(self.model.reducer.calls - calls)}
         metrics |= self._over_ranks(result, minibatch)
         if minibatch.parts is not None:  # one pass has no other to differ from

@@ -18,13 +18,15 @@ def gpt_policy(
     model: torch.nn.Module | list[torch.nn.Module],
     rows: Sequence[Rows],
     tp_group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
 ) -> Policy:
     """The policy that runs `model(tokens, positions, None)` on micro-batches {"rows": Rows, ...}.
 
     Args
-        model     the module under Megatron's DDP, or the list of its virtual pipeline chunks
-        rows      those of every micro-batch of the step, all of one shape
-        tp_group  the tensor-parallel group, over which the vocabulary is sharded
+        model       the module under Megatron's DDP, or the list of its virtual pipeline chunks
+        rows        those of every micro-batch of the step, all of one shape
+        tp_group    the tensor-parallel group, over which the vocabulary is sharded
+        vocab_size  of the tokenizer, from which responses are sampled; None: all rows of the embedding
 
     Its log-probs are [r, t] in rows: `Rows.put` brings them back to samples. Raises ValueError for rows of different
     shapes, which pipeline stages could not exchange.
@@ -38,7 +40,7 @@ def gpt_policy(
         raise ValueError(f"rows: all micro-batches of a step must have one shape, got {shapes}")
 
     def log_probs(output: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        return vocab_parallel_log_probs(output, batch["rows"].targets.to(output.device), tp_group)
+        return vocab_parallel_log_probs(output, batch["rows"].targets.to(output.device), tp_group, vocab_size)
 
     return Policy(
         model=model,
@@ -47,6 +49,7 @@ def gpt_policy(
         log_probs=log_probs,
         seq_length=rows[0].seq_length,
         micro_batch_size=rows[0].tokens.shape[0],
+        routed=lambda batch: batch["rows"].routed,
     )
 
 

@@ -62,8 +62,9 @@ def _in_two_places(
         where = "".join(f" of {name} rank {rank}" for name, rank in zip(rank_names, place[0], strict=True))
         return f"micro-batch {place[1]}{where}"
 
+    cell = cells[0].columns[level].called(label)
     return ValueError(
-        f"one pass: {stratum} {cells[0].columns[level].called(label)} has tokens in {said(first)} and in {said(second)}; put "
+        f"one pass: {stratum} {cell} has tokens in {said(first)} and in {said(second)}; put "
         f"every {stratum} into one micro-batch, or use two passes, which are exact for any split"
     )
 

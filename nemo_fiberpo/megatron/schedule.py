@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nemo_fiberpo.megatron.groups import TokenAxes
+from nemo_fiberpo.megatron.sequences import Routed
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Policy:
     log_probs              (output, micro-batch) -> [b, s] log-probs of the tokens taken, with gradient; last stage only
     seq_length             of the activations that pipeline stages exchange, as Megatron's schedules want it
     micro_batch_size       likewise
+    routed                 micro-batch -> the tokens that routers balance; None: all places of the model's input, right
+                           only where nothing is padding and the loss leaves no sequence out
     """
 
     model: torch.nn.Module | list[torch.nn.Module]
@@ -36,6 +39,7 @@ class Policy:
     log_probs: Callable[[Tensor, Any], Tensor]
     seq_length: int
     micro_batch_size: int
+    routed: Callable[[Any], Routed] | None = None
 
     @property
     def chunks(self) -> list[torch.nn.Module]:
@@ -73,6 +77,13 @@ def refuse_inexact(config: Any) -> None:
             "moe_router_load_balancing_type: sinkhorn is refused by the exact step: it routes a token by what shares "
             "its micro-batch; set it to aux_loss or none"
         )
+    for name in ("enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl"):
+        value = getattr(config, name, None)
+        if getattr(config, "num_moe_experts", None) and value not in (None, False, "none"):
+            raise ValueError(
+                f"{name}: {value} is refused by the exact step for a mixture of experts: a graph would go on with the "
+                "padding that its routers saw when it was captured; switch CUDA graphs off"
+            )
 
 
 def schedule_cp_factor(context_parallel_size: int) -> int:

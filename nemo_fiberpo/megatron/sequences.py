@@ -22,6 +22,19 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
+class Routed:
+    """The tokens of a micro-batch from which the routers of a mixture of experts learn to balance, see `router_losses`:
+    those of its sequences, prompts included; neither padding nor sequences that the loss leaves out.
+
+    mask     bool [r, t], True for such tokens; sharded over cp as the rows are
+    per_row  int64 [r], how many each row has on all context-parallel ranks together
+    """
+
+    mask: Tensor
+    per_row: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Rows:
     """One micro-batch as this rank's model reads it.
 
@@ -29,6 +42,7 @@ class Rows:
     targets     int64 [r, t], the next token of the sequence, 0 where there is none
     positions   int64 [r, t], positions within the sequence
     source      int64 [r, t], index into the flattened [b, s - 1] columns, -1 where no entry belongs
+    routed      the tokens that routers balance
     seq_length  t times the size of the CP group: what Megatron's schedules want to be told
     packed      `PackedSeqParams` of a packed row, None for padded rows
 
@@ -39,19 +53,23 @@ class Rows:
     targets: Tensor
     positions: Tensor
     source: Tensor
+    routed: Routed
     seq_length: int
     packed: Any = None
 
     def to(self, device: torch.device | int) -> Rows:
         """The same on another device."""
-        tokens, targets, positions, source = (
-            part.to(device) for part in (self.tokens, self.targets, self.positions, self.source)
-        )
+        tokens, targets, positions, source, mask, per_row = (
+            part.to(device)
+            for part in (
+                self.tokens, self.targets, self.positions, self.source, self.routed.mask, self.routed.per_row
+            )
+        )  # fmt: skip
         packed = self.packed
         if packed is not None:
             starts = packed.cu_seqlens_q.to(device)
             packed = replace(packed, cu_seqlens_q=starts, cu_seqlens_kv=starts)
-        return Rows(tokens, targets, positions, source, self.seq_length, packed)
+        return Rows(tokens, targets, positions, source, Routed(mask, per_row), self.seq_length, packed)
 
     def take(self, column: Tensor, fill: Any = 0) -> Tensor:
         """A column of the samples, [b, s - 1], in rows, [r, t]; `fill` where no entry belongs. Further dimensions of an
@@ -97,15 +115,20 @@ def padded_rows(
     tokens: Tensor,
     samples: Tensor | None = None,
     *,
+    lengths: Tensor | Sequence[int] | None = None,
+    counted: Tensor | None = None,
     cp_size: int = 1,
     cp_rank: int = 0,
     multiple: int = 1,
     seq_length: int | None = None,
 ) -> Rows:
-    """Rows of one sample each, padded on the right: tokens int64 [b, s] of whole sequences -> r = b.
+    """Rows of one sample each, padded on the right: tokens int64 [b, s] -> r = b.
 
     Args
         samples     int64 [r], those of the b that this micro-batch has; columns keep all b
+        lengths     int [b], in 1..s: what lies behind is padding, which routers do not balance; None where all s
+                    tokens of every sequence are its own
+        counted     bool [b], False for sequences that the loss leaves out: routers do not balance them either
         multiple    of `length_multiple`; the rows' width is s rounded up to it
         seq_length  a larger width, a multiple of `multiple`, such as one that several ranks agreed on
     """
@@ -118,7 +141,10 @@ def padded_rows(
     source = torch.where(place < s - 1, samples[:, None] * (s - 1) + place, -1)
     # A learned position embedding need not reach as far as the padding.
     position = place.clamp(max=s - 1).expand(len(samples), -1)
-    return _with_targets(Rows(padded, padded, position, source, width), tokens)
+    real = torch.tensor(_lengths(lengths, b, s), device=tokens.device)
+    number = (real if counted is None else torch.where(counted.to(real.device), real, 0))[samples]
+    routed = Routed(place < number[:, None], number)
+    return _with_targets(Rows(padded, padded, position, source, routed, width), tokens)
 
 
 def packed_rows(
@@ -126,6 +152,7 @@ def packed_rows(
     lengths: Tensor | Sequence[int],
     samples: Tensor | None = None,
     *,
+    counted: Tensor | None = None,
     cp_size: int = 1,
     cp_rank: int = 0,
     multiple: int = 1,
@@ -137,6 +164,7 @@ def packed_rows(
         tokens      int64 [b, s], padded on the right
         lengths     int [b], in 1..s; each sequence is padded to `multiple` by itself
         samples     int64, those of the b that this micro-batch has; columns keep all b
+        counted     as in `padded_rows`
         seq_length  a larger width of the row, a multiple of `multiple`; what is left over is a sequence of padding
 
     Padding counts as part of a sequence (`cu_seqlens_q` says where sequences begin in the row): attention is causal, so
@@ -145,29 +173,39 @@ def packed_rows(
     from megatron.core.packed_seq_params import PackedSeqParams
 
     b, s = tokens.shape
-    real = lengths.tolist() if isinstance(lengths, Tensor) else [int(length) for length in lengths]
-    if len(real) != b or not all(1 <= length <= s for length in real):
-        raise ValueError(f"lengths: must be {b} numbers within 1..{s}, got {real}")
+    real = _lengths(lengths, b, s)
+    kept = [True] * b if counted is None else counted.tolist()
     chosen = list(range(b)) if samples is None else samples.tolist()
     spans = packed_spans([real[sample] for sample in chosen], multiple)
     width = _row_width(seq_length, sum(spans), multiple)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, ...]] = []
     for sample, span in zip(chosen, spans, strict=True):
         place, last = zigzag(span, cp_size, cp_rank, tokens.device), real[sample] - 1
         inside = place.clamp(max=last)
         source = torch.where(place < last, sample * (s - 1) + place, -1)
-        parts.append((torch.where(place <= last, tokens[sample, inside], 0), inside, source))
+        mask = (place <= last) & kept[sample]
+        parts.append((torch.where(place <= last, tokens[sample, inside], 0), inside, source, mask))
     if width > sum(spans):
         spans.append(width - sum(spans))
         nothing = tokens.new_zeros(spans[-1] // cp_size)
-        parts.append((nothing, nothing, nothing - 1))
-    row, position, source = (torch.cat(columns)[None] for columns in zip(*parts, strict=True))
+        parts.append((nothing, nothing, nothing - 1, nothing.bool()))
+    row, position, source, mask = (torch.cat(columns)[None] for columns in zip(*parts, strict=True))
     starts = torch.tensor([0, *spans], device=tokens.device).cumsum(0).to(torch.int32)
     longest = max(spans)
     packed = PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest
     )
-    return _with_targets(Rows(row, row, position, source, width, packed), tokens)
+    number = torch.tensor([sum(real[sample] * kept[sample] for sample in chosen)], device=tokens.device)
+    return _with_targets(Rows(row, row, position, source, Routed(mask, number), width, packed), tokens)
+
+
+def _lengths(lengths: Tensor | Sequence[int] | None, b: int, s: int) -> list[int]:
+    if lengths is None:
+        return [s] * b
+    real = lengths.tolist() if isinstance(lengths, Tensor) else [int(length) for length in lengths]
+    if len(real) != b or not all(1 <= length <= s for length in real):
+        raise ValueError(f"lengths: must be {b} numbers within 1..{s}, got {real}")
+    return real
 
 
 def packed_spans(lengths: Sequence[int], multiple: int) -> list[int]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nemo_fiberpo.megatron.agreement import agreement
 from nemo_fiberpo.megatron.groups import Reducer
+from nemo_fiberpo.megatron.router_losses import balancing_real_tokens
 from nemo_fiberpo.megatron.schedule import Policy, loss_scale, refuse_inexact, run, without_trace
 from nemo_fiberpo.objective import (
     Hierarchy,
@@ -179,7 +180,7 @@ def backward_pass(
     which the host has not read.
 
     `coefficients_of(index, log-probs)` gives the c_j of a micro-batch, from its log-probs without gradient; it is
-    called on the last stage alone.
+    called on the last stage alone. Routers balance the tokens of `Policy.routed`.
     """
 
     def forward_step(data: Iterator[tuple[int, Any]], module: torch.nn.Module):
@@ -193,7 +194,8 @@ def backward_pass(
 
         return policy.forward(batch, module), loss_func
 
-    kept = run(policy, forward_step, microbatches, forward_only=False, collect_non_loss_data=False)
+    with balancing_real_tokens(policy) as policy:
+        kept = run(policy, forward_step, microbatches, forward_only=False, collect_non_loss_data=False)
     return torch.stack([entry["extra"] for entry in kept]).sum() if kept else torch.zeros(())
 
 

@@ -24,6 +24,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +40,13 @@ REGIMES = GLOBAL_REGIMES[:5]
 """Those with a name in the paper; the others are "other" in a report."""
 _REGIME = (0, 1, 2, 5, 7, 3, 6, 8, 4)
 """Index into GLOBAL_REGIMES by 3 x the state of pos + the state of neg."""
+
+
+@lru_cache(maxsize=1024)
+def constant(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Nested tuples of numbers as a tensor, to be read only. Kept: the host waits for each copy to a GPU."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
 
 GateFunction = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -85,14 +94,14 @@ def zeroed_from(budget: Tensor, slope: Tensor) -> Tensor:
 
 
 def clip_gate(drift: Tensor, budget: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """g(x) = clip(x, +-C): saturates at the budget, derivative 0 beyond it: nothing pushes back. `slope` is unused."""
+    """g(x) = clip(x, +-C): saturates at the budget, derivative 0 beyond, so nothing pushes back. `slope` is unused."""
     value = torch.minimum(torch.maximum(drift, -budget), budget)
     return value, (drift.abs() <= budget).to(drift.dtype)
 
 
 def soft_gate(drift: Tensor, budget: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     """g(x) = x exp(-(x / C)^2 / 2), g'(x) = (1 - (x / C)^2) exp(-(x / C)^2 / 2): smooth, the identity to second order
-    at 0, with its peak of .61 C at x = C. Beyond it falls to 0 without ever being flat. `slope` is unused."""
+    at 0, with its peak of .61 C at x = C. Beyond, it falls to 0 without ever being flat. `slope` is unused."""
     square = (drift / budget).square()
     falling = torch.exp(-0.5 * square)
     return drift * falling, (1.0 - square) * falling
@@ -115,7 +124,7 @@ def states(drift: Tensor, budget: Tensor, derivative: Tensor) -> Tensor:
 
 def regimes(state_2C: Tensor) -> Tensor:
     """Index into GLOBAL_REGIMES of every cell, from the states of its two channels."""
-    return torch.tensor(_REGIME, device=state_2C.device)[3 * state_2C[0] + state_2C[1]]
+    return constant(_REGIME, torch.int64, state_2C.device)[3 * state_2C[0] + state_2C[1]]
 
 
 def global_regimes(drift_2C: Tensor, budget_2C: Tensor, slope_C: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .gates import constant
 from .labels import Names, check_labels, find_membership, resolve_labels
 from .sharing import Cells, SharedCells, Stages, make_cells
 from .stratum import (
@@ -174,8 +175,8 @@ class Hierarchy:
         if not self.token_clips:
             return torch.full_like(cells.count_J, self.token_clip)
         coarsest = cells.levels[0]
-        clips = [self.token_clips.get(name, self.token_clip) for name in coarsest.names or ()]
-        return cells.count_J.new_tensor(clips)[coarsest.label_C[coarsest.cell_J]]
+        clips = tuple(self.token_clips.get(name, self.token_clip) for name in coarsest.names or ())
+        return constant(clips, torch.float64, coarsest.label_C.device)[coarsest.label_C[coarsest.cell_J]]
 
     def check_data(self, labels: Mapping[str, Tensor], mask: Tensor | None = None, names: Names | None = None) -> None:
         """Refuse, with an explanation, joins and branches that would count a drift twice with these labels.

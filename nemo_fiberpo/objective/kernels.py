@@ -16,7 +16,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -57,22 +57,19 @@ class TokenLayout:
     """Where the entries lie: in pieces of one joint cell each. Pieces are the rows of the batch as they stand, if every
     row lies in one joint cell; else the entries of each joint cell in turn, cut to a fixed length and padded.
 
-    num_tokens, num_cells   tokens of this rank, masked ones included; its joint cells
-    batch      (B, S) of the flattened tokens where it is known
-    mask_T     bool, live tokens; None where all are
-    cell_P     joint cell of a piece; `num_cells` where no token of the piece is live
+    num_tokens   of this rank, masked ones included
+    batch        (B, S) of the flattened tokens where it is known
+    mask_T       bool, live tokens; None where all are
+    cell_P       joint cell of a piece; J where no token of the piece is live
+    to_cells     sums of pieces by joint cell
     """
 
     num_tokens: int
-    num_cells: int
     batch: tuple[int, int] | None
     mask_T: Tensor | None
     cell_P: Tensor
+    to_cells: SegmentSum
     entries: Entries
-
-    @cached_property
-    def _to_cells(self) -> SegmentSum:
-        return SegmentSum(self.cell_P, self.num_cells)
 
     def spread(self, value_T: Tensor) -> Tensor:
         """Values of tokens at the places of their entries, [P, S]; arbitrary at places without a live entry."""
@@ -99,7 +96,7 @@ class TokenLayout:
 
     def cell_sums(self, value_P: Tensor) -> Tensor:
         """Sums of pieces as sums of joint cells: [P] -> [J], [P, k] -> [k, J]."""
-        return self._to_cells(value_P.movedim(0, -1))
+        return self.to_cells(value_P.movedim(0, -1))
 
     def table(self, value_J: Tensor, dtype: torch.dtype) -> Tensor:
         """Values of joint cells at their pieces, [k, J] -> [P, k]; 0 at a piece without a live token."""
@@ -249,8 +246,9 @@ def pull(passed: Tensor, log_ratio: Tensor, adjoint: Tensor, entries: Entries) -
 class Passes:
     """Runs a pass: compiled where the mode says so, unless the compiler has failed before; else in blocks."""
 
-    mode, failed = "auto", False
-    compiled = staticmethod(cache(lambda function: torch.compile(function, dynamic=True)))
+    def __init__(self) -> None:
+        self.mode, self.failed = "auto", False
+        self.compiled = cache(lambda function: torch.compile(function, dynamic=True))
 
     def __call__(self, function: Any, *arguments: Any) -> Any:
         mode = os.environ.get("NEMO_FIBERPO_COMPILE", self.mode)

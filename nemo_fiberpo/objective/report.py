@@ -12,11 +12,9 @@ from torch.nn.functional import pad
 
 from .divergence import kl_estimate, tv_estimate
 from .fibration import Drift, Gates, Tokens, checked, gate_cells, measure, weigh
-from .gates import GLOBAL_REGIMES, LOCAL_REGIMES, REGIMES, STATES, global_regimes, regimes, states, zeroed_from
+from .gates import GLOBAL_REGIMES, LOCAL_REGIMES, REGIMES, STATES, constant, regimes, states
 from .hierarchy import Hierarchy
 from .sharing import Cells, Level, Reduce, SharedCells, all_reduce, sum_nodes
-
-__all__ = ["GLOBAL_REGIMES", "LOCAL_REGIMES", "REGIMES", "STATES", "global_regimes", "named_regimes", "zeroed_from"]
 
 CHANNELS = ("pos", "neg")
 BINS = 66  # of the histograms of |X| / C: four to an octave from 2^-8 to 2^8, one below, one above
@@ -173,7 +171,7 @@ def report_fields(drift: Drift, gates: Gates, cells: SharedCells, value: Tensor,
         in_state = state == torch.arange(len(STATES), device=state.device)[:, None, None]
         sums, figures = torch.cat([in_state.double(), largest]) * owned, figures * owned
         channel = torch.stack([2 * forest.stratum_N, 2 * forest.stratum_N + 1])
-        bins = BINS * channel + torch.bucketize(largest[1], x.new_tensor(HISTOGRAM_EDGES))
+        bins = BINS * channel + torch.bucketize(largest[1], constant(HISTOGRAM_EDGES, x.dtype, x.device))
         regime = (len(REGIMES) + 1) * forest.stratum_N + regimes(state).clamp_max(len(REGIMES))
         out["histogram"] += _count(bins.flatten(), owned.repeat(2), out["histogram"].numel()).view_as(out["histogram"])
         out["regimes"] += _count(regime, owned, out["regimes"].numel()).view_as(out["regimes"])

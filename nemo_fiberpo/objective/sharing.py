@@ -253,10 +253,11 @@ class Cells(_Queries):
         entry, strata = int(wrong[0, 0]), self.stages.strata
         cell, name = int(cell_E[entry]), strata[index]
         first, second = sorted((parent_2C[:, cell].tolist(), parent_2E[:, entry].tolist()))
+        value = self.columns[index].called(int(label_C[cell]))
         raise ValueError(
-            f"labels[{name!r}]: value {self.columns[index].called(int(label_C[cell]))} has tokens in {place(*first)} and in "
-            f"{place(*second)}; every {name} must lie in one {strata[second[0]]}, and values must be unique over the "
-            "batch; two classifications of the same tokens are no chain: use their `join`, or make one of them a branch"
+            f"labels[{name!r}]: value {value} has tokens in {place(*first)} and in {place(*second)}; every {name} must "
+            f"lie in one {strata[second[0]]}, and values must be unique over the batch; two classifications of the "
+            "same tokens are no chain: use their `join`, or make one of them a branch"
         )
 
 
@@ -294,4 +295,5 @@ def make_cells(
     else:
         share_TQ = None if membership is None else membership.share_TQ.double() / unit
         cell_P, entries = entries_as_pieces(joint, at, num, num_tokens, share_TQ)
-    return Cells(stages, tuple(ordered), tokens_J, TokenLayout(num_tokens, num, batch, mask, cell_P, entries), unit)
+    layout = TokenLayout(num_tokens, batch, mask, cell_P, SegmentSum(cell_P, num), entries)
+    return Cells(stages, tuple(ordered), tokens_J, layout, unit)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .gates import Gate, find_gate
+from .gates import Gate, constant, find_gate
 
 
 def nearest(given: object, valid: Iterable[object]) -> str:
@@ -129,7 +129,8 @@ class Stratum:
         are those of the stratum's labels."""
         self.check_names(names)
         budgets = [self.budgets.get(name, self.budget) for name in names or ()] if self.budgets else [self.budget]
-        table = count.new_tensor([[budget.pos for budget in budgets], [budget.neg for budget in budgets]])
+        pairs = tuple((budget.pos, budget.neg) for budget in budgets)
+        table = constant(pairs, count.dtype, count.device).T
         budget = table[:, label] if self.budgets else table.expand(2, len(count))
         if isinstance(self.slope, SlopeCap):
             return budget, count.clamp_max(self.slope.cap)

@@ -15,6 +15,7 @@ from .batches import Batches
 from .cells import Partitions, PromptLabels, StepCells, step_cells
 from .estimate import Times, times
 from .layout import Layout
+from .lengths import response_length, too_long
 from .memory import GIB, Memory, Run, memory
 from .shape import ModelShape
 
@@ -46,12 +47,7 @@ class Request:
     @property
     def response_length(self) -> int:
         """Longest response in tokens. ValueError if that is no number of tokens."""
-        length = self.model["ppo"]["length_params"]["max_length"]
-        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-            raise ValueError(
-                f"model.ppo.length_params.max_length: must be a whole number of at least 1, got {length!r}"
-            )
-        return length
+        return response_length(self.model)
 
 
 @dataclass
@@ -130,13 +126,7 @@ def _tried(plan: Plan, make: Any) -> Any:
 
 
 def _lengths(request: Request, layout: Layout) -> list[str]:
-    length = request.prompt_length + request.response_length
-    sum_ = f"data.max_prompt_length + model.ppo.length_params.max_length = {length}"
-    found = []
-    for name in ("encoder_seq_length", "max_position_embeddings"):
-        limit = request.model.get(name)
-        if limit and length > limit:
-            found.append(f"model.{name}: {limit} is less than {sum_}; make it at least that, or the lengths shorter")
+    found = list(too_long(request.model, request.prompt_length))
     multiple, widest = layout.length_multiple, request.model.get("encoder_seq_length")
     if widest and widest % multiple:
         found.append(

@@ -51,9 +51,9 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
-def write_tokenizer(folder: Path, eos: str = "<1>") -> None:
+def write_tokenizer(folder: Path, eos: str = "<1>", size: int = 45) -> None:
     """Of fewer tokens than the model has rows, as Qwen2's."""
-    words = tokenizers.models.WordLevel({f"<{number}>": number for number in range(45)}, unk_token="<0>")
+    words = tokenizers.models.WordLevel({f"<{number}>": number for number in range(size)}, unk_token="<0>")
     made = tokenizers.Tokenizer(words)
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=made, unk_token="<0>", eos_token=eos, pad_token="<2>"

@@ -98,3 +98,13 @@ def test_a_tokenizer_whose_end_generation_does_not_know_is_said(tmp_path: Path):
     write_tokenizer(tmp_path / "hf")
     said = exported(tmp_path / "hf", tmp_path)[2]
     assert len(said) == 1 and "eos_token_id in generation_config.json is 7, but responses of the policy end" in said[0]
+
+
+def test_a_tokenizer_with_a_token_that_has_no_row_is_refused(tmp_path: Path):
+    make("llama").save_pretrained(tmp_path / "hf")
+    write_tokenizer(tmp_path / "hf", size=51)
+    with pytest.raises(ValueError, match="the tokenizer's token '<50>' has the id 50, but vocab_size .* is 50"):
+        huggingface_files.import_huggingface(tmp_path / "hf", tmp_path / "policy.nemo")
+    assert not (tmp_path / "policy.nemo").exists()
+    write_tokenizer(tmp_path / "hf", size=50)
+    huggingface_files.import_huggingface(tmp_path / "hf", tmp_path / "policy.nemo")

@@ -151,6 +151,20 @@ def test_a_prompt_that_is_too_long_is_an_error_or_dropped_and_counted(write):
         PromptDataset(path, Letters(), 4, too_long="cut")
 
 
+def test_every_prompt_begins_with_the_given_token_which_counts_in_its_length(write):
+    prompts = PromptDataset(write(line("ab"), line("a")), Letters(), 3, bos_id=7)
+    assert [prompts[i]["text"].tolist() for i in range(2)] == [[7, ord("a"), ord("b")], [7, ord("a")]]
+    with pytest.raises(ValueError, match=r"jsonl:1: prompt: 3 tokens, more than max_prompt_length = 2"):
+        PromptDataset(write(line("ab"), line("a")), Letters(), 2, bos_id=7)
+
+
+def test_a_token_outside_the_policys_vocabulary_is_refused(write):
+    prompts = PromptDataset(write(line("ab"), line("az")), Letters(), 8)
+    prompts.check_tokens(ord("z") + 1)
+    with pytest.raises(ValueError, match=r"prompts.jsonl:2: prompt: the tokenizer makes the token 122 .* of 122"):
+        prompts.check_tokens(ord("z"))
+
+
 def test_a_prompt_outside_the_vocabulary_is_refused(write):
     with pytest.raises(ValueError, match=r"jsonl:2: prompt: '~~' has no tokens"):
         PromptDataset(write(line(), line("~~")), Letters(), 4)

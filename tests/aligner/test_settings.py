@@ -87,6 +87,12 @@ def test_algorithm_refusals(changes, words):
         (data_settings, "data", {"heldout": "x"}, ["data.train", "required"]),
         (reward_settings, "rewards", {"kind": "rule"}, ["rewards.kind", "did you mean 'rules'"]),
         (reward_settings, "rewards", {"kind": "server"}, ["rewards.server", "address"]),
+        (
+            reward_settings,
+            "rewards",
+            {"kind": "server", "server": {"ip": "h"}, "score": "raw"},
+            ["rewards.score: 'raw'", "kind: rules alone"],
+        ),
         (reward_settings, "rewards", {"timelimit": 2}, ["rewards.timelimit", "did you mean 'time_limit'"]),
     ],
 )
@@ -121,13 +127,18 @@ def test_fewer_prompts_than_a_rollout_takes_are_refused(tmp_path):
     ("precision", "words"),
     [
         ("bf61", "did you mean 'bf16'"),
-        ("fp8", "valid: 16, 16-mixed, 32, 32-true, bf16, bf16-mixed"),
+        ("fp8", "valid: 32, 32-true, bf16, bf16-mixed"),
+        (16, "16: float16 needs a scale of the loss"),
+        ("16", "'16': float16"),
+        ("16-mixed", "use bf16, or 32"),
+        ("16-true", "use bf16, or 32"),
+        ("fp16", "use bf16, or 32"),
         (64, "64 is unknown"),
         (True, "True is unknown"),
         (None, "None is unknown"),
     ],
 )
-def test_a_precision_that_nemo_has_not_is_refused(precision, words):
+def test_a_precision_that_is_not_trained_in_is_refused(precision, words):
     with pytest.raises(ValueError, match=r"^trainer\.precision: ") as error:
         check_precision(precision)
     assert words in str(error.value)
@@ -139,6 +150,11 @@ CHECKED = {
     "resume.allow=[hierarchie]": "error: resume.allow: 'hierarchie'",
     "resume.allow=[algorithm.optimizer_step]": "error: resume.allow: 'algorithm.optimizer_step'",
     "trainer.precision=bf61": "error: trainer.precision: 'bf61'",
+    "model.ppo.length_params.max_length=53": "error: model.encoder_seq_length: 64 is less than data.max",
+    "model.ppo.length_params.max_length=0": "error: model.ppo.length_params.max_length: must be a whole number",
+    "trainer.max_time=00:04:00:00": "error: trainer.max_time: '00:04:00:00'",
+    "trainer.precision=16": "error: trainer.precision: 16: float16",
+    "trainer.precision=16-mixed": "error: trainer.precision: '16-mixed': float16",
     "": "fine",
 }
 CHECK = """
@@ -177,7 +193,7 @@ print(*{torch_dtype_from_precision(precision) for precision in PRECISIONS})
 @pytest.mark.slow
 def test_every_precision_of_the_list_is_one_of_nemos():
     said = subprocess.check_output([sys.executable, "-c", NEMO], env=environment(), text=True)
-    assert sorted(said.splitlines()[-1].split()) == ["torch.bfloat16", "torch.float16", "torch.float32"]
+    assert sorted(said.splitlines()[-1].split()) == ["torch.bfloat16", "torch.float32"]
 
 
 def test_unknown_keys_of_checked_sections_reach_the_check_past_hydra():

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 
 import torch
+import torch._dynamo
 
 from nemo_fiberpo.objective import kernels
 
@@ -38,11 +39,17 @@ def no_compiler() -> str | None:
 
 @contextlib.contextmanager
 def passes(mode: str) -> Iterator[None]:
-    """Run the passes over tokens "eager" or "compiled"."""
+    """Run the passes over tokens "eager" or "compiled": the latter with as many graphs as asked for, whereas torch runs
+    a function eagerly that was compiled for more than a few kinds of arguments."""
     before = kernels.run.mode, os.environ.pop("NEMO_FIBERPO_COMPILE", None)
     kernels.compile_passes({"eager": "0", "compiled": "1"}[mode])
+    kernels.run._failed = False
+    config = torch._dynamo.config
+    wanted = {"recompile_limit": 100, "cache_size_limit": 100, "fail_on_recompile_limit_hit": True}
+    known = {name: value for name, value in wanted.items() if hasattr(config, name)}  # names differ between versions
     try:
-        yield
+        with config.patch(**known):
+            yield
     finally:
         kernels.run.mode = before[0]
         if before[1] is not None:

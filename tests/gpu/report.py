@@ -1,6 +1,6 @@
 """report.md and report.json of `run.sh`, from the results of pytest and of `measure`.
 
-    python -m tests.gpu.report FOLDER --seconds "name seconds ..."
+    python -m tests.gpu.report FOLDER --stages "name status seconds ..."
 
 FOLDER holds junit.xml and measure.json, as far as its stages came; the exit status is 0 where every check passed.
 """
@@ -50,10 +50,13 @@ def read_checks(path: Path) -> dict[str, Any]:
     return {"counts": dict(counts), "failed": failed, "skipped": dict(skipped)}
 
 
-def make_report(folder: Path, seconds: dict[str, int]) -> dict[str, Any]:
-    """What is known of a run, and what is missing of it."""
+def make_report(folder: Path, stages: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    """What is known of a run, and what is missing of it. `stages` holds exit statuses and seconds."""
+    seconds = {name: spent for name, (_, spent) in stages.items()}
     report: dict[str, Any] = {"device": device.describe(), "versions": versions(), "seconds": seconds}
-    problems = []
+    wrong = {name: status for name, (status, _) in stages.items() if status}
+    ends = {124: "its time limit"}
+    problems = [f"{name} ended by {ends.get(status, f'status {status}')}" for name, status in wrong.items()]
     checks, figures = folder / "junit.xml", folder / "measure.json"
     if checks.exists():
         report["checks"] = read_checks(checks)
@@ -96,11 +99,11 @@ def as_markdown(report: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seconds", default="", help="pairs of a stage and its seconds")
+    parser.add_argument("--stages", default="", help="three words a stage: its name, exit status and seconds")
     args = parser.parse_args()
-    words = args.seconds.split()
-    seconds = {name: int(spent) for name, spent in zip(words[::2], words[1::2], strict=True)}
-    report = make_report(args.folder, seconds)
+    words = args.stages.split()
+    triples = zip(words[::3], words[1::3], words[2::3], strict=True)
+    report = make_report(args.folder, {name: (int(status), int(spent)) for name, status, spent in triples})
     (args.folder / "report.json").write_text(json.dumps(report, indent=1))
     (args.folder / "report.md").write_text(as_markdown(report))
     return 0 if report["ok"] else 1

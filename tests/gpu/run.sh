@@ -49,12 +49,12 @@ unset NEMO_FIBERPO_COMPILE
 slow=$("$python" -c 'import torch; print(1 if torch.cuda.is_available() else 5)') || fail "$python has no torch; set PYTHON"
 
 # Runs one stage with its output in a log, and prints a line about it: name, limit in seconds (on a GPU), command.
-spent='' failed=0
+stages='' failed=0
 stage() {
     local name=$1 limit=$2 begun=$SECONDS status=0
     shift 2
-    timeout --kill-after=5 $((limit * slow)) "$@" >"$out/$name.log" 2>&1 || status=$?
-    spent+="$name $((SECONDS - begun)) "
+    timeout --signal=INT --kill-after=10 $((limit * slow)) "$@" >"$out/$name.log" 2>&1 || status=$?
+    stages+="$name $status $((SECONDS - begun)) "
     echo "== $name: $([ $status -eq 0 ] && echo passed || echo "failed ($status), see $out/$name.log") in $((SECONDS - begun)) s"
     [ $status -eq 0 ] || failed=1
 }
@@ -66,7 +66,7 @@ if [ -n "$wheels" ]; then
 fi
 stage checks 240 "$python" -m pytest tests/gpu -q -rs -p no:cacheprovider -o timeout=200 --junitxml "$out/junit.xml"
 stage measure 75 "$python" -m tests.gpu.measure --out "$out/measure.json"
-"$python" -m tests.gpu.report "$out" --seconds "$spent" || failed=1
+"$python" -m tests.gpu.report "$out" --stages "$stages" || failed=1
 cat "$out/report.md"
 echo "== $([ $failed -eq 0 ] && echo passed || echo failed) in $SECONDS s; $out/report.md, $out/report.json"
 exit $failed

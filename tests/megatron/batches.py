@@ -127,7 +127,7 @@ def lay_out(layout: Layout, parts: Sequence[Batch], width: int, cp_rank: int) ->
         options = {"cp_size": layout.cp, "cp_rank": rank, "multiple": multiple, "seq_length": width}
         if layout.packed:
             return packed_rows(part["tokens"], part["lengths"], **options)
-        return padded_rows(part["tokens"], **options)
+        return padded_rows(part["tokens"], lengths=part["lengths"], **options)
 
     laid = []
     for part in parts:

@@ -252,58 +252,6 @@ def test_pass_a_leaves_no_state_behind(references, world: int, layout: Layout) -
     distributed.run(trace_worker, world, biased, pickle.dumps(uneven(references)))
 
 
-def silent_step(layout: Layout, batch: Batch) -> dict[str, tiny.Gradient]:
-    """An exact step without signal: what gradient there is comes from the auxiliary losses."""
-    return take_step(layout, {**batch, "advantage": torch.zeros_like(batch["advantage"])}).grads
-
-
-def aux_loss_worker(
-    rank: int, world: int, layout: Layout, pickled: bytes
-) -> tuple[float, dict[str, tiny.Gradient], float]:
-    """Largest difference between the gradients of an exact step without signal and of Megatron's own schedule; the
-    former; and what the latter multiplies a loss by under context parallelism, over the size of that axis."""
-    batch = pickle.loads(pickled)
-    with tiny.megatron(layout):
-        stepped = silent_step(layout, batch)
-        model = tiny.make_model(layout)
-        step = batches.make_step(layout, batch, batches.STRATA, TokenAxes.from_parallel_state())
-        plain_schedule(batches.make_policy(layout, model, step.rows), step.microbatches)
-        plain = tiny.gradients(model)
-        assert any(part.value.any() for part in plain.values())
-        difference = max(float((stepped[name].value - part.value).abs().max()) for name, part in plain.items())
-        return difference, stepped, schedule_cp_factor(layout.cp) / layout.cp
-
-
-AUXILIARY = [
-    (1, Layout(microbatches=4)),
-    (2, Layout(pp=2, vpp=2, microbatches=4)),
-    (2, Layout(tp=2, microbatches=4)),
-    (2, Layout(ep=2, microbatches=2)),
-    (2, Layout(cp=2, microbatches=4)),
-    (2, Layout(cp=2, microbatches=4, gathered="slice")),
-    (4, Layout(pp=2, cp=2, ep=2, microbatches=4)),
-]
-"""Layouts whose micro-batches hold the same samples, padded to the same length."""
-
-
-def test_auxiliary_losses_keep_megatrons_scale(references) -> None:
-    """The exact step adds no bit to what Megatron's own schedule gives. That gradient is the same on all layouts, but
-    for context parallelism in the versions whose schedule has no factor for it: there it is divided by cp."""
-    batch = pickle.dumps(uneven(references))
-    whole: dict[str, torch.Tensor] = {}
-    for world, layout in AUXILIARY:
-        losses = {"aux_loss": 0.1, "options": (("moe_z_loss_coeff", 0.1),), "layers": 4}
-        loaded = dataclasses.replace(layout, **losses)
-        ranks = distributed.run(aux_loss_worker, world, loaded, batch)
-        assert all(difference == 0 for difference, _, _ in ranks), layout
-        whole = whole or {name: part.value for name, part in ranks[0][1].items()}
-        largest = max(float(grad.abs().max()) for grad in whole.values())
-        for _, parts, factor in ranks:
-            for name, part in parts.items():
-                full = whole[name] if part.dim is None else whole[name].chunk(part.number, part.dim)[part.index]
-                assert float((part.value - factor * full).abs().max()) < 1e-13 * largest, (layout, name)
-
-
 def cp_factor_worker(rank: int, world: int) -> tuple[int, bool]:
     import inspect
 

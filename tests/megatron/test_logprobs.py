@@ -62,6 +62,74 @@ def test_two_shards_give_the_log_softmax_of_the_whole(dtype: torch.dtype, tolera
     torch.testing.assert_close(both, grad, rtol=tolerance, atol=tolerance)
 
 
+SIZES = (11, 7, 3)
+"""Vocabularies of 12 columns; of four shards the last, the last two or the last three have no token, or too few."""
+
+
+def padded_worker(rank: int, world: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The columns behind the vocabulary hold what no distribution has."""
+    results = []
+    for size in SIZES:
+        logits, target, upstream = data(torch.float64)
+        logits[..., size:] = torch.tensor([math.nan, math.inf, 1e4]).repeat(4)[: V - size]
+        local = logits.chunk(world, dim=-1)[rank].clone().requires_grad_()
+        values = vocab_parallel_log_probs(local, target % size, dist.group.WORLD, size)
+        values.backward(upstream)
+        results.append((values.detach(), local.grad))
+    return results
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_columns_that_pad_the_vocabulary_are_no_part_of_the_distribution(world: int) -> None:
+    ranks = distributed.run(padded_worker, world)
+    for size, results in zip(SIZES, zip(*ranks, strict=True), strict=True):
+        logits, target, upstream = data(torch.float64)
+        x = logits[..., :size].clone().requires_grad_()
+        wanted = x.log_softmax(-1).gather(-1, (target % size)[..., None]).squeeze(-1)
+        wanted.backward(upstream)
+        for values, _ in results:
+            torch.testing.assert_close(values, wanted.detach(), rtol=1e-14, atol=1e-14)
+        grad = torch.cat([result[1] for result in results], dim=-1)
+        torch.testing.assert_close(grad[..., :size], x.grad, rtol=1e-14, atol=1e-14)
+        assert grad[..., size:].eq(0).all()
+
+
+def test_the_probabilities_of_all_tokens_add_up_to_1() -> None:
+    logits, size = data(torch.float64)[0], 9
+    every = [vocab_parallel_log_probs(logits, torch.full((B, S), token), None, size).exp() for token in range(size)]
+    torch.testing.assert_close(sum(every), torch.ones(B, S, dtype=torch.float64), rtol=1e-14, atol=0)
+
+
+OUTSIDE = [(-1, None), (-100, None), (V, None), (V + 5, None), (8, 8), (V, 8)]
+
+
+def outside_worker(rank: int, world: int) -> list[str]:
+    messages = []
+    for target, size in OUTSIDE:
+        targets = torch.zeros(B, S, dtype=torch.int64)
+        targets[1, 2] = target
+        with pytest.raises(ValueError) as error:
+            vocab_parallel_log_probs(torch.zeros(B, S, V // world), targets, dist.group.WORLD, size)
+        messages.append(str(error.value))
+    return messages
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_target_outside_the_vocabulary_is_refused_on_every_rank(world: int) -> None:
+    for messages in distributed.run(outside_worker, world):
+        for (target, size), message in zip(OUTSIDE, messages, strict=True):
+            said = f"target: {target} at position [1, 2] is no token of the vocabulary of {size or V}"
+            assert message.startswith(said)
+
+
+@pytest.mark.parametrize("size", [0, V + 1])
+def test_a_vocabulary_that_the_logits_do_not_have_is_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=f"^vocab_size: {size} tokens, but the logits have {V} columns"):
+        vocab_parallel_log_probs(torch.zeros(1, V), torch.tensor([0]), None, size)
+
+
 def test_by_hand() -> None:
     """Logits (0, ln 3): probabilities 1/4 and 3/4; d log p_1 / d logits = (-1/4, 1 - 3/4)."""
     logits = torch.tensor([[0.0, math.log(3.0)]], dtype=torch.float64, requires_grad=True)

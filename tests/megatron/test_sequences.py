@@ -82,6 +82,23 @@ def test_packed_rows_by_hand() -> None:
     assert first.seq_length == 20 and first.tokens.shape == (1, 10)
 
 
+def test_routed_tokens_by_hand() -> None:
+    """Of lengths 5, 2, 3 the second is left out: 8 tokens, the last of a sequence too, wherever the split puts them."""
+    kept = torch.tensor([True, False, True])
+    padded = [padded_rows(TOKENS, lengths=LENGTHS, counted=kept, cp_size=2, cp_rank=r, multiple=4) for r in (0, 1)]
+    assert padded[0].routed.mask.int().tolist() == [[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]]  # places 0 1 6 7
+    assert padded[1].routed.mask.int().tolist() == [[1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]  # places 2 3 4 5
+    packed = [packed_rows(TOKENS, LENGTHS, counted=kept, cp_size=2, cp_rank=r, multiple=4) for r in (0, 1)]
+    assert packed[0].routed.mask.int().tolist() == [[1, 1, 0, 0, 0, 0, 1, 0]]
+    assert packed[1].routed.mask.int().tolist() == [[1, 1, 1, 0, 0, 0, 1, 1]]
+    for rank in (0, 1):
+        assert padded[rank].routed.per_row.tolist() == [5, 0, 3]
+        assert packed[rank].routed.per_row.tolist() == [8]
+    chosen = padded_rows(TOKENS, torch.tensor([2, 1]), lengths=torch.tensor(LENGTHS))
+    assert chosen.routed.mask.int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]]
+    assert padded_rows(TOKENS).routed.per_row.tolist() == [5, 5, 5]
+
+
 LAID = [(packed, cp) for packed in (False, True) for cp in (1, 2, 4)]
 
 
@@ -127,6 +144,7 @@ def test_the_samples_of_a_micro_batch_keep_their_places_in_the_columns(packed: b
         (lambda: padded_rows(TOKENS, multiple=4, seq_length=10), "seq_length: 10 must be a multiple of 4"),
         (lambda: padded_rows(TOKENS, seq_length=4), "at least 5"),
         (lambda: padded_rows(TOKENS, cp_size=2), "sequence length: 5 does not divide by 4"),
+        (lambda: padded_rows(TOKENS, lengths=[5, 2, 6]), "lengths: must be 3 numbers within 1..5"),
         (lambda: packed_rows(TOKENS, [5, 2]), "lengths: must be 3 numbers within 1..5"),
         (lambda: packed_rows(TOKENS, [5, 0, 3]), "lengths: must be 3 numbers within 1..5"),
         (lambda: packed_rows(TOKENS, [6, 2, 3]), "lengths: must be 3 numbers within 1..5"),

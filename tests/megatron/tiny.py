@@ -162,7 +162,7 @@ def make_config(layout: Layout) -> Any:
         )  # fmt: skip
     if layout.recompute:
         options.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    return TransformerConfig(**_known(TransformerConfig, **options), **dict(layout.options))
+    return TransformerConfig(**(_known(TransformerConfig, **options) | dict(layout.options)))
 
 
 def make_model(layout: Layout) -> Any:

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_fiberpo.objective.gates import aggregate_gate
-from nemo_fiberpo.objective.report import zeroed_from
+from nemo_fiberpo.objective.gates import aggregate_gate, zeroed_from
 
 
 def clip(x: Tensor, bound: Tensor) -> Tensor:

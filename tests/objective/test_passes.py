@@ -22,9 +22,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Passes:
     """A fresh runner in place of the package's, without a word from the environment."""
     monkeypatch.delenv("NEMO_FIBERPO_COMPILE", raising=False)
     monkeypatch.setattr(kernels, "run", Passes())
-    Passes.compiled.cache_clear()
-    yield kernels.run
-    Passes.compiled.cache_clear()
+    return kernels.run
 
 
 def in_rows(case: Case, length: int) -> tuple[Case, tuple[int, int]]:
