@@ -30,13 +30,13 @@ def small() -> Forest:
 def test_a_forest_by_hand():
     # nodes: domains 0 1, task 2, trajectories 3 4 5; joint cells are the trajectories; 6 is no node
     forest = small()
-    assert forest.strata == range(3) and forest.ends == (2, 3, 6)
+    assert forest.slices == {0: slice(0, 2), 1: slice(2, 3), 2: slice(3, 6)}
     assert forest.parent_N.tolist() == [6, 6, 1, 0, 2, 2]
     assert forest.node_KJ.tolist() == [[0, 1, 1, 1], [6, 2, 2, 2], [3, 4, 6, 5]]
     assert forest.leaf_J.tolist() == [3, 4, 2, 5]
     assert forest.count_N.tolist() == [2.0, 5.0, 5.0, 2.0, 2.0, 2.0]
-    assert forest.cell_N.tolist() == [0, 1, 0, 0, 1, 3]
-    assert forest.slices == {0: slice(0, 2), 1: slice(2, 3), 2: slice(3, 6)} and forest.slots.total == 0
+    assert forest.stratum_N.tolist() == [0, 0, 1, 2, 2, 2] and forest.label_N.tolist() == [0, 1, 7, 0, 1, 3]
+    assert forest.owned_N.all() and forest.slots.total == 0
     joint = torch.tensor([1.0, 10.0, 100.0, 1000.0], dtype=F64)
     assert forest.up(joint).tolist() == [1.0, 1110.0, 1110.0, 1.0, 10.0, 1000.0]
     assert forest.at_leaves(joint).tolist() == [0.0, 0.0, 100.0, 1.0, 10.0, 1000.0]
@@ -91,7 +91,7 @@ def test_sums_by_segment_are_those_of_index_add_and_leave_out_what_is_in_none(sh
     got = SegmentSum(index, 5)(value)
     torch.testing.assert_close(got, expected, rtol=1e-14, atol=1e-15)
     assert (got[..., 4] == 0).all()
-    repeated = SegmentSum(index, 5, modulus=25)(value[..., :25])
+    repeated = SegmentSum(index.view(2, 25), 5)(value[..., :25])
     again = torch.zeros(*shape, 6, dtype=F64).index_add_(-1, index, torch.cat([value[..., :25]] * 2, -1))[..., :5]
     torch.testing.assert_close(repeated, again, rtol=1e-14, atol=1e-15)
 
@@ -125,23 +125,24 @@ def test_rows_are_found_whatever_masked_labels_hold():
     noise = {name: torch.where(mask, label, 10**15 + torch.arange(384)) for name, label in labels.items()}
     for kept, given in ((None, labels), (mask, noise)):
         layout = hierarchy.cells(given, kept, shape=(6, 64)).layout
-        assert layout.token_PS is None and layout.shape == (6, 64), "rows as they stand"
+        assert layout.entries.token is None and layout.batch == (6, 64), "rows as they stand"
     assert layout.cell_P.tolist() == [5, 0, 1, 2, 3, 4] and layout.num_cells == 5
     order = torch.randperm(384, generator=torch.Generator().manual_seed(0))
     mixed = hierarchy.cells({name: label[order] for name, label in labels.items()}, shape=(6, 64)).layout
-    assert mixed.token_PS is not None and mixed.token_PS.numel() == 384
-    for piece, cell in zip(mixed.token_PS.tolist(), mixed.cell_P.tolist(), strict=True):
+    assert mixed.entries.token is not None and mixed.entries.token.numel() == 384
+    for piece, cell in zip(mixed.entries.token.tolist(), mixed.cell_P.tolist(), strict=True):
         assert set(row[order][piece].tolist()) == {cell}, "every piece lies in one joint cell"
 
 
 def test_pieces_of_uneven_cells_hold_every_token_once():
     case = make_case(3, 1, num=300)
     layout = case.cells.layout
-    assert layout.live_PS is not None and layout.live_PS.sum() == case.mask.sum()
-    assert layout.live_PS.numel() <= 1.25 * case.mask.sum()
+    live, token = layout.entries.live, layout.entries.token
+    assert live is not None and live.sum() == case.mask.sum()
+    assert live.numel() <= 1.25 * case.mask.sum()
     value = torch.arange(300.0, dtype=F64)
     assert torch.equal(layout.collect(layout.spread(value)), torch.where(case.mask, value, 0.0))
-    assert layout.token_PS[layout.live_PS].sort().values.tolist() == case.mask.nonzero().squeeze(1).tolist()
+    assert token[live].sort().values.tolist() == case.mask.nonzero().squeeze(1).tolist()
 
 
 def test_cells_serve_a_changed_hierarchy_with_the_same_strata():

@@ -129,7 +129,7 @@ CASES = {
 def test_an_evaluation_with_its_report_is_read_at_most_three_times(name: str):
     found = reads_of(CASES[name]())
     assert len(found) <= MOST, "\n".join(found)
-    assert found[0] == "fibration.py::_check: tolist" and found[-1] == "sharing.py::all_reduce: cpu"
+    assert sum(read.endswith(": cpu") for read in found) == 1, "value and report come in one copy"
 
 
 @pytest.mark.parametrize("name", CASES)

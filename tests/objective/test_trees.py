@@ -71,8 +71,12 @@ def test_a_level_that_is_missing_has_only_the_cells_that_exist():
     level = cells.level("modality")
     assert level.label_C.tolist() == [0, 1] and level.count_C.tolist() == [1.0, 1.0]
     assert level.num_cells == 2 and not level.everywhere and cells.level("trajectory").everywhere
-    budget_2C, _ = hierarchy.budget_of(level)
-    assert budget_2C[0].tolist() == [0.05, 1.0]
+    ell = torch.tensor([0.0, 0.04, 0.02, 0.0], dtype=F64)
+    metrics = fpo.surrogate(ell, torch.ones(4, dtype=F64), cells, hierarchy).report.metrics()
+    assert metrics["modality/cells"] == 2
+    # math has M+ = 0.03, its modalities 0.01 from there: of 0.05, and of 1.0 for text
+    assert metrics["modality.image/pos/budget_used"] == pytest.approx(0.2)
+    assert metrics["modality.text/pos/budget_used"] == pytest.approx(0.01)
     # trajectories 3 and 6 hang from their domains, 4 and 5 from their modalities
     assert cells.census()[-4:].tolist() == [[2, 3, 0, 0, 1], [2, 4, 1, 1, 1], [2, 5, 1, 0, 1], [2, 6, 0, 2, 1]]
 
