@@ -126,7 +126,7 @@ def test_rows_are_found_whatever_masked_labels_hold():
     for kept, given in ((None, labels), (mask, noise)):
         layout = hierarchy.cells(given, kept, shape=(6, 64)).layout
         assert layout.entries.token is None and layout.batch == (6, 64), "rows as they stand"
-    assert layout.cell_P.tolist() == [5, 0, 1, 2, 3, 4] and layout.num_cells == 5
+    assert layout.cell_P.tolist() == [5, 0, 1, 2, 3, 4], "row 0 has no live token, the others a cell each"
     order = torch.randperm(384, generator=torch.Generator().manual_seed(0))
     mixed = hierarchy.cells({name: label[order] for name, label in labels.items()}, shape=(6, 64)).layout
     assert mixed.entries.token is not None and mixed.entries.token.numel() == 384
