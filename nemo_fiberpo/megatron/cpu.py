@@ -116,8 +116,13 @@ class _Event(_Stream):
         return 0.0
 
 
-def _nothing(*_args: Any, **_kwargs: Any) -> None:
-    return None
+def _nothing() -> Callable[..., None]:
+    """A function of its own for each name: torch.compile refuses one that stands for several."""
+
+    def nothing(*_args: Any, **_kwargs: Any) -> None:
+        return None
+
+    return nothing
 
 
 def _stream(*_args: Any, **_kwargs: Any) -> _Stream:
@@ -219,17 +224,17 @@ _BUFFER = "megatron.core.distributed.param_and_grad_buffer"
 # The CUDA generator is the CPU's: Megatron's RNG tracker swaps its state in and out, which works for any generator.
 _PATCHES = (
     Patch("torch.cuda", "current_device", "the one device; CpuDeviceMode reads an index as the CPU", lambda: 0),
-    Patch("torch.cuda", "set_device", "there is nothing to select", _nothing),
-    Patch("torch.cuda", "synchronize", "CPU operations are synchronous", _nothing),
+    Patch("torch.cuda", "set_device", "there is nothing to select", _nothing()),
+    Patch("torch.cuda", "synchronize", "CPU operations are synchronous", _nothing()),
     Patch("torch.cuda", "Stream", "constructing one needs a driver", _Stream),
     Patch("torch.cuda", "Event", "constructing one needs a driver", _Event),
     Patch("torch.cuda", "current_stream", "token dispatchers synchronise it", _stream),
     Patch("torch.cuda", "default_stream", "DDP waits for it", _stream),
     Patch("torch.cuda", "stream", "context manager around side-stream work", _stream),
-    Patch("torch.cuda", "set_stream", "there is nothing to select", _nothing),
+    Patch("torch.cuda", "set_stream", "there is nothing to select", _nothing()),
     Patch("torch.cuda", "device", "context manager that selects a device", _stream),
-    Patch("torch.cuda", "ipc_collect", "would initialise CUDA", _nothing),
-    Patch("torch.cuda", "reset_peak_memory_stats", "would initialise CUDA; the counters read 0 without it", _nothing),
+    Patch("torch.cuda", "ipc_collect", "would initialise CUDA", _nothing()),
+    Patch("torch.cuda", "reset_peak_memory_stats", "would initialise CUDA; the counters read 0 without it", _nothing()),
     Patch("torch.cuda", "mem_get_info", "would initialise CUDA", lambda device=None: (0, 0)),
     Patch("torch.cuda", "manual_seed", "seeds the generator that CPU kernels draw from", _manual_seed),
     Patch("torch.cuda", "get_rng_state", "that generator's state", _get_rng_state),
@@ -238,8 +243,8 @@ _PATCHES = (
         Patch("torch.cuda", f"{name}Tensor", "legacy constructor and isinstance check", getattr(torch, f"{name}Tensor"))
         for name in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
     ),
-    Patch("torch.cuda.nvtx", "range_push", "profiler ranges need a driver", _nothing),
-    Patch("torch.cuda.nvtx", "range_pop", "profiler ranges need a driver", _nothing),
+    Patch("torch.cuda.nvtx", "range_push", "profiler ranges need a driver", _nothing()),
+    Patch("torch.cuda.nvtx", "range_pop", "profiler ranges need a driver", _nothing()),
     Patch(_RNG, "_get_cuda_rng_state", "reads the CUDA generator by index", _get_rng_state),
     Patch(_RNG, "_set_cuda_rng_state", "queues a callback for a CUDA start that never comes", _set_rng_state),
     Patch("torch.autograd", "_engine_run_backward", "backward passes suspend function modes", wrap=_with_device_mode),

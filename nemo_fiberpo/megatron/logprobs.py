@@ -69,17 +69,15 @@ def vocab_parallel_log_probs(
 
 def _refuse_outside(target: Tensor, size: int) -> None:
     """The host does not wait for a GPU here: there the device asserts, and the error comes with a later read."""
-    if target.device.type != "cpu":
-        torch._assert_async(((target >= 0) & (target < size)).all(), f"target: outside the vocabulary of {size}")
-        return
-    values = target.detach().numpy()
-    outside = (values < 0) | (values >= size)
-    if outside.any():
-        place = [int(index[0]) for index in outside.nonzero()]
+    inside = (target >= 0) & (target < size)
+    try:
+        torch._assert_async(inside.all(), f"target: outside the vocabulary of {size}")
+    except RuntimeError:
+        place = (~inside).nonzero()[0].tolist()
         raise ValueError(
-            f"target: {int(values[tuple(place)])} at position {place} is no token of the vocabulary of {size} "
-            f"({int(outside.sum())} such targets)"
-        )
+            f"target: {int(target[tuple(place)])} at position {place} is no token of the vocabulary of {size} "
+            f"({int((~inside).sum())} such targets)"
+        ) from None
 
 
 def _accumulate_dtype(logits: Tensor) -> torch.dtype:

@@ -167,6 +167,7 @@ def coefficients(
         riders, summed = {}, summed | told
     if not cells.forests:
         summed = all_reduce({**riders, "none": adjoint_2J.new_zeros(0)}, reduce)
+        del summed["none"]
     adjoint = layout.table(adjoint_2J, weighed.passed.dtype)
     out = kernels.run(kernels.pull, weighed.passed, tokens.log_ratio_PS, adjoint, layout.entries)
     return narrowed(layout.collect(out), tokens.log_ratio.dtype), summed

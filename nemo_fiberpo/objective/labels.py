@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .expert_partitions import MEMBERSHIP_UNITS
+from .gates import constant
 from .stratum import Stratum, nearest
 
 UNNAMED_LABELS = 1 << 31
@@ -221,7 +222,7 @@ def _inside(stratum: Stratum, coarser: str, kept: Sequence[str], column: Column)
     for name in kept:
         if name not in column.names:
             raise ValueError(f"{where}: no cell of the data is called {name!r}{nearest(name, column.names)}")
-    values = column.label_E.new_tensor([column.names.index(name) for name in kept])
+    values = constant(tuple(map(column.names.index, kept)), torch.int64, column.label_E.device)
     return both(torch.isin(column.label_E, values), column.present_E)
 
 

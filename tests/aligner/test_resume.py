@@ -133,6 +133,7 @@ def test_the_keys_of_a_stratum_that_was_taken_out_can_be_allowed(cfg):
         "hierarchy.strata.domain.budget.neg",
         "hierarchy.strata.domain.budget.pos",
         "hierarchy.strata.domain.enabled",
+        "hierarchy.strata.domain.gate",
         "hierarchy.strata.order",
     ]
 
