@@ -32,10 +32,9 @@ _MAY_CHANGE = (
     "rewards.server",
     "data.train",
     "data.heldout",
-    # Neither changes what is learned: where a bad gradient stops the run, and a floor of which only 0 is accepted.
-    "model.optim.check_for_nan_in_grad",
-    "model.ppo.length_params.min_length",
 )
+# Where a bad gradient stops the run, and a floor of which only 0 is accepted.
+_OF_NO_EFFECT = ("model.optim.check_for_nan_in_grad", "model.ppo.length_params.min_length")
 _TRAINER = ("precision", "gradient_clip_val", "max_steps")
 _PARSED: dict[str, Callable[[DictConfig], Any]] = {
     "hierarchy": settings.hierarchy_section,
@@ -57,7 +56,7 @@ def identity_of(cfg: DictConfig) -> dict[str, Any]:
             found |= _parsed(section, cfg)
     if cfg.get("model") is not None:
         found |= _flat("model", OmegaConf.to_container(cfg.model, resolve=True))
-        found = {key: leaf for key, leaf in found.items() if not under(key, _MAY_CHANGE)}
+        found = {key: leaf for key, leaf in found.items() if key not in _OF_NO_EFFECT}
     for name in _TRAINER:
         found[f"trainer.{name}"] = cfg.trainer.get(name) if "trainer" in cfg else None
     if cfg.algorithm.get("kl", {}).get("coefficient"):  # the policy that the penalty refers to
@@ -73,7 +72,7 @@ def identity_of(cfg: DictConfig) -> dict[str, Any]:
 def identity_of_record(stored: Mapping[str, Any]) -> dict[str, Any]:
     """An identity that an earlier start recorded, as `identity_of` would have it now. A section with values that are
     refused today stays as it was recorded."""
-    found = {key: leaf for key, leaf in stored.items() if not under(key, _MAY_CHANGE)}
+    found = {key: leaf for key, leaf in stored.items() if key not in _OF_NO_EFFECT}
     for section in _PARSED:
         written = {
             key: value for key, value in stored.items() if under(key, (section,)) and not key.endswith(".sha256")
