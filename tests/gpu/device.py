@@ -43,7 +43,7 @@ def passes(mode: str) -> Iterator[None]:
     a function eagerly that was compiled for more than a few kinds of arguments."""
     before = kernels.run.mode, os.environ.pop("NEMO_FIBERPO_COMPILE", None)
     kernels.compile_passes({"eager": "0", "compiled": "1"}[mode])
-    kernels.run._failed = False
+    kernels.run.failed = False
     config = torch._dynamo.config
     wanted = {"recompile_limit": 100, "cache_size_limit": 100, "fail_on_recompile_limit_hit": True}
     known = {name: value for name, value in wanted.items() if hasattr(config, name)}  # names differ between versions

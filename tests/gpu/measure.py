@@ -172,7 +172,7 @@ def measure(rows: int, length: int, modes: list[str]) -> dict[str, Any]:
         "rows": rows,
         "length": length,
         "floor": {"bytes per token": FLOOR, "ms": copies[FLOOR] * 1e3, "GB/s": FLOOR * num / copies[FLOOR] / 1e9},
-        "fell back to eager": kernels.run._failed,
+        "fell back to eager": kernels.run.failed,
         "table": {name: {column: figures.get(column) for column in COLUMNS} for name, figures in table.items()},
     }
 
