@@ -1,0 +1,43 @@
+"""What the study consists of: study.yaml as a list of runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+FILE = Path(__file__).with_name("study.yaml")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. `name` is that of its folder and of its result."""
+
+    setting: str
+    objective: str
+    lr: float
+    seed: int
+    overrides: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting}-{self.objective}-{self.lr:g}-{self.seed}"
+
+
+def read_study(path: Path = FILE) -> dict[str, list[Run]]:
+    """The runs of every stage, in the order in which they are run: all with one seed before those with the next."""
+    study: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path), resolve=True)  # type: ignore[assignment]
+    stages = {}
+    for stage, chosen in study["stages"].items():
+        runs = []
+        for seed in study["seeds"][chosen["seeds"]]:
+            for setting in chosen["settings"]:
+                for lr in chosen["lr"]:
+                    for objective in chosen["objectives"]:
+                        overrides = [*study["common"], *study["settings"][setting], f"model.optim.lr={lr:g}"]
+                        overrides += study["objectives"][objective]
+                        runs.append(Run(setting, objective, float(lr), seed, tuple(overrides)))
+        stages[stage] = runs
+    return stages
