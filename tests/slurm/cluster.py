@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 from tests.aligner.launching import free_ports, wait_for
@@ -57,6 +58,11 @@ PlugStackConfig={folder}/plugstack.conf
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
 """
 NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=1000 State=UNKNOWN\n"
+
+
+UNANSWERED = re.compile(
+    "Unable to contact slurm controller|Socket timed out|Zero Bytes were transmitted|Connection refused"
+)
 
 
 class SlurmError(RuntimeError):
@@ -176,20 +182,48 @@ class Cluster:
         return found
 
     def command(self, *arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-        """A SLURM command on this cluster; what it printed. SlurmError if it failed."""
-        done = subprocess.run(
-            arguments,
-            env=self.environment | (env or {}),
-            cwd=cwd,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=60,
-        )
-        if done.returncode:
-            raise SlurmError(f"{' '.join(arguments)}: {done.stdout.strip()}")
-        return done.stdout
+        """A SLURM command on this cluster; what it printed. SlurmError if it failed. One that slurmctld was too busy to
+        answer is tried again."""
+        for attempt in range(5):
+            done = subprocess.run(
+                arguments,
+                env=self.environment | (env or {}),
+                cwd=cwd,
+                text=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=60,
+            )
+            if not done.returncode:
+                return done.stdout
+            if not UNANSWERED.search(done.stdout):
+                break
+            time.sleep(attempt)
+        raise SlurmError(f"{' '.join(arguments)}: {done.stdout.strip()}")
+
+    def clear(self) -> None:
+        """End every job and wait until the nodes are idle, so that what a failed test leaves holds up no other."""
+        with contextlib.suppress(SlurmError):
+            self.command("scancel", "--user=root")
+        try:
+            wait_for(lambda: set(self.states().values()) == {"IDLE"}, 90, "idle nodes")
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}\n{self.condition()}") from None
+
+    def condition(self) -> str:
+        """Nodes, jobs, their processes and the end of slurmctld's log, for the report of a failure."""
+        said = []
+        for command in ("sinfo --long --Node", "sinfo --list-reasons", "squeue --all --long", "scontrol show job"):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                try:
+                    said.append(f"$ {command}\n{self.command(*command.split())}")
+                except SlurmError as error:
+                    said.append(f"$ {error}")
+        said.append("processes of jobs: " + "\n".join(f"{pid} {name}" for pid, name in self.job_processes().items()))
+        logs = ((log.name, log.read_text(errors="replace")) for log in sorted(self.folder.glob("slurm*.log")))
+        said += [f"{name}:\n" + "\n".join(text.splitlines()[-40:]) for name, text in logs]
+        return "\n".join(said)
 
     def states(self) -> dict[str, str]:
         """State of each node as sinfo prints it, such as IDLE, ALLOCATED, DOWN*."""

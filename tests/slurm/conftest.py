@@ -22,6 +22,16 @@ def pytest_terminal_summary(terminalreporter) -> None:
             terminalreporter.write_line(f"measured: {name}: {shown}  ({passed.nodeid.rpartition('::')[2]})")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """With a failure, the state of the cluster at that moment: later the job and its nodes are gone."""
+    report = yield
+    cluster = getattr(item, "funcargs", {}).get("cluster")
+    if report.when == "call" and report.failed and cluster is not None:
+        report.sections.append(("SLURM", cluster.condition()))
+    return report
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     if not os.environ.get("FIBERPO_SLURM"):

@@ -16,7 +16,7 @@ RL_STEPS, SAVE_INTERVAL, PER_STEP = 6, 2, 2  # PER_STEP: optimizer steps of an R
 RUN = [f"algorithm.rl_steps={RL_STEPS}", f"algorithm.save_interval={SAVE_INTERVAL}", "algorithm.data_epochs=2"]
 # The header asks for GPUs, of which the test cluster has none.
 ONE_RANK_EACH = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0"]
-PATIENCE = 420  # seconds; nothing here takes a fourth of it on two idle cores
+PATIENCE = 300  # seconds; nothing here takes a third of it on two idle cores
 
 
 class Job:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(120
 
 
 @pytest.fixture
-def job(cluster, start, tmp_path) -> Job:
-    return Job(cluster, start, tmp_path)
+def job(cluster, start, tmp_path) -> Iterator[Job]:
+    yield Job(cluster, start, tmp_path)
+    cluster.clear()
 
 
 def test_the_shipped_script_trains_on_two_nodes(uninterrupted):
