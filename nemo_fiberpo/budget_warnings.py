@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 
-from .objective import Hierarchy
+from .objective import Hierarchy, Report
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,27 @@ def budget_warnings(hierarchy: Hierarchy) -> list[str]:
     return out
 
 
-def log_budget_warnings(hierarchy: Hierarchy, prefix: str = "") -> None:
+def overrun_warnings(report: Report) -> dict[str, str]:
+    """Stratum -> a warning, for each in which the median cell is beyond its budget.
+
+    Meant for the second optimizer step of a rollout, the first whose log-ratios are not 0. Where most gates are closed
+    by then, what a stratum has in common is out of the objective nearly always, and its budgets control nothing.
+    """
+    out = {}
+    for stratum in report.strata:
+        closed = {name: channel for name, channel in stratum.channels.items() if channel.pass_through < 0.5}
+        if stratum.cells and closed:
+            told = ", ".join(f"{name} {channel.drift_mean:.2g}" for name, channel in closed.items())
+            out[stratum.name] = (
+                f"stratum {stratum.name!r}: more than half of its cells are over budget at the second optimizer step "
+                f"of a rollout (mean drift: {told} nats), so its gates are closed from there on; raise its budgets "
+                "above that, or lower model.optim.lr or algorithm.optimizer_steps"
+            )
+    return out
+
+
+def log_budget_warnings(lines: Iterable[str], prefix: str = "") -> None:
     """Log each of them, in a job of several ranks on the first rank only."""
     if os.environ.get("RANK", "0") == "0":
-        for line in budget_warnings(hierarchy):
+        for line in lines:
             logger.warning("%s%s", prefix, line)

@@ -32,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from .budget_warnings import log_budget_warnings
+from .budget_warnings import budget_warnings, log_budget_warnings
 from .objective import Budget, ExpertPartitions, Hierarchy, SlopeCap, Stratum
 from .objective.expert_partitions import COLUMN
 from .objective.stratum import nearest, positive_number
@@ -55,7 +55,8 @@ def load_hierarchy(cfg: Source) -> Hierarchy:
     """
     with section(cfg) as plain:
         hierarchy = parse_hierarchy(plain)
-    log_budget_warnings(hierarchy, f"{os.fspath(cfg)}: " if isinstance(cfg, str | os.PathLike) else "")
+    prefix = f"{os.fspath(cfg)}: " if isinstance(cfg, str | os.PathLike) else ""
+    log_budget_warnings(budget_warnings(hierarchy), prefix)
     return hierarchy
 
 

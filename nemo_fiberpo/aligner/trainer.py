@@ -27,6 +27,7 @@ from nemo_fiberpo.aligner.prompts import PromptDataset
 from nemo_fiberpo.aligner.rewards import OK, reward_metrics
 from nemo_fiberpo.aligner.rollout import grouped_rollout, repeated_prompts, response_mask
 from nemo_fiberpo.aligner.strata import StrataLabels
+from nemo_fiberpo.budget_warnings import log_budget_warnings, overrun_warnings
 from nemo_fiberpo.megatron import cpu
 from nemo_fiberpo.megatron.groups import exchange, non_finite
 from nemo_fiberpo.megatron.one_pass import one_pass_cells
@@ -82,6 +83,7 @@ class FiberPOTrainer(PPOTrainer):
             raise ValueError("algorithm.packing: true needs model.transformer_engine: true on a GPU")
         self._rollout_cls = grouped_rollout(settings.optimizer_steps, whole_groups=settings.passes == 1)
         self._minibatches: list[Minibatch] = []
+        self._overrun: set[str] = set()
 
     def _run_inference(self, dataloader_builder: Any, consumed_samples: int, is_validation: bool):
         """One rollout: generate, grade, gather, deal whole prompt groups to minibatches and ranks, compute old
@@ -220,9 +222,11 @@ class FiberPOTrainer(PPOTrainer):
         self.model.prepare_for_training()
         assert len(list(dataloader_iter)) == len(self._minibatches) == self.settings.optimizer_steps
         metrics: dict[str, float] = {}
-        for _ in range(self.settings.epochs):
-            for minibatch in self._minibatches:
+        for epoch in range(self.settings.epochs):
+            for place, minibatch in enumerate(self._minibatches):
                 metrics, result = self._optimizer_step(minibatch)
+                if epoch == 0 and place == 1:
+                    self._warn_of_overrun(result)
                 self.logger.log_metrics(
                     metrics | {"rl_step": self.step}, step=self.ppo_optimization_step, prefix="train_optim/"
                 )
@@ -235,6 +239,14 @@ class FiberPOTrainer(PPOTrainer):
         self.model.finish_training()
         self.optimizer.zero_grad()
         return metrics.get("loss"), metrics
+
+    def _warn_of_overrun(self, result: StepResult) -> None:
+        """Once for each stratum whose gates are closed from the second optimizer step of a rollout on."""
+        if result.report is None or self.settings.gating_map is not None:
+            return
+        found = overrun_warnings(result.report)
+        log_budget_warnings(line for name, line in found.items() if name not in self._overrun)
+        self._overrun |= set(found)
 
     def _optimizer_step(self, minibatch: Minibatch) -> tuple[dict[str, float], StepResult]:
         calls = self.model.reducer.calls

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 import nemo_fiberpo as fpo
+from nemo_fiberpo.budget_warnings import overrun_warnings
 from nemo_fiberpo.config import strata_by_name
 from tests.objective.config_edits import BRANCHED, BRANCHED_LISTED, YAML, by_name, edited
 
@@ -154,3 +156,21 @@ def test_a_warning_about_a_file_names_it_and_comes_from_the_first_rank_alone(
     monkeypatch.setenv("RANK", "0")
     fpo.load_hierarchy(path)
     assert [record.getMessage().partition(": ")[0] for record in caplog.records] == [str(path)]
+
+
+def test_a_stratum_whose_median_cell_is_over_budget_is_warned_about():
+    """Three trajectories of one domain, each drifting by its own amount in the falling channel."""
+    hierarchy = fpo.Hierarchy(
+        (fpo.Stratum("domain", fpo.Budget(0.5, 0.4)), fpo.Stratum("trajectory", fpo.Budget(0.2, 0.1))), 0.04
+    )
+    labels = {"domain": torch.zeros(6, dtype=torch.int64), "trajectory": torch.arange(3).repeat_interleave(2)}
+    cells = hierarchy.cells(labels, names={"domain": ("math",)})
+
+    def warned_about(*drift: float) -> dict[str, str]:
+        log_ratio = -torch.tensor(drift, dtype=torch.float64).repeat_interleave(2)
+        return overrun_warnings(fpo.surrogate(log_ratio, torch.ones(6, dtype=torch.float64), cells, hierarchy).report)
+
+    assert warned_about(0.1, 0.15, 0.3) == {}, "one of three is over budget"
+    (line,) = warned_about(0.0, 0.0, 0.6).values()
+    assert "'trajectory'" in line and "neg 0.27 nats" in line and "raise its budgets" in line
+    assert set(warned_about(0.9, 0.9, 0.9)) == {"domain"}, "none moves beyond its domain"

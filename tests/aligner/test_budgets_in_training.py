@@ -1,4 +1,4 @@
-"""Every stratum switched off: the token clip alone, a natural baseline, trains end to end."""
+"""Budgets at their extremes in a run: every stratum switched off, and gates that are closed from the second step on."""
 
 from __future__ import annotations
 
@@ -25,3 +25,15 @@ def test_the_token_clip_alone_trains(start, tmp_path, passes: int):
     assert 0 < second["train_optim/gates/token/clipped"] <= 1
     assert math.isfinite(second["train_optim/loss"]) and second["train_optim/grad_norm"] > 0
     assert not [name for name in second if name.startswith("train_optim/gates/trajectory/")]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_run_whose_gates_are_closed_at_once_tells_what_to_change(start, tmp_path):
+    """Once, however many rollouts it is so."""
+    run_dir = fresh(start, tmp_path, "run")
+    said = forked.launch(
+        "train_gpt_fiberpo.py", run_dir, "hierarchy=trajectory", "hierarchy.strata.trajectory.budget.pos=1e-7",
+        "hierarchy.strata.trajectory.budget.neg=9e-8", "algorithm.rl_steps=2", "algorithm.save_interval=0",
+    )  # fmt: skip
+    assert said.count("stratum 'trajectory': more than half of its cells are over budget") == 1, said

@@ -1,0 +1,182 @@
+"""The tables and pictures of the study, from the results of its runs.
+
+    python examples/study/results.py
+
+Reads docs/study/results/*.json; writes docs/study/tables.md and docs/study/<stage>.png, a table and a picture for each
+stage of study.yaml that has results. Every run that there is is in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from numpy.typing import NDArray
+from runs import Run, read_study
+
+STUDY = Path(__file__).resolve().parents[2] / "docs" / "study"
+BASELINES = ("grpo", "clip_higher", "ppo", "gspo")
+MARGIN = -0.03  # "not inferior": the lower bound of the difference to the best baseline is above this
+RESAMPLES = 10_000
+Result = dict[str, Any]
+Arm = tuple[str, str, float]  # setting, objective, learning rate
+
+
+def rewards(result: Result, moment: str) -> NDArray[np.float64]:
+    """Of every held-out prompt, in order of domains; nan where the answer could not be graded, or the run had ended."""
+    digits = "".join(result["heldout"][moment][domain] for domain in sorted(result["heldout"]["before"]))
+    return np.array([float(digit) if digit != "-" else np.nan for digit in digits])
+
+
+def final(result: Result) -> NDArray[np.float64]:
+    """`rewards` after training; 0 everywhere for a run that ended with an error, which no weights survive."""
+    return rewards(result, "after") if result["heldout"]["after"] else np.zeros_like(rewards(result, "before"))
+
+
+def collapsed(result: Result) -> bool:
+    """The final held-out reward is below half of what it was before."""
+    return bool(np.nanmean(final(result)) < np.nanmean(rewards(result, "before")) / 2)
+
+
+def domain_means(result: Result) -> dict[str, float]:
+    after = result["heldout"]["after"] or dict.fromkeys(result["heldout"]["before"], "0")
+    graded = {domain: digits.replace("-", "") for domain, digits in after.items()}
+    return {domain: digits.count("1") / max(len(digits), 1) for domain, digits in graded.items()}
+
+
+def area(result: Result) -> float:
+    """Mean reward of the sampled responses over all RL steps; a run that ended early counts 0 from there on."""
+    curve = result["curves"].get("train_rollouts/rewards", [])
+    return sum(value or 0.0 for value in curve) / max(planned_steps(result), 1)
+
+
+def planned_steps(result: Result) -> int:
+    given = [one.split("=")[1] for one in result["overrides"] if one.startswith("algorithm.rl_steps=")]
+    return int(given[-1])
+
+
+def interval(differences: Sequence[NDArray[np.float64]], generator: np.random.Generator) -> tuple[float, float]:
+    """95 percent interval of the mean of paired differences, by a bootstrap of seeds, and of prompts within each."""
+    means = np.empty((RESAMPLES, len(differences)))
+    for column, values in enumerate(differences):
+        values = values[~np.isnan(values)]
+        # The mean of n draws with replacement, by how often each distinct value is drawn.
+        distinct, counts = np.unique(values, return_counts=True)
+        draws = generator.multinomial(len(values), counts / len(values), size=RESAMPLES)
+        means[:, column] = draws @ distinct / len(values)
+    chosen = generator.integers(len(differences), size=(RESAMPLES, len(differences)))
+    low, high = np.quantile(np.take_along_axis(means, chosen, axis=1).mean(axis=1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def paired(arm: Mapping[int, Result], other: Mapping[int, Result]) -> list[NDArray[np.float64]]:
+    """By seed, the differences of the final rewards of the same prompts."""
+    return [final(arm[seed]) - final(other[seed]) for seed in sorted(set(arm) & set(other))]
+
+
+def verdict(low: float, high: float) -> str:
+    if low > MARGIN:
+        return "better" if low > 0 else "not inferior"
+    return "inferior" if high < MARGIN else "undecided"
+
+
+def table(arms: Mapping[Arm, Mapping[int, Result]]) -> list[str]:
+    """Markdown, a row for each arm, best first; compared with the best baseline of its setting and learning rate."""
+    head = "objective | seeds | before | after | worst domain | area | collapses | difference to the best baseline | "
+    out = []
+    for setting, lr in sorted({(setting, lr) for setting, _, lr in arms}):
+        here = {arm: of_seed for arm, of_seed in arms.items() if (arm[0], arm[2]) == (setting, lr)}
+        after = {arm: float(np.mean([np.nanmean(final(r)) for r in of_seed.values()])) for arm, of_seed in here.items()}
+        ordered = sorted(here, key=lambda arm: -after[arm])
+        best = next((arm for arm in ordered if arm[1] in BASELINES), None)
+        out += ["", f"### {setting}, learning rate {lr:g}", "", f"| {head}|", "|---" * 9 + "|"]
+        for arm in ordered:
+            of_seed = here[arm]
+            before = np.mean([np.nanmean(rewards(result, "before")) for result in of_seed.values()])
+            worst = np.mean([min(domain_means(result).values()) for result in of_seed.values()])
+            cells = [arm[1], str(len(of_seed)), f"{before:.3f}", f"{after[arm]:.3f}", f"{worst:.3f}"]
+            cells += [f"{np.mean([area(result) for result in of_seed.values()]):.3f}"]
+            cells += [str(sum(map(collapsed, of_seed.values())))]
+            differences = paired(of_seed, here[best]) if best is not None and arm != best else []
+            if differences:
+                low, high = interval(differences, np.random.default_rng(0))
+                mean = np.mean([np.nanmean(values) for values in differences])
+                cells += [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", verdict(low, high)]
+            else:
+                cells += ["", "best baseline" if arm == best else ""]
+            out.append(f"| {' | '.join(cells)} |")
+    return out
+
+
+def picture(arms: Mapping[Arm, Mapping[int, Result]], path: Path) -> None:
+    """Reward of the sampled responses over RL steps: the mean over seeds, and their range."""
+    panels = sorted({(setting, lr) for setting, _, lr in arms})
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), squeeze=False, sharey=True)
+    objectives = sorted({objective for _, objective, _ in arms})
+    colours = dict(zip(objectives, plt.get_cmap("tab20")(np.linspace(0, 1, 20)), strict=False))
+    for axis, (setting, lr) in zip(axes[0], panels, strict=True):
+        for objective in objectives:
+            results = arms.get((setting, objective, lr), {}).values()
+            curves = [result["curves"].get("train_rollouts/rewards", []) for result in results]
+            if not curves:
+                continue
+            length = max(map(len, curves))
+            values = np.array([[*curve, *[np.nan] * (length - len(curve))] for curve in curves], dtype=float)
+            steps = np.arange(1, length + 1)
+            style = "-" if objective not in BASELINES else "--"
+            axis.plot(steps, np.nanmean(values, axis=0), style, color=colours[objective], label=objective)
+            axis.fill_between(steps, np.nanmin(values, 0), np.nanmax(values, 0), color=colours[objective], alpha=0.1)
+        axis.set(title=f"{setting}, learning rate {lr:g}", xlabel="RL step")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("reward of the sampled responses")
+    axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def read_results(folder: Path) -> dict[str, Result]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def of_stage(runs: Sequence[Run], results: Mapping[str, Result]) -> dict[Arm, dict[int, Result]]:
+    """The results that there are, by arm and seed."""
+    arms: dict[Arm, dict[int, Result]] = defaultdict(dict)
+    for run in runs:
+        if run.name in results:
+            arms[run.setting, run.objective, run.lr][run.seed] = results[run.name]
+    return dict(arms)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the tables and pictures of the study.")
+    parser.add_argument("--results", type=Path, default=STUDY / "results", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=STUDY, help="folder to write into")
+    args = parser.parse_args()
+    results = read_results(args.results)
+    lines = [
+        "# Tables of the study",
+        "",
+        "Made by `python examples/study/results.py`, explained in [study.md](../study.md).",
+    ]
+    for stage, runs in read_study().items():
+        arms = of_stage(runs, results)
+        if not arms:
+            continue
+        done = sum(map(len, arms.values()))
+        lines += ["", f"## {stage}", "", f"{done} of {len(runs)} runs.", *table(arms), "", f"![{stage}]({stage}.png)"]
+        picture(arms, args.out / f"{stage}.png")
+    (args.out / "tables.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
