@@ -35,7 +35,6 @@ GLOBAL_REGIMES = (
     "G-I", "G-II,r", "G-II", "G-III,r", "G-III",
     "pos rollback, neg pass", "pos zeroed, neg pass", "pos rollback, neg rollback", "pos zeroed, neg rollback",
 )  # fmt: skip
-LOCAL_REGIMES = ("L-I", "L-II", "L-III")
 REGIMES = GLOBAL_REGIMES[:5]
 """Those with a name in the paper; the others are "other" in a report."""
 _REGIME = (0, 1, 2, 5, 7, 3, 6, 8, 4)
@@ -125,12 +124,6 @@ def states(drift: Tensor, budget: Tensor, derivative: Tensor) -> Tensor:
 def regimes(state_2C: Tensor) -> Tensor:
     """Index into GLOBAL_REGIMES of every cell, from the states of its two channels."""
     return constant(_REGIME, torch.int64, state_2C.device)[3 * state_2C[0] + state_2C[1]]
-
-
-def global_regimes(drift_2C: Tensor, budget_2C: Tensor, slope_C: Tensor) -> Tensor:
-    """Index into GLOBAL_REGIMES of every cell under the gate (10), int64 [C], from its drift beyond the parent's, its
-    budgets C and its slope k. Elementwise."""
-    return regimes(states(drift_2C, budget_2C, aggregate_gate(drift_2C, budget_2C, slope_C)[1]))
 
 
 def log_clip(residual: Tensor, token_clip: Tensor) -> Tensor:

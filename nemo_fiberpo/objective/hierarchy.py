@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..values import nearest, positive_number
 from .gates import constant
 from .labels import Names, check_labels, find_membership, resolve_labels
 from .sharing import Cells, SharedCells, Stages, make_cells
@@ -18,9 +19,7 @@ from .stratum import (
     Stratum,
     belongs_in_chain,
     check_structure,
-    nearest,
     nothing_left,
-    positive_number,
 )
 
 

@@ -30,8 +30,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ..values import positive_number
 from .hierarchy import Hierarchy
-from .stratum import positive_number
 
 LARGEST_EXPONENT = 500.0
 SPACES = ("ratio", "log")

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..values import nearest, positive_number
 from .fibration import Drift, Tokens, checked, coefficients, find_bad, gate_cells, measure, narrowed, weigh
 from .hierarchy import Hierarchy
 from .ratio_gating import Gated, RatioGating, check_gating
 from .report import Report, make_report, pack, report_fields, unpack
 from .sharing import NO_RIDERS, Cells, Level, Reduce, Riders, SharedCells, all_reduce, sum_nodes
-from .stratum import nearest, positive_number
 
 WEIGHTS = ("trajectory_mean", "token_mean", "fixed_length_mean")
 
