@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -37,43 +38,40 @@ from torch.autograd.function import once_differentiable
 from . import kernels
 from .gates import log_clip
 from .hierarchy import Hierarchy
-from .kernels import Weighed
+from .kernels import TokenLayout, Weighed
 from .sharing import NO_RIDERS, Cells, Reduce, Riders, SharedCells, all_reduce, sum_nodes
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Log-ratios and weights (those of `kernels.weigh`) of this rank's tokens: [T], and in pieces [P, S]."""
+    """Log-ratios and weights (those of `kernels.weigh`) of this rank's tokens, [T], and log-ratios in pieces [P, S]."""
 
+    layout: TokenLayout
     log_ratio: Tensor
     weight: Tensor | None
     log_ratio_PS: Tensor
-    weight_PS: Tensor | None
 
     @classmethod
     def of(cls, cells: SharedCells, log_ratio: Tensor, weight: Tensor | None = None) -> Tokens:
         """From tensors that `checked` has passed, without their gradients."""
-        log_ratio, weight = log_ratio.detach(), None if weight is None else weight.detach()
-        spread = cells.layout.spread
-        return cls(log_ratio, weight, spread(log_ratio), None if weight is None else spread(weight))
+        weight = None if weight is None else weight.detach()
+        return cls(cells.layout, log_ratio.detach(), weight, cells.layout.spread(log_ratio.detach()))
+
+    @property
+    def weight_PS(self) -> Tensor | None:
+        """Not kept, since the last pass does not need it."""
+        return None if self.weight is None else self.layout.spread(self.weight)
 
 
 @dataclass(frozen=True, eq=False)
 class Drift:
-    """Log-ratios by cell, float64.
+    """Log-ratios by cell, float64."""
 
-    sums_2J       A: this rank's channel sums of joint cells
-    mean          per forest [2, N]: channel means M of the nodes, over all their tokens
-    drift         per forest [2, N]: X, the drift of a node beyond its parent and the earlier forests
-    reference_2J  O: what tokens measure their own residual from
-    largest_P     the largest |ell| of each piece
-    """
-
-    sums_2J: Tensor
-    mean: list[Tensor]
-    drift: list[Tensor]
-    reference_2J: Tensor
-    largest_P: Tensor
+    sums_2J: Tensor  # A: this rank's channel sums of joint cells
+    mean: list[Tensor]  # per forest [2, N]: channel means M of the nodes, over all their tokens
+    drift: list[Tensor]  # per forest [2, N]: X, the drift of a node beyond its parent and the earlier forests
+    reference_2J: Tensor  # O: what tokens measure their own residual from
+    largest_P: Tensor  # the largest |ell| of each piece
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,12 +115,17 @@ def gate_cells(drift: Drift, cells: SharedCells, hierarchy: Hierarchy) -> Gates:
     clip_J = hierarchy.clip_of(cells)
     offset_J = torch.zeros_like(clip_J)
     for forest, drift_2N in zip(cells.forests, drift.drift, strict=True):
+        bounds = [
+            hierarchy.active[index].bounds_of(forest.label_N[at], forest.count_N[at], cells.levels[index].names)
+            for index, at in forest.slices.items()
+        ]
+        budget_2N, slope_N = (torch.cat(part, -1) for part in zip(*bounds, strict=True))
         gated = []
-        for index, nodes in forest.slices.items():
-            stratum, names = hierarchy.active[index], cells.levels[index].names
-            budget, slope = stratum.bounds_of(forest.label_N[nodes], forest.count_N[nodes], names)
-            gated.append((budget, *stratum.gate(drift_2N[:, nodes], budget, slope)))
-        budget_2N, value_2N, slope_2N = (torch.cat(part, 1) for part in zip(*gated, strict=True))
+        for gate, run in groupby(forest.slices, lambda index: hierarchy.active[index].gate):
+            nodes = [forest.slices[index] for index in run]
+            at = slice(nodes[0].start, nodes[-1].stop)
+            gated.append(gate(drift_2N[:, at], budget_2N[:, at], slope_N[at]))
+        value_2N, slope_2N = (torch.cat(part, -1) for part in zip(*gated, strict=True))
         offset_J = offset_J + forest.path(value_2N.sum(0))
         budgets.append(budget_2N)
         slopes.append(slope_2N)
@@ -166,8 +169,7 @@ def coefficients(
         blocked_2J = blocked_2J - cells.count_J * back_2J
         riders, summed = {}, summed | told
     if not cells.forests:
-        summed = all_reduce({**riders, "none": adjoint_2J.new_zeros(0)}, reduce)
-        del summed["none"]
+        summed = all_reduce(riders or {"nothing": adjoint_2J.new_zeros(0)}, reduce)
     adjoint = layout.table(adjoint_2J, weighed.passed.dtype)
     out = kernels.run(kernels.pull, weighed.passed, tokens.log_ratio_PS, adjoint, layout.entries)
     return narrowed(layout.collect(out), tokens.log_ratio.dtype), summed

@@ -73,41 +73,26 @@ class Slots:
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """The cells of one stratum that this rank holds, with the figures of all ranks.
-
-    label_C     ascending
-    cell_J      cell of every joint cell; C where the stratum is missing
-    count_C     live tokens of all ranks, float64
-    acting_C    bool: the cell is not below the floor of its stratum, so that it has a gate of its own
-    owned_C     bool: it is acting, and this rank is the one that counts it
-    slots       of the cells that several ranks hold
-    num_cells, num_tokens   over all ranks: cells; and live tokens, with those where the stratum is missing
-    merged      over all ranks: cells below the floor, and their tokens; None without a floor
-    names       of the labels, if they have names;  parts: the named parts of its join
-    tally       float64 [2, names] for its own names, if any, and for those of each part, over all ranks: live tokens,
-                and acting cells
-    soft, everywhere   whether a token may lie in several of its cells; whether every token lies in one
-    sums        sums of joint cells by cell: [..., J] -> [..., C]
-    part_sums   the same for each part, by name: [..., J] -> [..., names]
-    """
+    """The cells of one stratum that this rank holds, with the figures of all ranks."""
 
     name: str
-    label_C: Tensor
-    cell_J: Tensor
-    count_C: Tensor
-    acting_C: Tensor
-    owned_C: Tensor
-    slots: Slots
-    num_cells: int
-    num_tokens: int
-    merged: tuple[int, float] | None
-    names: tuple[str, ...] | None
-    parts: tuple[Part, ...]
+    label_C: Tensor  # ascending
+    cell_J: Tensor  # cell of every joint cell; C where the stratum is missing
+    count_C: Tensor  # live tokens of all ranks, float64
+    acting_C: Tensor  # bool: the cell is not below the floor of its stratum, so that it has a gate of its own
+    owned_C: Tensor  # bool: it is acting, and this rank is the one that counts it
+    slots: Slots  # of the cells that several ranks hold
+    num_cells: int  # over all ranks
+    num_tokens: int  # live ones over all ranks, with those where the stratum is missing
+    merged: tuple[int, float] | None  # over all ranks: cells below the floor, and their tokens; None without a floor
+    names: tuple[str, ...] | None  # of the labels, if they have names
+    parts: tuple[Part, ...]  # the named parts of its join
+    # for its own names, if any, and those of each part: live tokens and acting cells of all ranks, float64 [2, names]
     tally: tuple[Tensor, ...]
-    soft: bool
-    everywhere: bool
-    sums: SegmentSum
-    part_sums: tuple[SegmentSum, ...]
+    soft: bool  # a token may lie in several of its cells
+    everywhere: bool  # every token lies in one
+    sums: SegmentSum  # of joint cells by cell: [..., J] -> [..., C]
+    part_sums: tuple[SegmentSum, ...]  # of joint cells by the names of each part: [..., J] -> [..., names]
 
     @property
     def num_acting(self) -> int:
@@ -124,30 +109,20 @@ class Forest:
     """The acting cells of consecutive strata of the chain, or of one branch.
 
     A stratum that is missing, or a cell below its floor, has no node: what is finer hangs from the next node above.
-
-    slices     stratum (its index among the active ones) -> its nodes
-    parent_N   node above; N at a root
-    node_KJ    node of each stratum that holds a joint cell; N where there is none
-    leaf_J     the finest of them
-    stratum_N  its stratum;  label_N, count_N, owned_N: as in `Level`
-    slots      of the nodes that several ranks hold
-    up         [..., J] -> [..., N]: sums of the joint cells under every node, the transpose of `path`
-    at_leaves  [..., J] -> [..., N]: sums of the joint cells whose finest node it is, the transpose of `at`
-    of_children   [..., N] -> [..., N]: sums over the children of every node
     """
 
-    slices: dict[int, slice]
-    parent_N: Tensor
-    node_KJ: Tensor
-    leaf_J: Tensor
+    slices: dict[int, slice]  # stratum (its index among the active ones) -> its nodes
+    parent_N: Tensor  # node above; N at a root
+    node_KJ: Tensor  # node of each stratum that holds a joint cell; N where there is none
+    leaf_J: Tensor  # the finest of them
     stratum_N: Tensor
-    label_N: Tensor
+    label_N: Tensor  # this and the next two as in `Level`
     count_N: Tensor
     owned_N: Tensor
-    slots: Slots
-    up: SegmentSum
-    at_leaves: SegmentSum
-    of_children: SegmentSum
+    slots: Slots  # of the nodes that several ranks hold
+    up: SegmentSum  # [..., J] -> [..., N]: sums of the joint cells under every node, the transpose of `path`
+    at_leaves: SegmentSum  # [..., J] -> [..., N]: sums of the joint cells whose finest node it is, that of `at`
+    of_children: SegmentSum  # [..., N] -> [..., N]: sums over the children of every node
 
     def at(self, value_N: Tensor) -> Tensor:
         """The value of the finest node of every joint cell: [..., N] -> [..., J]."""

@@ -52,17 +52,13 @@ GateFunction = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Gate:
-    """A gate with what is known of it.
+    """A gate with what is known of it."""
 
-    name      how a config calls it
-    function  (x, budget, slope) -> (value, derivative), elementwise over broadcastable float64 tensors
-    passes    up to |x| = passes * C the value is x and the derivative 1, both exactly; 0 for a gate that bends at once
-    kinks     (budget, slope) -> the |x| at which the derivative may jump
-    """
-
-    name: str
-    function: GateFunction
+    name: str  # how a config calls it
+    function: GateFunction  # (x, budget, slope) -> (value, derivative), elementwise over broadcastable float64 tensors
+    # up to |x| = passes * C the value is x and the derivative 1, both exactly; 0 for a gate that bends at once
     passes: float = 0.0
+    # (budget, slope) -> the |x| at which the derivative may jump
     kinks: Callable[[Tensor, Tensor], Sequence[Tensor]] = lambda budget, slope: ()
 
     def __call__(self, drift: Tensor, budget: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import repeat
@@ -32,22 +33,18 @@ LARGEST_EXPONENT = {torch.float32: 80.0, torch.float64: 500.0}
 """Ratios that no gate bounds are exp(min(ell, this))."""
 LONGEST = 256  # largest length of pieces that are cut; halved until padding adds at most a quarter
 BLOCK = 1 << 16  # entries that an uncompiled pass works on at a time
+MOST_GRAPHS = 64  # of one pass: enough for every kind of arguments
 MODES = ("auto", "0", "1")
 
 
 class Entries(NamedTuple):
-    """The entries of joint cells: tokens, or with soft membership pairs of a token and a value that it has a share in.
+    """The entries of joint cells: tokens; with soft membership, pairs of a token and a value that it has a share in."""
 
-    live        bool [P, S], places that hold a live entry; None where all do
-    share, share_TQ   float64: shares at every place [P, S], 0 without an entry; shares of a token, largest first. None
-                with hard labels
-    token       int64 [P, S], the token of an entry; None for rows as they stand
-    place_TQ    the places of a token's entries, as in `share_TQ`; Q = 1 with hard labels; None for rows as they stand
-    """
-
-    live: Tensor | None
+    live: Tensor | None  # bool [P, S], places that hold a live entry; None where all do
+    # with soft membership, float64: shares at every place [P, S], 0 without an entry; those of a token, largest first
     share: Tensor | None = None
     share_TQ: Tensor | None = None
+    # int64: the token of an entry [P, S], and the places of a token's entries [T, Q]; None for rows as they stand
     token: Tensor | None = None
     place_TQ: Tensor | None = None
 
@@ -55,20 +52,13 @@ class Entries(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class TokenLayout:
     """Where the entries lie: in pieces of one joint cell each. Pieces are the rows of the batch as they stand, if every
-    row lies in one joint cell; else the entries of each joint cell in turn, cut to a fixed length and padded.
+    row lies in one joint cell; else the entries of each joint cell in turn, cut to a fixed length and padded."""
 
-    num_tokens   of this rank, masked ones included
-    batch        (B, S) of the flattened tokens where it is known
-    mask_T       bool, live tokens; None where all are
-    cell_P       joint cell of a piece; J where no token of the piece is live
-    to_cells     sums of pieces by joint cell
-    """
-
-    num_tokens: int
-    batch: tuple[int, int] | None
-    mask_T: Tensor | None
-    cell_P: Tensor
-    to_cells: SegmentSum
+    num_tokens: int  # of this rank, masked ones included
+    batch: tuple[int, int] | None  # (B, S) of the flattened tokens where it is known
+    mask_T: Tensor | None  # bool, live tokens; None where all are
+    cell_P: Tensor  # joint cell of a piece; J where no token of the piece is live
+    to_cells: SegmentSum  # sums of pieces by joint cell
     entries: Entries
 
     def spread(self, value_T: Tensor) -> Tensor:
@@ -88,7 +78,7 @@ class TokenLayout:
             value_TQ = value_T.view_as(share_TQ)
             correction_T = (share_TQ * (value_TQ - value_TQ[:, :1])).sum(1)
             value_T = (value_TQ[:, 0] + correction_T).to(value_PS.dtype)
-        return self.masked(value_T)
+        return value_T if self.mask_T is None else value_T.masked_fill_(~self.mask_T, 0.0)
 
     def masked(self, value_T: Tensor, other: float = 0.0) -> Tensor:
         """Values of live tokens, and `other` at masked ones, whatever they hold."""
@@ -248,7 +238,8 @@ class Passes:
 
     def __init__(self) -> None:
         self.mode, self.failed = "auto", False
-        self.compiled = cache(lambda function: torch.compile(function, dynamic=True))
+        # With fullgraph it is an error, not silence, where torch gives up on compiling.
+        self.compiled = cache(lambda function: torch.compile(function, dynamic=True, fullgraph=True))
 
     def __call__(self, function: Any, *arguments: Any) -> Any:
         mode = os.environ.get("NEMO_FIBERPO_COMPILE", self.mode)
@@ -257,7 +248,8 @@ class Passes:
         if self.failed or not (mode == "1" or (mode == "auto" and arguments[0].device.type == "cuda")):
             return _in_blocks(function, arguments)
         try:
-            return self.compiled(function)(*arguments)
+            with _compiling():
+                return self.compiled(function)(*arguments)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -266,6 +258,16 @@ class Passes:
             what = f"torch.compile failed on nemo_fiberpo's {function.__name__}, which now runs uncompiled"
             warnings.warn(f"{what}: {why}", stacklevel=2)
         return _in_blocks(function, arguments)
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Lets torch compile whatever is set around it: `megatron.cpu` keeps it from that, and enters a function mode, in
+    which compiled functions run as they are. There is a graph for pieces of one entry, for a single one, without a mask
+    and so on, which is more than torch's limit allows."""
+    stance = getattr(torch.compiler, "set_stance", lambda stance: nullcontext())  # since torch 2.6
+    with stance("default"), torch._C.DisableTorchFunction(), torch._dynamo.config.patch(cache_size_limit=MOST_GRAPHS):
+        yield
 
 
 def _in_blocks(function: Any, arguments: tuple[Any, ...]) -> Any:

@@ -40,20 +40,13 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """The labels of one stratum.
+    """The labels of one stratum: one per entry, that is per token, or per token and value where a column is soft."""
 
-    label_E    int64, a label per entry: per token, or per token and value where some column is soft
-    present_E  bool, entries that have a cell of this stratum; None for all of them
-    names      names of the labels, if they have names: label v is names[v]
-    parts      those parts of its join that have names
-    soft       a token may lie in several of its cells
-    """
-
-    label_E: Tensor
-    present_E: Tensor | None = None
-    names: tuple[str, ...] | None = None
-    parts: tuple[Part, ...] = ()
-    soft: bool = False
+    label_E: Tensor  # int64
+    present_E: Tensor | None = None  # bool, entries that have a cell of this stratum; None for all of them
+    names: tuple[str, ...] | None = None  # names of the labels, if they have names: label v is names[v]
+    parts: tuple[Part, ...] = ()  # those parts of its join that have names
+    soft: bool = False  # a token may lie in several of its cells
 
     def at(self, index: Tensor) -> Column:
         """The column of some of the entries."""
@@ -77,12 +70,10 @@ class Membership:
     Token i and value e make an entry with share q_ie >= 0, sum_e q_ie = 1. Cells weigh entries by share:
         M_c^l = sum_{(i,e) in c} q_ie a_i^l / Q_c,    k = Q_c = sum_{(i,e) in c} q_ie,    L_i = sum_e q_ie L_ie
     Shares are integers in units of 1/UNIT, so that counts are exact however tokens are split over ranks.
-
-    column, share_TQ   the column's name; uint8 [T, Q], 0 at masked tokens. Entries are token-major
     """
 
     column: str
-    share_TQ: Tensor
+    share_TQ: Tensor  # uint8 [T, Q], 0 at masked tokens; entries are token-major
 
     UNIT = MEMBERSHIP_UNITS
 

@@ -36,30 +36,25 @@ class SlopeCap:
 
 @dataclass(frozen=True)
 class Stratum:
-    """One level of the chain, or a branch.
-
-    budget      the budgets of its cells; `budgets` overrides them for cells by name
-    slope       rollback slope k of (10): None for the cell's token count, a number, or a SlopeCap
-    enabled     a stratum that is switched off takes no part, as if it were not in the chain
-    join        classifications whose common refinement this is: its cells are their intersections. Without it, tokens
-                are labelled by the stratum's own name
-    only        coarser stratum -> names of its cells: elsewhere this stratum is missing
-    beside      of a branch: the stratum of the chain after which it is extracted; the finest one by default
-    min_tokens  a cell with fewer live tokens, over all ranks, is merged into its parent: it has no drift of its own,
-                and what is finer in it is measured from the parent. Without it every cell counts, even of one token
-    gate        the name of the gate in `gates.GATES`, "package.module:function", or a `Gate`
-    """
+    """One level of the chain, or a branch."""
 
     name: str
-    budget: Budget
-    budgets: Mapping[str, Budget] = field(default_factory=dict)
-    slope: float | SlopeCap | None = None
-    enabled: bool = True
+    budget: Budget  # of its cells
+    budgets: Mapping[str, Budget] = field(default_factory=dict)  # overrides it for cells by name
+    slope: float | SlopeCap | None = None  # rollback slope k of (10); None for the cell's token count
+    enabled: bool = True  # a stratum that is switched off takes no part, as if it were not in the chain
+    # The classifications whose common refinement this is: its cells are their intersections. Without it, tokens are
+    # labelled by the stratum's own name.
     join: tuple[str, ...] = ()
-    only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    beside: str | None = None
+    only: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # coarser stratum -> its cells in which this exists
+    beside: str | None = None  # of a branch: the stratum after which it is extracted; the finest one by default
+    # A cell with fewer live tokens, over all ranks, is merged into its parent: it has no drift of its own, and what is
+    # finer in it is measured from the parent. Without it every cell counts, even of one token.
     min_tokens: int | None = None
-    gate: Gate = "rollback"  # type: ignore[assignment]  # any name of `find_gate`, made a Gate below
+    # a name in `gates.GATES`, "package.module:function", or a `Gate`
+    gate: Gate = "rollback"  # type: ignore[assignment]  # made a Gate below
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
