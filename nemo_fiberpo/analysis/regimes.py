@@ -1,4 +1,18 @@
-"""The regimes of single cells: which gates of a cell act, and the token clips of which of its tokens."""
+"""The regimes of single cells: which gates of a cell act, and the token clips of which of its tokens.
+
+Five of the nine combinations of a cell's two channels have a name. They follow each other as
+the drift of a trajectory grows, if the falling channel reaches its budget first:
+
+    G-I         both pass                       the gradient is the ordinary one
+    G-II,r      neg rolls back, pos passes
+    G-II        neg zeroed, pos passes          the base weight is s+ only
+    G-III,r     neg zeroed, pos rolls back
+    G-III       both zeroed                     the base weight is 1, only the tokens' residuals are left
+
+In the other four pos comes first. Where the ratios of a trajectory average to 1, (65), the falling channel drifts at
+least as much as the rising one, so that these four cannot occur with C-* <= C+; in a sample they can. By the token
+clips of its tokens a cell is in L-I (no live token's own residual is clipped), L-II (some are), or L-III (all are).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +27,6 @@ from ..objective.hierarchy import Hierarchy
 from ..objective.sharing import Cells, Reduce, SharedCells, sum_nodes
 
 LOCAL_REGIMES = ("L-I", "L-II", "L-III")
-"""No live token's own residual is clipped; some are; all are."""
 
 
 def global_regimes(drift_2C: Tensor, budget_2C: Tensor, slope_C: Tensor) -> Tensor:

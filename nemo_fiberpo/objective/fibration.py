@@ -195,8 +195,7 @@ def token_coefficients(
         log_ratio           [T], current minus old log-probability, nats; float16, bfloat16, float32 or float64
         weighted_advantage  [T], w_i A_i with global weights (see `token_weights`)
         cells, hierarchy    cells of the hierarchy's active strata; budgets and slopes come from the hierarchy
-        reduce              sums a float64 vector over the ranks; called `hierarchy.num_reductions` times: twice without
-                            branches. None for one process
+        reduce              sums a float64 vector over the ranks, `hierarchy.num_reductions` times; None for one process
         use_min             J = sum_i w_i min(r_i A_i, rhat_i A_i), the pessimism of PPO on top of the hierarchy: where
                             the token's own ratio is the minimum, its gradient w_i A_i r_i passes through no gate
 
@@ -244,10 +243,9 @@ def gated_log_ratio(
 ) -> Tensor:
     """L_i = log rhat_i ((7) with (8)-(16), (31) and (32)), differentiable once in `log_ratio`.
 
-    Arguments, dtype, errors and SPMD layout as `token_coefficients`; half of the calls of `reduce` (one, without
-    branches) are made in the forward pass, half in the backward pass, which every rank must therefore run.
-    With shared cells the derivative is that of the sum of all ranks' losses. The result is 0 at masked tokens, whose
-    incoming gradient is ignored.
+    Arguments, dtype, errors and SPMD layout as `token_coefficients`; half of the calls of `reduce` are made in the
+    backward pass, which every rank must therefore run. With shared cells the derivative is that of the sum of all
+    ranks' losses. The result is 0 at masked tokens, whose incoming gradient is ignored.
     """
     cells = checked(cells, hierarchy, log_ratio=log_ratio)
     gated: Tensor = _GatedLogRatio.apply(log_ratio, cells, hierarchy, reduce)

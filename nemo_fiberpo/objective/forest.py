@@ -197,24 +197,11 @@ def join(columns: Sequence[Column], num: int, device: torch.device) -> tuple[Ten
     return joint, [column.at(some_J) for column in columns], found
 
 
-def rows_of(
-    columns: Sequence[Column], mask: Tensor | None, batch: tuple[int, int]
-) -> tuple[Tensor, list[Column], Tensor] | None:
-    """The rows with live tokens, their columns and their numbers of live tokens, if the live tokens of every row have
-    the same labels; else None. What masked tokens hold is ignored."""
+def cells_of_rows(joint_L: Tensor, at_L: Tensor, num_cells: int, batch: tuple[int, int]) -> Tensor | None:
+    """The joint cell of every row, `num_cells` for a row without a live token, if each row lies in one; else None. From
+    the joint cells of the live tokens and their places in the flattened batch."""
     rows, length = batch
-    if not rows * length:
-        return None
-    device = mask.device if mask is not None else columns[0].label_E.device if columns else None
-    first_R = torch.arange(rows, device=device) * length
-    tokens_R = torch.full_like(first_R, length)
-    dead = None if mask is None else ~mask.view(batch)
-    if dead is not None:
-        tokens_R = (~dead).sum(1)
-        first_R = first_R + dead.to(torch.uint8).argmin(1)
-    for value in (value for column in columns for value in (column.label_E, column.present_E) if value is not None):
-        same = value.view(batch) == value[first_R, None]
-        if not bool((same if dead is None else same | dead).all()):
-            return None
-    at_R = tokens_R.nonzero().squeeze(1)
-    return at_R, [column.at(first_R[at_R]) for column in columns], tokens_R[at_R]
+    row_L = at_L // length
+    cell_R = joint_L.new_full((rows,), num_cells)
+    cell_R[row_L] = joint_L
+    return cell_R if torch.equal(cell_R[row_L], joint_L) else None

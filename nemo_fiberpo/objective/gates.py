@@ -5,18 +5,7 @@ their budgets C > 0; their slopes k > 0. It is odd, g(0) = 0 and g'(0) = 1, so t
 identity. The paper leaves open what lies beyond C (E.5.2).
 
 A gate passes where |X| <= C; beyond, it rolls back where its derivative is not 0, else it is zeroed (with the gate (10)
-from C* = C (1 + 1/k)). Five of the nine combinations of a cell's two channels have a name. They follow each other as
-the drift of a trajectory grows, if the falling channel reaches its budget first:
-
-    G-I         both pass                       the gradient is the ordinary one
-    G-II,r      neg rolls back, pos passes
-    G-II        neg zeroed, pos passes          the base weight is s+ only
-    G-III,r     neg zeroed, pos rolls back
-    G-III       both zeroed                     the base weight is 1, only the tokens' residuals are left
-
-In the other four pos comes first. Where the ratios of a trajectory average to 1, (65), the falling channel drifts at
-least as much as the rising one, so that these four cannot occur with C-* <= C+; in a sample they can. By the token
-clips of its tokens a cell is in L-I (no live token's own residual is clipped), L-II (some are), or L-III (all are).
+from C* = C (1 + 1/k)). What the nine combinations of a cell's two channels mean, see analysis/regimes.py.
 """
 
 from __future__ import annotations

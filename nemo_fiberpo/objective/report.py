@@ -22,73 +22,55 @@ MAXIMA = ("largest", "maxima")  # the fields that are reduced by their maximum
 
 @dataclass(frozen=True)
 class ChannelReport:
-    """One channel of one stratum, over the cells of all ranks.
+    """One channel of one stratum, over the cells of all ranks."""
 
-    pass_through, rollback, zeroed   fractions of the cells in each state of the gate
-    drift_mean, drift_max            |X|, the drift of a cell beyond that of its parent, nats per token
-    budget_used_mean, _max           |X| / C
-    histogram                        cells by |X| / C, in the bins between `HISTOGRAM_EDGES`
-    """
-
-    pass_through: float
+    pass_through: float  # this and the next two: fractions of the cells in each state of the gate
     rollback: float
     zeroed: float
-    drift_mean: float
+    drift_mean: float  # of |X|, the drift of a cell beyond that of its parent, nats per token
     drift_max: float
-    budget_used_mean: float
+    budget_used_mean: float  # of |X| / C
     budget_used_max: float
-    histogram: tuple[int, ...] = ()
+    histogram: tuple[int, ...] = ()  # cells by |X| / C, in the bins between `HISTOGRAM_EDGES`
 
 
 @dataclass(frozen=True)
 class NamedReport:
-    """One named cell of a stratum, or all its cells with the same name in a part of its join.
+    """One named cell of a stratum, or all its cells with the same name in a part of its join."""
 
-    token_share   its live tokens, with those in merged cells, as a share of the stratum's
-    figures       by channel. Of a cell: `drift` |X|, `budget_used` |X| / C, and `regime`, an index into STATES. Of a
-                  part: `drift`, |mean| of the channel over its tokens; `beyond`, the fraction of its cells not in pass
-    """
-
-    token_share: float
+    token_share: float  # its live tokens, with those in merged cells, as a share of the stratum's
+    # By channel. Of a cell: `drift` |X|, `budget_used` |X| / C, and `regime`, an index into STATES. Of a part: `drift`,
+    # |mean| of the channel over its tokens; `beyond`, the fraction of its cells not in pass.
     figures: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class StratumReport:
-    """One stratum: its cells with a gate of their own, and its channels by name.
-
-    named        by name of the cell; "part.name" for those of a part of a join
-    merged       cells merged into their parents, and their live tokens as a share of the stratum's; None without floor
-    regimes      fraction of the cells in each of REGIMES, and in another
-    divergence   KL and TV of the cells (A.3; TV to first order): "kl_mean", "kl_max" and so on. Each cell counts the
-                 same: for trajectories the mean is the trajectory-normalised divergence (51)
-    """
+    """One stratum: its cells with a gate of their own, and its channels by name."""
 
     name: str
     cells: int
     channels: dict[str, ChannelReport]
-    named: dict[str, NamedReport] = field(default_factory=dict)
+    named: dict[str, NamedReport] = field(default_factory=dict)  # by name; "part.name" for those of a part of a join
+    # cells merged into their parents, and their live tokens as a share of the stratum's; None without a floor
     merged: tuple[int, float] | None = None
-    regimes: dict[str, float] = field(default_factory=dict)
+    regimes: dict[str, float] = field(default_factory=dict)  # fraction of the cells in each of REGIMES, and in another
+    # "kl_mean", "kl_max" and so on: KL and TV of the cells (A.3; TV to first order), each cell counting the same. For
+    # trajectories the mean is the trajectory-normalised divergence (51).
     divergence: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Report:
-    """Figures of one evaluation over all ranks.
-
-    clipped   fraction of live tokens whose own residual is clipped; under another gating map, whose ratio it cuts
-    mean, abs_mean, largest   of the log-ratio over live tokens: mean, mean magnitude, largest magnitude
-    kl, tv    estimates of A.3 over all live tokens (see analysis/divergence.py)
-    """
+    """Figures of one evaluation over all ranks."""
 
     strata: tuple[StratumReport, ...]
-    tokens: int
-    clipped: float
-    mean: float
+    tokens: int  # live ones
+    clipped: float  # the share whose own residual is clipped; under another gating map, whose ratio it cuts
+    mean: float  # of the log-ratio over live tokens, as the next two
     abs_mean: float
     largest: float
-    kl: float
+    kl: float  # estimates of A.3 over all live tokens, see analysis/divergence.py
     tv: float
 
     def metrics(self) -> dict[str, float]:

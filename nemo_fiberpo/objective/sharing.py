@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .forest import Forest, SegmentSum, Slots, build_forest, dense_ids, join, rows_of
+from .forest import Forest, SegmentSum, Slots, build_forest, cells_of_rows, dense_ids, join
 from .forest import Level as Level
 from .kernels import Entries, TokenLayout, entries_as_pieces
 from .labels import Column, Membership, Part
@@ -248,7 +248,7 @@ def make_cells(
     num_tokens: int,
     mask: Tensor | None,
     batch: tuple[int, int] | None,
-    membership: Membership | None = None,
+    membership: Membership | None,
 ) -> Cells:
     """Cells of the strata `columns`, in the order of `stages`, for this rank's tokens.
 
@@ -259,21 +259,15 @@ def make_cells(
         mask = None
     ordered = [columns[name] for name in stages.strata]
     device = mask.device if mask is not None else ordered[0].label_E.device if ordered else torch.device("cpu")
-    unit = 1 if membership is None else Membership.UNIT
-    rows = None if batch is None or membership is not None else rows_of(ordered, mask, batch)
-    if rows is not None:
-        at, ordered, tokens = rows
-    else:
-        weight = mask if membership is None else membership.share_TQ.flatten()
-        at = torch.arange(num_tokens, device=device) if weight is None else weight.nonzero().squeeze(1)
-        ordered = ordered if weight is None else [column.at(at) for column in ordered]
-        tokens = torch.ones_like(at) if weight is None else weight[at].long()
-    joint, ordered, num = join(ordered, len(at), device)
+    weight = mask if membership is None else membership.share_TQ.flatten()
+    at = torch.arange(num_tokens, device=device) if weight is None else weight.nonzero().squeeze(1)
+    tokens = torch.ones_like(at) if weight is None else weight[at].long()
+    joint, ordered, num = join([column if weight is None else column.at(at) for column in ordered], len(at), device)
     tokens_J = torch.zeros(num, dtype=torch.int64, device=device).index_add_(0, joint, tokens)
-    if rows is not None and batch is not None:
-        cell_P = torch.full((batch[0],), num, device=device).index_copy_(0, at, joint)
-        entries = Entries(None if mask is None else mask.view(batch))
-    else:
+    unit, cell_P = 1 if membership is None else Membership.UNIT, None
+    if batch is not None and membership is None and num_tokens:
+        cell_P, entries = cells_of_rows(joint, at, num, batch), Entries(None if mask is None else mask.view(batch))
+    if cell_P is None:
         share_TQ = None if membership is None else membership.share_TQ.double() / unit
         cell_P, entries = entries_as_pieces(joint, at, num, num_tokens, share_TQ)
     layout = TokenLayout(num_tokens, batch, mask, cell_P, SegmentSum(cell_P, num), entries)

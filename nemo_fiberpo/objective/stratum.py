@@ -46,9 +46,8 @@ class Stratum:
     # The classifications whose common refinement this is: its cells are their intersections. Without it, tokens are
     # labelled by the stratum's own name.
     join: tuple[str, ...] = ()
-    only: Mapping[str, tuple[str, ...]] = field(
-        default_factory=dict
-    )  # coarser stratum -> its cells in which this exists
+    # coarser stratum -> names of its cells: elsewhere this stratum is missing
+    only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     beside: str | None = None  # of a branch: the stratum after which it is extracted; the finest one by default
     # A cell with fewer live tokens, over all ranks, is merged into its parent: it has no drift of its own, and what is
     # finer in it is measured from the parent. Without it every cell counts, even of one token.
@@ -88,6 +87,19 @@ class Stratum:
     def columns(self) -> tuple[str, ...]:
         """The names under which the data labels tokens for this stratum."""
         return self.join or (self.name,)
+
+    def describe(self, role: str = "") -> str:
+        """One line; `role` of a branch."""
+        slope = "token count" if self.slope is None else self.slope
+        if isinstance(slope, SlopeCap):
+            slope = f"min(token count, {slope.cap:g})"
+        parts = [f"{self.name:<15} C+ {self.budget.pos:g}  C- {self.budget.neg:g}  k {slope}"]
+        parts += [f"{name}: C+ {budget.pos:g} C- {budget.neg:g}" for name, budget in self.budgets.items()]
+        parts += [f"gate {self.gate.name}"] if self.gate.name != "rollback" else []
+        parts += [f"join of {', '.join(self.join)}"] if self.join else []
+        parts += [f"cells below {self.min_tokens} tokens merged"] if self.min_tokens else []
+        parts += [f"only in {key} {', '.join(kept)}" for key, kept in self.only.items()]
+        return "  ".join(parts) + role + ("" if self.enabled else "  (switched off)")
 
     def check_names(self, names: Sequence[str] | None) -> None:
         """Refuse overrides without names of cells, or an override that none of the names matches."""

@@ -91,9 +91,9 @@ def surrogate(
 ) -> Surrogate:
     """J = sum_i w_i A_i rhat_i over all ranks, (18) and (30), its per-token coefficients, and the report of the gates.
 
-    Arguments and errors as `token_coefficients`. `reduce` is called `hierarchy.num_reductions` times, also on a rank
-    without tokens; with `gating` half as often and once more. That is twice without branches: (1) counts of non-finite
-    input, S+, S- of the shared nodes, and `riders`; (2) J, the report's fields, and the adjoint's sums of shared nodes.
+    Arguments and errors as `token_coefficients`; with `gating` there are half as many calls of `reduce`, and one more.
+    The first has counts of non-finite input, S+, S- of the shared nodes, and `riders`; the first of the adjoint has J
+    and the report's fields beside its sums of shared nodes.
 
     gating   a map G of `ratio_gating` instead of FiberPO's: J = sum_i w_i A_i G(r)_i, (2). The hierarchy then only
              reports: its gates as they would act on these log-ratios, and as clipped tokens those that G cuts. A map
@@ -120,12 +120,7 @@ def surrogate(
 
 
 def _evaluate_map(
-    gating: RatioGating,
-    tokens: Tokens,
-    cells: SharedCells,
-    hierarchy: Hierarchy,
-    reduce: Reduce | None,
-    riders: Riders,
+    gating: RatioGating, tokens: Tokens, cells: SharedCells, hierarchy: Hierarchy, reduce: Reduce | None, riders: Riders
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Coefficients [T] of a ratio-gating map, and the summed fields of the report of the hierarchy's gates, as they
     would act on these log-ratios."""
