@@ -5,9 +5,9 @@
     pull      add what the cells give back to their tokens
 
 A pass is a pure function of tensors [P, S], P pieces of S entries; what it returns begins with P. `torch.compile` fuses
-it into one kernel: by default on a GPU only; NEMO_FIBERPO_COMPILE=auto|0|1 or `compile_passes` choose. Elementwise math
-is in float32, or float64 for float64 input. Sums are float64, along a piece and then over pieces in their order: two
-runs give the same bits.
+it into one kernel: by default on a GPU only; NEMO_FIBERPO_COMPILE=auto|0|1 or `compile_passes` choose. Math is in
+float32, or float64 for float64 input. Sums are float64, along a piece and then over pieces in their order: two runs
+give the same bits.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LARGEST_EXPONENT = {torch.float32: 80.0, torch.float64: 500.0}
 """Ratios that no gate bounds are exp(min(ell, this))."""
 LONGEST = 256  # largest length of pieces that are cut; halved until padding adds at most a quarter
 BLOCK = 1 << 16  # entries that an uncompiled pass works on at a time
-MOST_GRAPHS = 64  # of one pass: enough for every kind of arguments
+MOST_GRAPHS = 64  # of one pass
 MODES = ("auto", "0", "1")
 
 
@@ -155,20 +155,23 @@ def _live(value: Tensor, entries: Entries) -> Tensor:
 
 def _sum(value: Tensor, entries: Entries) -> Tensor:
     """Float64 sums of pieces, weighed by share."""
-    if entries.share is not None:
-        value = value * entries.share
-    return value.sum(-1, dtype=torch.float64)
+    return (value if entries.share is None else value * entries.share).sum(-1, dtype=torch.float64)
+
+
+def _negative(x: Tensor) -> Tensor:
+    """1 where an entry is in the negative channel, else 0: to multiply by, which a CPU does faster than to select."""
+    return (x < 0).to(x.dtype)
 
 
 def _by_channel(value: Tensor, negative: Tensor, entries: Entries) -> Tensor:
     """Sums of the entries of either channel, [P, 2]."""
-    neg = _sum(torch.where(negative, value, 0.0), entries)
+    neg = _sum(value * negative, entries)
     return torch.stack([_sum(value, entries) - neg, neg], 1)
 
 
 def _own(table: Tensor, negative: Tensor) -> Tensor:
     """The entry of each place's own channel, [P, 2] -> [P, S]."""
-    return torch.where(negative, table[:, 1, None], table[:, 0, None])
+    return table[:, 0, None] * (1.0 - negative) + table[:, 1, None] * negative
 
 
 def _of_token(value: Tensor, entries: Entries) -> Tensor:
@@ -185,7 +188,7 @@ def measure(log_ratio: Tensor, weight: Tensor | None, entries: Entries) -> tuple
     size = x.abs()
     sizes = [size, torch.zeros_like(x) if weight is None else weight.to(compute_dtype(weight)).abs()]
     bad = [_sum(_live(~(value <= LARGEST[value.dtype]), entries), entries) for value in sizes]
-    return _by_channel(x, x < 0, entries), size.amax(-1).double(), torch.stack(bad, 1)
+    return _by_channel(x, _negative(x), entries), size.amax(-1).double(), torch.stack(bad, 1)
 
 
 def _gated(x: Tensor, table: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,7 +202,7 @@ def _gated(x: Tensor, table: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
 def gate(log_ratio: Tensor, table: Tensor, entries: Entries) -> Tensor:
     """log rhat of every entry, [P, S]; `table` as in `_gated`."""
     x = log_ratio.to(table.dtype)
-    return _live(_gated(x, table, x < 0)[0], entries)
+    return _live(_gated(x, table, _negative(x))[0], entries)
 
 
 def weigh(
@@ -211,7 +214,7 @@ def weigh(
     sums, and its gradient w_i A_i r_i is passed on as it is. `table` as in `_gated`.
     """
     x, weight = log_ratio.to(table.dtype), weight.to(table.dtype)
-    negative = x < 0
+    negative = _negative(x)
     gated, outside = _gated(x, table, negative)
     y = _live(weight * _of_token(gated, entries).exp() if exponentiate else weight, entries)
     free = None
@@ -219,26 +222,25 @@ def weigh(
         free = weight * x.clamp_max(LARGEST_EXPONENT[x.dtype]).exp()
         takes = _live(free < y, entries)
         free, y = torch.where(takes, free, 0.0), torch.where(takes, 0.0, y)
-    saturated = torch.where(outside, y, 0.0)
-    total, passed = _by_channel(y, negative, entries), y - saturated
-    value = total.sum(1)
+    saturated, total = y * outside, _by_channel(y, negative, entries)
+    passed, value = y - saturated, total.sum(1)
     if free is not None:
         passed, value = passed + free, value + _sum(free, entries)
-    clips = _sum(_live(outside, entries).to(y.dtype), entries)
-    return Weighed(passed, total, _by_channel(saturated, negative, entries), value, clips)
+    clipped = _sum(_live(outside, entries), entries)
+    return Weighed(passed, total, _by_channel(saturated, negative, entries), value, clipped)
 
 
 def pull(passed: Tensor, log_ratio: Tensor, adjoint: Tensor, entries: Entries) -> Tensor:
     """Pass 3: the coefficient of every entry, [P, S]: `passed` + Z^l."""
-    return _live(passed + _own(adjoint, log_ratio < 0), entries)
+    return _live(passed + _own(adjoint, _negative(log_ratio.to(passed.dtype))), entries)
 
 
 class Passes:
-    """Runs a pass: compiled where the mode says so, unless the compiler has failed before; else in blocks."""
+    """Runs a pass: compiled where the mode says so, unless the compiler has failed before; else in blocks. With
+    `fullgraph` it is an error where torch gives up on compiling, and not silence."""
 
     def __init__(self) -> None:
         self.mode, self.failed = "auto", False
-        # With fullgraph it is an error, not silence, where torch gives up on compiling.
         self.compiled = cache(lambda function: torch.compile(function, dynamic=True, fullgraph=True))
 
     def __call__(self, function: Any, *arguments: Any) -> Any:
@@ -262,9 +264,8 @@ class Passes:
 
 @contextmanager
 def _compiling() -> Iterator[None]:
-    """Lets torch compile whatever is set around it: `megatron.cpu` keeps it from that, and enters a function mode, in
-    which compiled functions run as they are. There is a graph for pieces of one entry, for a single one, without a mask
-    and so on, which is more than torch's limit allows."""
+    """Lets torch compile, whatever is set around it (`megatron.cpu` has a stance against it and a function mode), and
+    more often than its limit allows: there are graphs for a single piece, for pieces of one entry, without a mask."""
     stance = getattr(torch.compiler, "set_stance", lambda stance: nullcontext())  # since torch 2.6
     with stance("default"), torch._C.DisableTorchFunction(), torch._dynamo.config.patch(cache_size_limit=MOST_GRAPHS):
         yield
