@@ -24,10 +24,8 @@ GLOBAL_REGIMES = (
     "G-I", "G-II,r", "G-II", "G-III,r", "G-III",
     "pos rollback, neg pass", "pos zeroed, neg pass", "pos rollback, neg rollback", "pos zeroed, neg rollback",
 )  # fmt: skip
-REGIMES = GLOBAL_REGIMES[:5]
-"""Those with a name in the paper; the others are "other" in a report."""
-_REGIME = (0, 1, 2, 5, 7, 3, 6, 8, 4)
-"""Index into GLOBAL_REGIMES by 3 x the state of pos + the state of neg."""
+REGIMES = GLOBAL_REGIMES[:5]  # those with a name in the paper; the others are "other" in a report
+_REGIME = (0, 1, 2, 5, 7, 3, 6, 8, 4)  # index into GLOBAL_REGIMES by 3 x the state of pos + the state of neg
 
 
 @lru_cache(maxsize=1024)
@@ -92,12 +90,9 @@ def soft_gate(drift: Tensor, budget: Tensor, slope: Tensor) -> tuple[Tensor, Ten
 
 
 GATES = {
-    gate.name: gate
-    for gate in (
-        Gate("rollback", aggregate_gate, passes=1.0, kinks=lambda budget, slope: (budget, zeroed_from(budget, slope))),
-        Gate("clip", clip_gate, passes=1.0, kinks=lambda budget, slope: (budget,)),
-        Gate("soft", soft_gate),
-    )
+    "rollback": Gate("rollback", aggregate_gate, 1.0, lambda budget, slope: (budget, zeroed_from(budget, slope))),
+    "clip": Gate("clip", clip_gate, 1.0, lambda budget, slope: (budget,)),
+    "soft": Gate("soft", soft_gate),
 }
 
 

@@ -182,10 +182,9 @@ class Hierarchy:
             above = known[name] = label if present is None else torch.where(present, label, -1 - above.abs())
 
         def refines(finer: str, coarser: str) -> bool:
-            if finer not in known or coarser not in known:
+            if not {finer, coarser} <= set(known):
                 return False
-            pairs = torch.stack([known[finer], known[coarser]])
-            pairs = pairs if mask is None else pairs[:, mask]
+            pairs = torch.stack([known[name] if mask is None else known[name][mask] for name in (finer, coarser)])
             return bool(torch.unique(pairs, dim=1).shape[1] == torch.unique(pairs[0]).numel())
 
         for stratum in self.active:

@@ -29,8 +29,7 @@ from .gates import log_clip
 
 LARGEST = {torch.float32: torch.finfo(torch.float32).max, torch.float64: 1e280}
 """Larger magnitudes count as non-finite: a float64 sum of them could overflow."""
-LARGEST_EXPONENT = {torch.float32: 80.0, torch.float64: 500.0}
-"""Ratios that no gate bounds are exp(min(ell, this))."""
+LARGEST_EXPONENT = {torch.float32: 80.0, torch.float64: 500.0}  # ratios that no gate bounds are exp(min(ell, this))
 LONGEST = 256  # largest length of pieces that are cut; halved until padding adds at most a quarter
 BLOCK = 1 << 16  # entries that an uncompiled pass works on at a time
 MOST_GRAPHS = 64  # of one pass

@@ -18,8 +18,7 @@ from ..values import nearest
 from .gates import constant
 from .stratum import Stratum
 
-UNNAMED_LABELS = 1 << 31
-"""Labels of a part of a join that has no names must be below it."""
+UNNAMED_LABELS = 1 << 31  # labels of a part of a join that has no names must be below it
 
 Names = Mapping[str, Sequence[str]]
 
