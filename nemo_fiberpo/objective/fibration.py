@@ -27,7 +27,7 @@ rank's parts; only sums at shared nodes travel.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -38,29 +38,29 @@ from torch.autograd.function import once_differentiable
 from . import kernels
 from .gates import log_clip
 from .hierarchy import Hierarchy
-from .kernels import TokenLayout, Weighed
+from .kernels import Weighed
 from .sharing import NO_RIDERS, Cells, Reduce, Riders, SharedCells, all_reduce, sum_nodes
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Log-ratios and weights (those of `kernels.weigh`) of this rank's tokens, [T], and log-ratios in pieces [P, S]."""
+    """Log-ratios and weights (those of `kernels.weigh`) of this rank's tokens: [T], and in pieces [P, S]."""
 
-    layout: TokenLayout
     log_ratio: Tensor
     weight: Tensor | None
     log_ratio_PS: Tensor
+    weight_PS: Tensor | None
 
     @classmethod
     def of(cls, cells: SharedCells, log_ratio: Tensor, weight: Tensor | None = None) -> Tokens:
         """From tensors that `checked` has passed, without their gradients."""
-        weight = None if weight is None else weight.detach()
-        return cls(cells.layout, log_ratio.detach(), weight, cells.layout.spread(log_ratio.detach()))
+        log_ratio, weight = log_ratio.detach(), None if weight is None else weight.detach()
+        spread = cells.layout.spread
+        return cls(log_ratio, weight, spread(log_ratio), None if weight is None else spread(weight))
 
-    @property
-    def weight_PS(self) -> Tensor | None:
-        """Not kept, since the last pass does not need it."""
-        return None if self.weight is None else self.layout.spread(self.weight)
+    def without_weights(self) -> Tokens:
+        """What `coefficients` needs, so that it does not run beside weights that only the other passes read."""
+        return replace(self, weight=None, weight_PS=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +209,7 @@ def token_coefficients(
     tokens = Tokens.of(cells, log_ratio, weighted_advantage)
     drift, _ = measure(tokens, cells, reduce)
     gates = gate_cells(drift, cells, hierarchy)
-    weighed = weigh(tokens, cells, drift, gates, use_min=use_min)
+    weighed, tokens = weigh(tokens, cells, drift, gates, use_min=use_min), tokens.without_weights()
     return coefficients(tokens, weighed, cells, drift, gates, reduce, {})[0]
 
 

@@ -108,7 +108,7 @@ def surrogate(
     if gating is None:
         drift, _ = measure(tokens, cells, reduce, riders)
         gates = gate_cells(drift, cells, hierarchy)
-        weighed = weigh(tokens, cells, drift, gates, use_min=use_min)
+        weighed, tokens = weigh(tokens, cells, drift, gates, use_min=use_min), tokens.without_weights()
         head = pack(report_fields(drift, gates, cells, weighed.value.sum(), weighed.clipped.sum()), cells)
         out, summed = coefficients(tokens, weighed, cells, drift, gates, reduce, head)
     else:
