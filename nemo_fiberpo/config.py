@@ -33,9 +33,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from .budget_warnings import budget_warnings, log_budget_warnings
+from .labelling.expert_partitions import COLUMN
 from .objective import Budget, ExpertPartitions, Hierarchy, SlopeCap, Stratum
-from .objective.expert_partitions import COLUMN
-from .objective.stratum import nearest, positive_number
+from .values import nearest, positive_number
 
 NAMED = ("strata", "branches")
 """The keys of a hierarchy that hold strata, by name or as a list."""

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from nemo_fiberpo.aligner.minibatch import Minibatch
 from nemo_fiberpo.aligner.model_checks import partition_table
+from nemo_fiberpo.labelling.expert_partitions import COLUMN, ExpertPartitions
 from nemo_fiberpo.megatron.routing import RoutingCapture, hard_labels, soft_membership
 from nemo_fiberpo.megatron.schedule import Policy
 from nemo_fiberpo.megatron.sequences import Rows
-from nemo_fiberpo.objective.expert_partitions import COLUMN, ExpertPartitions
 
 MEMBERSHIP = "expert_membership"
 

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_fiberpo.config import mapping, reject_unknown_keys
-from nemo_fiberpo.objective.stratum import nearest
+from nemo_fiberpo.values import nearest
 
 
 def plain(cfg: DictConfig, section: str) -> dict[str, Any]:

@@ -26,9 +26,9 @@ from nemo_fiberpo.budget_warnings import budget_warnings, log_budget_warnings
 from nemo_fiberpo.config import reject_unknown_keys
 from nemo_fiberpo.megatron.timeouts import limit_collectives
 from nemo_fiberpo.objective import ExpertPartitions, Hierarchy
-from nemo_fiberpo.objective.stratum import positive_number
 from nemo_fiberpo.plan.batches import Batches
 from nemo_fiberpo.plan.lengths import too_long
+from nemo_fiberpo.values import positive_number
 
 _NEMO = ("model", "trainer", "exp_manager", "hydra")  # sections whose unknown keys Hydra refuses
 

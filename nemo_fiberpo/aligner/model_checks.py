@@ -10,10 +10,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor
 
 from nemo_fiberpo.aligner.settings import check_precision
+from nemo_fiberpo.labelling.expert_partitions import COLUMN, ExpertPartitions
 from nemo_fiberpo.megatron import cpu
 from nemo_fiberpo.megatron.routing import chosen_layers
-from nemo_fiberpo.objective.expert_partitions import COLUMN, ExpertPartitions
-from nemo_fiberpo.objective.stratum import nearest
+from nemo_fiberpo.values import nearest
 
 
 def check_model(cfg: DictConfig) -> None:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from nemo_fiberpo.aligner import storage
 from nemo_fiberpo.aligner.identity import identity_of, identity_of_record, under
 from nemo_fiberpo.aligner.manifest import write_atomically
-from nemo_fiberpo.objective.stratum import nearest
+from nemo_fiberpo.values import nearest
 
 # The layout: NeMo's checkpoints load into any of it. The sums of a step are then rounded otherwise and other random
 # numbers generate, so metrics are those of an uninterrupted run in distribution only; the change is written down.

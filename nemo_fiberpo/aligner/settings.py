@@ -18,8 +18,8 @@ from nemo_fiberpo.aligner.algorithm import AlgorithmSettings, HierarchyGating, K
 from nemo_fiberpo.aligner.fields import build, choice, plain, whole
 from nemo_fiberpo.config import mapping, parse_expert_partitions, parse_hierarchy, reject_unknown_keys, section
 from nemo_fiberpo.objective import OBJECTIVES, ExpertPartitions, Hierarchy
-from nemo_fiberpo.objective.stratum import nearest, positive_number
 from nemo_fiberpo.plan.assumptions import Assumptions
+from nemo_fiberpo.values import nearest, positive_number
 
 TOO_LONG = ("error", "drop")
 REWARD_KINDS = ("rules", "server")

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from nemo_fiberpo.aligner.experts import labels_of
 from nemo_fiberpo.aligner.prompts import PromptDataset
+from nemo_fiberpo.labelling.expert_partitions import COLUMN
 from nemo_fiberpo.objective import Hierarchy, prefix_state_labels
-from nemo_fiberpo.objective.expert_partitions import COLUMN
 
 UNNAMED_STRATA = ("prompt_group", "trajectory", "state")  # their labels are numbers of the rollout
 

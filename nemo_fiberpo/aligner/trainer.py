@@ -28,13 +28,13 @@ from nemo_fiberpo.aligner.rewards import OK, reward_metrics
 from nemo_fiberpo.aligner.rollout import grouped_rollout, repeated_prompts, response_mask
 from nemo_fiberpo.aligner.strata import StrataLabels
 from nemo_fiberpo.budget_warnings import log_budget_warnings, overrun_warnings
+from nemo_fiberpo.labelling.expert_partitions import COLUMN
 from nemo_fiberpo.megatron import cpu
 from nemo_fiberpo.megatron.groups import exchange, non_finite
 from nemo_fiberpo.megatron.one_pass import one_pass_cells
 from nemo_fiberpo.megatron.sequences import Rows
 from nemo_fiberpo.megatron.step import StepResult
 from nemo_fiberpo.objective import Cells, Hierarchy, build_cells, check_gating, token_weights
-from nemo_fiberpo.objective.expert_partitions import COLUMN
 from nemo_fiberpo.objective.kernels import compile_passes
 
 

@@ -12,7 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_fiberpo.objective.stratum import nearest
+from nemo_fiberpo.values import nearest
 
 SHIPPED = Path(__file__).resolve().parents[2] / "conf"
 """conf/ of the repository, beside the package."""

@@ -26,8 +26,8 @@ from nemo_fiberpo.aligner.settings import (
     data_settings,
     reward_settings,
 )
+from nemo_fiberpo.labelling.expert_partitions import COLUMN
 from nemo_fiberpo.objective import ExpertPartitions, Hierarchy, check_gating
-from nemo_fiberpo.objective.expert_partitions import COLUMN
 from nemo_fiberpo.plan.assumptions import Assumptions
 from nemo_fiberpo.plan.cells import OF_ROLLOUT, Partitions, PromptLabels
 from nemo_fiberpo.plan.plan import Plan, Request, make_plan

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nemo_fiberpo.megatron.groups import TokenAxes
 from nemo_fiberpo.objective import Riders
+from nemo_fiberpo.objective.gates import constant
 
 
 def agreement(axes: TokenAxes, microbatches: int, problem: str | None, device: torch.device) -> Riders:
@@ -23,7 +24,7 @@ def agreement(axes: TokenAxes, microbatches: int, problem: str | None, device: t
     """
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     bad = problem is not None
-    told = [float(bad), float(rank * bad), float(microbatches), float(microbatches**2)]
+    told = (float(bad), float(rank * bad), float(microbatches), float(microbatches**2))
 
     def check(summed: Mapping[str, Tensor]) -> None:
         refusing, ranks, total, squares = (int(value) for value in summed["agreement"].tolist())
@@ -39,4 +40,4 @@ def agreement(axes: TokenAxes, microbatches: int, problem: str | None, device: t
                 "their own; every rank must have the same number"
             )
 
-    return Riders({"agreement": torch.tensor(told, dtype=torch.float64, device=device)}, check)
+    return Riders({"agreement": constant(told, torch.float64, device)}, check)

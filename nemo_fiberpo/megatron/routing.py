@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_fiberpo.labelling.expert_partitions import MASS_UNIT, hard_labels, soft_membership
 from nemo_fiberpo.megatron.groups import TokenAxes, named_failure
 from nemo_fiberpo.megatron.schedule import Policy
-from nemo_fiberpo.objective.expert_partitions import MASS_UNIT, hard_labels, soft_membership
 
 __all__ = ["RoutingCapture", "hard_labels", "soft_membership"]
 

@@ -1,10 +1,10 @@
 """The objective, in pure torch: strata and cells, gates, the gating operator and its adjoint, weights, reports."""
 
-from .expert_partitions import ExpertPartitions
+from ..labelling.expert_partitions import ExpertPartitions
+from ..labelling.prefix_states import prefix_state_labels
 from .fibration import gated_log_ratio, token_coefficients
 from .gates import Gate
 from .hierarchy import Hierarchy, build_cells
-from .labels import prefix_state_labels
 from .ratio_gating import OBJECTIVES, Apc, Gspo, PpoClip, RatioGating, TrulyPpo, check_gating
 from .report import ChannelReport, NamedReport, Report, StratumReport
 from .sharing import Cells, Level, Reduce, Riders, SharedCells

@@ -27,7 +27,8 @@ rank's parts; only sums at shared nodes travel.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -57,23 +58,20 @@ class Tokens:
         spread = cells.layout.spread
         return cls(log_ratio, weight, spread(log_ratio), None if weight is None else spread(weight))
 
+    def without_weights(self) -> Tokens:
+        """What `coefficients` needs, so that it does not run beside weights that only the other passes read."""
+        return replace(self, weight=None, weight_PS=None)
+
 
 @dataclass(frozen=True, eq=False)
 class Drift:
-    """Log-ratios by cell, float64.
+    """Log-ratios by cell, float64."""
 
-    sums_2J       A: this rank's channel sums of joint cells
-    mean          per forest [2, N]: channel means M of the nodes, over all their tokens
-    drift         per forest [2, N]: X, the drift of a node beyond its parent and the earlier forests
-    reference_2J  O: what tokens measure their own residual from
-    largest_P     the largest |ell| of each piece
-    """
-
-    sums_2J: Tensor
-    mean: list[Tensor]
-    drift: list[Tensor]
-    reference_2J: Tensor
-    largest_P: Tensor
+    sums_2J: Tensor  # A: this rank's channel sums of joint cells
+    mean: list[Tensor]  # per forest [2, N]: channel means M of the nodes, over all their tokens
+    drift: list[Tensor]  # per forest [2, N]: X, the drift of a node beyond its parent and the earlier forests
+    reference_2J: Tensor  # O: what tokens measure their own residual from
+    largest_P: Tensor  # the largest |ell| of each piece
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,12 +115,17 @@ def gate_cells(drift: Drift, cells: SharedCells, hierarchy: Hierarchy) -> Gates:
     clip_J = hierarchy.clip_of(cells)
     offset_J = torch.zeros_like(clip_J)
     for forest, drift_2N in zip(cells.forests, drift.drift, strict=True):
+        bounds = [
+            hierarchy.active[index].bounds_of(forest.label_N[at], forest.count_N[at], cells.levels[index].names)
+            for index, at in forest.slices.items()
+        ]
+        budget_2N, slope_N = (torch.cat(part, -1) for part in zip(*bounds, strict=True))
         gated = []
-        for index, nodes in forest.slices.items():
-            stratum, names = hierarchy.active[index], cells.levels[index].names
-            budget, slope = stratum.bounds_of(forest.label_N[nodes], forest.count_N[nodes], names)
-            gated.append((budget, *stratum.gate(drift_2N[:, nodes], budget, slope)))
-        budget_2N, value_2N, slope_2N = (torch.cat(part, 1) for part in zip(*gated, strict=True))
+        for gate, run in groupby(forest.slices, lambda index: hierarchy.active[index].gate):
+            nodes = [forest.slices[index] for index in run]
+            at = slice(nodes[0].start, nodes[-1].stop)
+            gated.append(gate(drift_2N[:, at], budget_2N[:, at], slope_N[at]))
+        value_2N, slope_2N = (torch.cat(part, -1) for part in zip(*gated, strict=True))
         offset_J = offset_J + forest.path(value_2N.sum(0))
         budgets.append(budget_2N)
         slopes.append(slope_2N)
@@ -166,8 +169,7 @@ def coefficients(
         blocked_2J = blocked_2J - cells.count_J * back_2J
         riders, summed = {}, summed | told
     if not cells.forests:
-        summed = all_reduce({**riders, "none": adjoint_2J.new_zeros(0)}, reduce)
-        del summed["none"]
+        summed = all_reduce(riders or {"nothing": adjoint_2J.new_zeros(0)}, reduce)
     adjoint = layout.table(adjoint_2J, weighed.passed.dtype)
     out = kernels.run(kernels.pull, weighed.passed, tokens.log_ratio_PS, adjoint, layout.entries)
     return narrowed(layout.collect(out), tokens.log_ratio.dtype), summed
@@ -193,8 +195,7 @@ def token_coefficients(
         log_ratio           [T], current minus old log-probability, nats; float16, bfloat16, float32 or float64
         weighted_advantage  [T], w_i A_i with global weights (see `token_weights`)
         cells, hierarchy    cells of the hierarchy's active strata; budgets and slopes come from the hierarchy
-        reduce              sums a float64 vector over the ranks; called `hierarchy.num_reductions` times: twice without
-                            branches. None for one process
+        reduce              sums a float64 vector over the ranks, `hierarchy.num_reductions` times; None for one process
         use_min             J = sum_i w_i min(r_i A_i, rhat_i A_i), the pessimism of PPO on top of the hierarchy: where
                             the token's own ratio is the minimum, its gradient w_i A_i r_i passes through no gate
 
@@ -208,7 +209,7 @@ def token_coefficients(
     tokens = Tokens.of(cells, log_ratio, weighted_advantage)
     drift, _ = measure(tokens, cells, reduce)
     gates = gate_cells(drift, cells, hierarchy)
-    weighed = weigh(tokens, cells, drift, gates, use_min=use_min)
+    weighed, tokens = weigh(tokens, cells, drift, gates, use_min=use_min), tokens.without_weights()
     return coefficients(tokens, weighed, cells, drift, gates, reduce, {})[0]
 
 
@@ -242,10 +243,9 @@ def gated_log_ratio(
 ) -> Tensor:
     """L_i = log rhat_i ((7) with (8)-(16), (31) and (32)), differentiable once in `log_ratio`.
 
-    Arguments, dtype, errors and SPMD layout as `token_coefficients`; half of the calls of `reduce` (one, without
-    branches) are made in the forward pass, half in the backward pass, which every rank must therefore run.
-    With shared cells the derivative is that of the sum of all ranks' losses. The result is 0 at masked tokens, whose
-    incoming gradient is ignored.
+    Arguments, dtype, errors and SPMD layout as `token_coefficients`; half of the calls of `reduce` are made in the
+    backward pass, which every rank must therefore run. With shared cells the derivative is that of the sum of all
+    ranks' losses. The result is 0 at masked tokens, whose incoming gradient is ignored.
     """
     cells = checked(cells, hierarchy, log_ratio=log_ratio)
     gated: Tensor = _GatedLogRatio.apply(log_ratio, cells, hierarchy, reduce)

@@ -73,41 +73,26 @@ class Slots:
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """The cells of one stratum that this rank holds, with the figures of all ranks.
-
-    label_C     ascending
-    cell_J      cell of every joint cell; C where the stratum is missing
-    count_C     live tokens of all ranks, float64
-    acting_C    bool: the cell is not below the floor of its stratum, so that it has a gate of its own
-    owned_C     bool: it is acting, and this rank is the one that counts it
-    slots       of the cells that several ranks hold
-    num_cells, num_tokens   over all ranks: cells; and live tokens, with those where the stratum is missing
-    merged      over all ranks: cells below the floor, and their tokens; None without a floor
-    names       of the labels, if they have names;  parts: the named parts of its join
-    tally       float64 [2, names] for its own names, if any, and for those of each part, over all ranks: live tokens,
-                and acting cells
-    soft, everywhere   whether a token may lie in several of its cells; whether every token lies in one
-    sums        sums of joint cells by cell: [..., J] -> [..., C]
-    part_sums   the same for each part, by name: [..., J] -> [..., names]
-    """
+    """The cells of one stratum that this rank holds, with the figures of all ranks."""
 
     name: str
-    label_C: Tensor
-    cell_J: Tensor
-    count_C: Tensor
-    acting_C: Tensor
-    owned_C: Tensor
-    slots: Slots
-    num_cells: int
-    num_tokens: int
-    merged: tuple[int, float] | None
-    names: tuple[str, ...] | None
-    parts: tuple[Part, ...]
+    label_C: Tensor  # ascending
+    cell_J: Tensor  # cell of every joint cell; C where the stratum is missing
+    count_C: Tensor  # live tokens of all ranks, float64
+    acting_C: Tensor  # bool: the cell is not below the floor of its stratum, so that it has a gate of its own
+    owned_C: Tensor  # bool: it is acting, and this rank is the one that counts it
+    slots: Slots  # of the cells that several ranks hold
+    num_cells: int  # over all ranks
+    num_tokens: int  # live ones over all ranks, with those where the stratum is missing
+    merged: tuple[int, float] | None  # over all ranks: cells below the floor, and their tokens; None without a floor
+    names: tuple[str, ...] | None  # of the labels, if they have names
+    parts: tuple[Part, ...]  # the named parts of its join
+    # for its own names, if any, and those of each part: live tokens and acting cells of all ranks, float64 [2, names]
     tally: tuple[Tensor, ...]
-    soft: bool
-    everywhere: bool
-    sums: SegmentSum
-    part_sums: tuple[SegmentSum, ...]
+    soft: bool  # a token may lie in several of its cells
+    everywhere: bool  # every token lies in one
+    sums: SegmentSum  # of joint cells by cell: [..., J] -> [..., C]
+    part_sums: tuple[SegmentSum, ...]  # of joint cells by the names of each part: [..., J] -> [..., names]
 
     @property
     def num_acting(self) -> int:
@@ -124,30 +109,20 @@ class Forest:
     """The acting cells of consecutive strata of the chain, or of one branch.
 
     A stratum that is missing, or a cell below its floor, has no node: what is finer hangs from the next node above.
-
-    slices     stratum (its index among the active ones) -> its nodes
-    parent_N   node above; N at a root
-    node_KJ    node of each stratum that holds a joint cell; N where there is none
-    leaf_J     the finest of them
-    stratum_N  its stratum;  label_N, count_N, owned_N: as in `Level`
-    slots      of the nodes that several ranks hold
-    up         [..., J] -> [..., N]: sums of the joint cells under every node, the transpose of `path`
-    at_leaves  [..., J] -> [..., N]: sums of the joint cells whose finest node it is, the transpose of `at`
-    of_children   [..., N] -> [..., N]: sums over the children of every node
     """
 
-    slices: dict[int, slice]
-    parent_N: Tensor
-    node_KJ: Tensor
-    leaf_J: Tensor
+    slices: dict[int, slice]  # stratum (its index among the active ones) -> its nodes
+    parent_N: Tensor  # node above; N at a root
+    node_KJ: Tensor  # node of each stratum that holds a joint cell; N where there is none
+    leaf_J: Tensor  # the finest of them
     stratum_N: Tensor
-    label_N: Tensor
+    label_N: Tensor  # this and the next two as in `Level`
     count_N: Tensor
     owned_N: Tensor
-    slots: Slots
-    up: SegmentSum
-    at_leaves: SegmentSum
-    of_children: SegmentSum
+    slots: Slots  # of the nodes that several ranks hold
+    up: SegmentSum  # [..., J] -> [..., N]: sums of the joint cells under every node, the transpose of `path`
+    at_leaves: SegmentSum  # [..., J] -> [..., N]: sums of the joint cells whose finest node it is, that of `at`
+    of_children: SegmentSum  # [..., N] -> [..., N]: sums over the children of every node
 
     def at(self, value_N: Tensor) -> Tensor:
         """The value of the finest node of every joint cell: [..., N] -> [..., J]."""
@@ -222,24 +197,11 @@ def join(columns: Sequence[Column], num: int, device: torch.device) -> tuple[Ten
     return joint, [column.at(some_J) for column in columns], found
 
 
-def rows_of(
-    columns: Sequence[Column], mask: Tensor | None, batch: tuple[int, int]
-) -> tuple[Tensor, list[Column], Tensor] | None:
-    """The rows with live tokens, their columns and their numbers of live tokens, if the live tokens of every row have
-    the same labels; else None. What masked tokens hold is ignored."""
+def cells_of_rows(joint_L: Tensor, at_L: Tensor, num_cells: int, batch: tuple[int, int]) -> Tensor | None:
+    """The joint cell of every row, `num_cells` for a row without a live token, if each row lies in one; else None. From
+    the joint cells of the live tokens and their places in the flattened batch."""
     rows, length = batch
-    if not rows * length:
-        return None
-    device = mask.device if mask is not None else columns[0].label_E.device if columns else None
-    first_R = torch.arange(rows, device=device) * length
-    tokens_R = torch.full_like(first_R, length)
-    dead = None if mask is None else ~mask.view(batch)
-    if dead is not None:
-        tokens_R = (~dead).sum(1)
-        first_R = first_R + dead.to(torch.uint8).argmin(1)
-    for value in (value for column in columns for value in (column.label_E, column.present_E) if value is not None):
-        same = value.view(batch) == value[first_R, None]
-        if not bool((same if dead is None else same | dead).all()):
-            return None
-    at_R = tokens_R.nonzero().squeeze(1)
-    return at_R, [column.at(first_R[at_R]) for column in columns], tokens_R[at_R]
+    row_L = at_L // length
+    cell_R = joint_L.new_full((rows,), num_cells)
+    cell_R[row_L] = joint_L
+    return cell_R if torch.equal(cell_R[row_L], joint_L) else None

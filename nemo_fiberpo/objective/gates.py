@@ -5,18 +5,7 @@ their budgets C > 0; their slopes k > 0. It is odd, g(0) = 0 and g'(0) = 1, so t
 identity. The paper leaves open what lies beyond C (E.5.2).
 
 A gate passes where |X| <= C; beyond, it rolls back where its derivative is not 0, else it is zeroed (with the gate (10)
-from C* = C (1 + 1/k)). Five of the nine combinations of a cell's two channels have a name. They follow each other as
-the drift of a trajectory grows, if the falling channel reaches its budget first:
-
-    G-I         both pass                       the gradient is the ordinary one
-    G-II,r      neg rolls back, pos passes
-    G-II        neg zeroed, pos passes          the base weight is s+ only
-    G-III,r     neg zeroed, pos rolls back
-    G-III       both zeroed                     the base weight is 1, only the tokens' residuals are left
-
-In the other four pos comes first. Where the ratios of a trajectory average to 1, (65), the falling channel drifts at
-least as much as the rising one, so that these four cannot occur with C-* <= C+; in a sample they can. By the token
-clips of its tokens a cell is in L-I (no live token's own residual is clipped), L-II (some are), or L-III (all are).
+from C* = C (1 + 1/k)). What the nine combinations of a cell's two channels mean, see analysis/regimes.py.
 """
 
 from __future__ import annotations
@@ -35,11 +24,8 @@ GLOBAL_REGIMES = (
     "G-I", "G-II,r", "G-II", "G-III,r", "G-III",
     "pos rollback, neg pass", "pos zeroed, neg pass", "pos rollback, neg rollback", "pos zeroed, neg rollback",
 )  # fmt: skip
-LOCAL_REGIMES = ("L-I", "L-II", "L-III")
-REGIMES = GLOBAL_REGIMES[:5]
-"""Those with a name in the paper; the others are "other" in a report."""
-_REGIME = (0, 1, 2, 5, 7, 3, 6, 8, 4)
-"""Index into GLOBAL_REGIMES by 3 x the state of pos + the state of neg."""
+REGIMES = GLOBAL_REGIMES[:5]  # those with a name in the paper; the others are "other" in a report
+_REGIME = (0, 1, 2, 5, 7, 3, 6, 8, 4)  # index into GLOBAL_REGIMES by 3 x the state of pos + the state of neg
 
 
 @lru_cache(maxsize=1024)
@@ -53,17 +39,13 @@ GateFunction = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Gate:
-    """A gate with what is known of it.
+    """A gate with what is known of it."""
 
-    name      how a config calls it
-    function  (x, budget, slope) -> (value, derivative), elementwise over broadcastable float64 tensors
-    passes    up to |x| = passes * C the value is x and the derivative 1, both exactly; 0 for a gate that bends at once
-    kinks     (budget, slope) -> the |x| at which the derivative may jump
-    """
-
-    name: str
-    function: GateFunction
+    name: str  # how a config calls it
+    function: GateFunction  # (x, budget, slope) -> (value, derivative), elementwise over broadcastable float64 tensors
+    # up to |x| = passes * C the value is x and the derivative 1, both exactly; 0 for a gate that bends at once
     passes: float = 0.0
+    # (budget, slope) -> the |x| at which the derivative may jump
     kinks: Callable[[Tensor, Tensor], Sequence[Tensor]] = lambda budget, slope: ()
 
     def __call__(self, drift: Tensor, budget: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,12 +90,9 @@ def soft_gate(drift: Tensor, budget: Tensor, slope: Tensor) -> tuple[Tensor, Ten
 
 
 GATES = {
-    gate.name: gate
-    for gate in (
-        Gate("rollback", aggregate_gate, passes=1.0, kinks=lambda budget, slope: (budget, zeroed_from(budget, slope))),
-        Gate("clip", clip_gate, passes=1.0, kinks=lambda budget, slope: (budget,)),
-        Gate("soft", soft_gate),
-    )
+    "rollback": Gate("rollback", aggregate_gate, 1.0, lambda budget, slope: (budget, zeroed_from(budget, slope))),
+    "clip": Gate("clip", clip_gate, 1.0, lambda budget, slope: (budget,)),
+    "soft": Gate("soft", soft_gate),
 }
 
 
@@ -125,12 +104,6 @@ def states(drift: Tensor, budget: Tensor, derivative: Tensor) -> Tensor:
 def regimes(state_2C: Tensor) -> Tensor:
     """Index into GLOBAL_REGIMES of every cell, from the states of its two channels."""
     return constant(_REGIME, torch.int64, state_2C.device)[3 * state_2C[0] + state_2C[1]]
-
-
-def global_regimes(drift_2C: Tensor, budget_2C: Tensor, slope_C: Tensor) -> Tensor:
-    """Index into GLOBAL_REGIMES of every cell under the gate (10), int64 [C], from its drift beyond the parent's, its
-    budgets C and its slope k. Elementwise."""
-    return regimes(states(drift_2C, budget_2C, aggregate_gate(drift_2C, budget_2C, slope_C)[1]))
 
 
 def log_clip(residual: Tensor, token_clip: Tensor) -> Tensor:

@@ -9,38 +9,27 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..values import nearest, positive_number
 from .gates import constant
 from .labels import Names, check_labels, find_membership, resolve_labels
 from .sharing import Cells, SharedCells, Stages, make_cells
-from .stratum import (
-    Budget,
-    SlopeCap,
-    Stratum,
-    belongs_in_chain,
-    check_structure,
-    nearest,
-    nothing_left,
-    positive_number,
-)
+from .stratum import Budget, Stratum, belongs_in_chain, check_structure, nothing_left
 
 
 @dataclass(frozen=True)
 class Hierarchy:
     """A chain of strata, coarsest first, down to the token, and the token clip eps.
 
-    token_clip   eps of (12); `token_clips` overrides it in cells of the coarsest stratum by name
-    branches     further classifications of the same tokens that do not nest with the chain (Remark 6.5)
-    sweeps       how often the part of the chain that a branch stands beside, and the branch, are extracted in turn
-                 (back-fitting): the drifts converge to the joint orthogonal projection
-
     Budgets, the token clip and drifts are in units of the log-ratio (nats), averaged over the tokens of a cell.
     """
 
     strata: tuple[Stratum, ...]
-    token_clip: float
-    branches: tuple[Stratum, ...] = ()
+    token_clip: float  # eps of (12)
+    branches: tuple[Stratum, ...] = ()  # classifications of the same tokens that do not nest with it (Remark 6.5)
+    # How often the part of the chain that a branch stands beside, and the branch, are extracted in turn (back-fitting):
+    # the drifts converge to the joint orthogonal projection.
     sweeps: int = 1
-    token_clips: Mapping[str, float] = field(default_factory=dict)
+    token_clips: Mapping[str, float] = field(default_factory=dict)  # eps in cells of the coarsest stratum, by name
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strata", tuple(self.strata))
@@ -82,9 +71,8 @@ class Hierarchy:
 
     @property
     def num_reductions(self) -> int:
-        """How often one evaluation calls `reduce`, the same on every rank: 2 for every visit to a forest, 2 without
-        branches. With b branches beside the finest stratum it is 2 (1 + b) sweeps; finer strata after a stratum with
-        branches are a forest of their own, which makes 2 more."""
+        """How often one evaluation calls `reduce`, the same on every rank: 2 for every visit to a forest. That is 2
+        without branches, and 2 (1 + b) sweeps with b branches beside the finest stratum."""
         return 2 * max(1, len(self.stages.visits))
 
     @cached_property
@@ -194,10 +182,9 @@ class Hierarchy:
             above = known[name] = label if present is None else torch.where(present, label, -1 - above.abs())
 
         def refines(finer: str, coarser: str) -> bool:
-            if finer not in known or coarser not in known:
+            if not {finer, coarser} <= set(known):
                 return False
-            pairs = torch.stack([known[finer], known[coarser]])
-            pairs = pairs if mask is None else pairs[:, mask]
+            pairs = torch.stack([known[name] if mask is None else known[name][mask] for name in (finer, coarser)])
             return bool(torch.unique(pairs, dim=1).shape[1] == torch.unique(pairs[0]).numel())
 
         for stratum in self.active:
@@ -233,23 +220,9 @@ class Hierarchy:
 
     def describe(self) -> str:
         """One line per stratum, coarsest first, and the token clip; branches follow the chain."""
-        lines = []
-        for stratum in (*self.strata, *self.branches):
-            slope = "token count" if stratum.slope is None else stratum.slope
-            if isinstance(slope, SlopeCap):
-                slope = f"min(token count, {slope.cap:g})"
-            budget = f"C+ {stratum.budget.pos:g}  C- {stratum.budget.neg:g}  k {slope}"
-            over = "".join(f"  {name}: C+ {b.pos:g} C- {b.neg:g}" for name, b in stratum.budgets.items())
-            if stratum.gate.name != "rollback":
-                over += f"  gate {stratum.gate.name}"
-            if stratum.join:
-                over += f"  join of {', '.join(stratum.join)}"
-            if stratum.min_tokens:
-                over += f"  cells below {stratum.min_tokens} tokens merged"
-            over += "".join(f"  only in {key} {', '.join(kept)}" for key, kept in stratum.only.items())
-            if stratum in self.branches:
-                over += f"  branch beside {stratum.beside or 'the finest stratum'}, {self.sweeps} x"
-            lines.append(f"{stratum.name:<15} {budget}{over}" + ("" if stratum.enabled else "  (switched off)"))
+        beside = ((branch, branch.beside or "the finest stratum") for branch in self.branches)
+        lines = [stratum.describe() for stratum in self.strata]
+        lines += [branch.describe(f"  branch beside {at}, {self.sweeps} x") for branch, at in beside]
         clips = "".join(f"  {name}: {clip:g}" for name, clip in self.token_clips.items())
         return "\n".join([*lines, f"{'token':<16}clip {self.token_clip:g}{clips}"])
 

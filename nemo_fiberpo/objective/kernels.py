@@ -5,16 +5,17 @@
     pull      add what the cells give back to their tokens
 
 A pass is a pure function of tensors [P, S], P pieces of S entries; what it returns begins with P. `torch.compile` fuses
-it into one kernel: by default on a GPU only; NEMO_FIBERPO_COMPILE=auto|0|1 or `compile_passes` choose. Elementwise math
-is in float32, or float64 for float64 input. Sums are float64, along a piece and then over pieces in their order: two
-runs give the same bits.
+it into one kernel: by default on a GPU only; NEMO_FIBERPO_COMPILE=auto|0|1 or `compile_passes` choose. Math is in
+float32, or float64 for float64 input. Sums are float64, along a piece and then over pieces in their order: two runs
+give the same bits.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import repeat
@@ -28,26 +29,21 @@ from .gates import log_clip
 
 LARGEST = {torch.float32: torch.finfo(torch.float32).max, torch.float64: 1e280}
 """Larger magnitudes count as non-finite: a float64 sum of them could overflow."""
-LARGEST_EXPONENT = {torch.float32: 80.0, torch.float64: 500.0}
-"""Ratios that no gate bounds are exp(min(ell, this))."""
+LARGEST_EXPONENT = {torch.float32: 80.0, torch.float64: 500.0}  # ratios that no gate bounds are exp(min(ell, this))
 LONGEST = 256  # largest length of pieces that are cut; halved until padding adds at most a quarter
 BLOCK = 1 << 16  # entries that an uncompiled pass works on at a time
+MOST_GRAPHS = 64  # of one pass
 MODES = ("auto", "0", "1")
 
 
 class Entries(NamedTuple):
-    """The entries of joint cells: tokens, or with soft membership pairs of a token and a value that it has a share in.
+    """The entries of joint cells: tokens; with soft membership, pairs of a token and a value that it has a share in."""
 
-    live        bool [P, S], places that hold a live entry; None where all do
-    share, share_TQ   float64: shares at every place [P, S], 0 without an entry; shares of a token, largest first. None
-                with hard labels
-    token       int64 [P, S], the token of an entry; None for rows as they stand
-    place_TQ    the places of a token's entries, as in `share_TQ`; Q = 1 with hard labels; None for rows as they stand
-    """
-
-    live: Tensor | None
+    live: Tensor | None  # bool [P, S], places that hold a live entry; None where all do
+    # with soft membership, float64: shares at every place [P, S], 0 without an entry; those of a token, largest first
     share: Tensor | None = None
     share_TQ: Tensor | None = None
+    # int64: the token of an entry [P, S], and the places of a token's entries [T, Q]; None for rows as they stand
     token: Tensor | None = None
     place_TQ: Tensor | None = None
 
@@ -55,20 +51,13 @@ class Entries(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class TokenLayout:
     """Where the entries lie: in pieces of one joint cell each. Pieces are the rows of the batch as they stand, if every
-    row lies in one joint cell; else the entries of each joint cell in turn, cut to a fixed length and padded.
+    row lies in one joint cell; else the entries of each joint cell in turn, cut to a fixed length and padded."""
 
-    num_tokens   of this rank, masked ones included
-    batch        (B, S) of the flattened tokens where it is known
-    mask_T       bool, live tokens; None where all are
-    cell_P       joint cell of a piece; J where no token of the piece is live
-    to_cells     sums of pieces by joint cell
-    """
-
-    num_tokens: int
-    batch: tuple[int, int] | None
-    mask_T: Tensor | None
-    cell_P: Tensor
-    to_cells: SegmentSum
+    num_tokens: int  # of this rank, masked ones included
+    batch: tuple[int, int] | None  # (B, S) of the flattened tokens where it is known
+    mask_T: Tensor | None  # bool, live tokens; None where all are
+    cell_P: Tensor  # joint cell of a piece; J where no token of the piece is live
+    to_cells: SegmentSum  # sums of pieces by joint cell
     entries: Entries
 
     def spread(self, value_T: Tensor) -> Tensor:
@@ -88,7 +77,7 @@ class TokenLayout:
             value_TQ = value_T.view_as(share_TQ)
             correction_T = (share_TQ * (value_TQ - value_TQ[:, :1])).sum(1)
             value_T = (value_TQ[:, 0] + correction_T).to(value_PS.dtype)
-        return self.masked(value_T)
+        return value_T if self.mask_T is None else value_T.masked_fill_(~self.mask_T, 0.0)
 
     def masked(self, value_T: Tensor, other: float = 0.0) -> Tensor:
         """Values of live tokens, and `other` at masked ones, whatever they hold."""
@@ -165,20 +154,23 @@ def _live(value: Tensor, entries: Entries) -> Tensor:
 
 def _sum(value: Tensor, entries: Entries) -> Tensor:
     """Float64 sums of pieces, weighed by share."""
-    if entries.share is not None:
-        value = value * entries.share
-    return value.sum(-1, dtype=torch.float64)
+    return (value if entries.share is None else value * entries.share).sum(-1, dtype=torch.float64)
+
+
+def _negative(x: Tensor) -> Tensor:
+    """1 where an entry is in the negative channel, else 0: to multiply by, which a CPU does faster than to select."""
+    return (x < 0).to(x.dtype)
 
 
 def _by_channel(value: Tensor, negative: Tensor, entries: Entries) -> Tensor:
     """Sums of the entries of either channel, [P, 2]."""
-    neg = _sum(torch.where(negative, value, 0.0), entries)
+    neg = _sum(value * negative, entries)
     return torch.stack([_sum(value, entries) - neg, neg], 1)
 
 
 def _own(table: Tensor, negative: Tensor) -> Tensor:
     """The entry of each place's own channel, [P, 2] -> [P, S]."""
-    return torch.where(negative, table[:, 1, None], table[:, 0, None])
+    return table[:, 0, None] * (1.0 - negative) + table[:, 1, None] * negative
 
 
 def _of_token(value: Tensor, entries: Entries) -> Tensor:
@@ -195,7 +187,7 @@ def measure(log_ratio: Tensor, weight: Tensor | None, entries: Entries) -> tuple
     size = x.abs()
     sizes = [size, torch.zeros_like(x) if weight is None else weight.to(compute_dtype(weight)).abs()]
     bad = [_sum(_live(~(value <= LARGEST[value.dtype]), entries), entries) for value in sizes]
-    return _by_channel(x, x < 0, entries), size.amax(-1).double(), torch.stack(bad, 1)
+    return _by_channel(x, _negative(x), entries), size.amax(-1).double(), torch.stack(bad, 1)
 
 
 def _gated(x: Tensor, table: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,7 +201,7 @@ def _gated(x: Tensor, table: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
 def gate(log_ratio: Tensor, table: Tensor, entries: Entries) -> Tensor:
     """log rhat of every entry, [P, S]; `table` as in `_gated`."""
     x = log_ratio.to(table.dtype)
-    return _live(_gated(x, table, x < 0)[0], entries)
+    return _live(_gated(x, table, _negative(x))[0], entries)
 
 
 def weigh(
@@ -221,7 +213,7 @@ def weigh(
     sums, and its gradient w_i A_i r_i is passed on as it is. `table` as in `_gated`.
     """
     x, weight = log_ratio.to(table.dtype), weight.to(table.dtype)
-    negative = x < 0
+    negative = _negative(x)
     gated, outside = _gated(x, table, negative)
     y = _live(weight * _of_token(gated, entries).exp() if exponentiate else weight, entries)
     free = None
@@ -229,26 +221,26 @@ def weigh(
         free = weight * x.clamp_max(LARGEST_EXPONENT[x.dtype]).exp()
         takes = _live(free < y, entries)
         free, y = torch.where(takes, free, 0.0), torch.where(takes, 0.0, y)
-    saturated = torch.where(outside, y, 0.0)
-    total, passed = _by_channel(y, negative, entries), y - saturated
-    value = total.sum(1)
+    saturated, total = y * outside, _by_channel(y, negative, entries)
+    passed, value = y - saturated, total.sum(1)
     if free is not None:
         passed, value = passed + free, value + _sum(free, entries)
-    clips = _sum(_live(outside, entries).to(y.dtype), entries)
-    return Weighed(passed, total, _by_channel(saturated, negative, entries), value, clips)
+    clipped = _sum(_live(outside, entries), entries)
+    return Weighed(passed, total, _by_channel(saturated, negative, entries), value, clipped)
 
 
 def pull(passed: Tensor, log_ratio: Tensor, adjoint: Tensor, entries: Entries) -> Tensor:
     """Pass 3: the coefficient of every entry, [P, S]: `passed` + Z^l."""
-    return _live(passed + _own(adjoint, log_ratio < 0), entries)
+    return _live(passed + _own(adjoint, _negative(log_ratio.to(passed.dtype))), entries)
 
 
 class Passes:
-    """Runs a pass: compiled where the mode says so, unless the compiler has failed before; else in blocks."""
+    """Runs a pass: compiled where the mode says so, unless the compiler has failed before; else in blocks. With
+    `fullgraph` it is an error where torch gives up on compiling, and not silence."""
 
     def __init__(self) -> None:
         self.mode, self.failed = "auto", False
-        self.compiled = cache(lambda function: torch.compile(function, dynamic=True))
+        self.compiled = cache(lambda function: torch.compile(function, dynamic=True, fullgraph=True))
 
     def __call__(self, function: Any, *arguments: Any) -> Any:
         mode = os.environ.get("NEMO_FIBERPO_COMPILE", self.mode)
@@ -257,7 +249,8 @@ class Passes:
         if self.failed or not (mode == "1" or (mode == "auto" and arguments[0].device.type == "cuda")):
             return _in_blocks(function, arguments)
         try:
-            return self.compiled(function)(*arguments)
+            with _compiling():
+                return self.compiled(function)(*arguments)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -266,6 +259,15 @@ class Passes:
             what = f"torch.compile failed on nemo_fiberpo's {function.__name__}, which now runs uncompiled"
             warnings.warn(f"{what}: {why}", stacklevel=2)
         return _in_blocks(function, arguments)
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Lets torch compile, whatever is set around it (`megatron.cpu` has a stance against it and a function mode), and
+    more often than its limit allows: there are graphs for a single piece, for pieces of one entry, without a mask."""
+    stance = getattr(torch.compiler, "set_stance", lambda stance: nullcontext())  # since torch 2.6
+    with stance("default"), torch._C.DisableTorchFunction(), torch._dynamo.config.patch(cache_size_limit=MOST_GRAPHS):
+        yield
 
 
 def _in_blocks(function: Any, arguments: tuple[Any, ...]) -> Any:

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .expert_partitions import MEMBERSHIP_UNITS
+from ..labelling.expert_partitions import MEMBERSHIP_UNITS
+from ..values import nearest
 from .gates import constant
-from .stratum import Stratum, nearest
+from .stratum import Stratum
 
-UNNAMED_LABELS = 1 << 31
-"""Labels of a part of a join that has no names must be below it."""
+UNNAMED_LABELS = 1 << 31  # labels of a part of a join that has no names must be below it
 
 Names = Mapping[str, Sequence[str]]
 
@@ -39,20 +39,13 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """The labels of one stratum.
+    """The labels of one stratum: one per entry, that is per token, or per token and value where a column is soft."""
 
-    label_E    int64, a label per entry: per token, or per token and value where some column is soft
-    present_E  bool, entries that have a cell of this stratum; None for all of them
-    names      names of the labels, if they have names: label v is names[v]
-    parts      those parts of its join that have names
-    soft       a token may lie in several of its cells
-    """
-
-    label_E: Tensor
-    present_E: Tensor | None = None
-    names: tuple[str, ...] | None = None
-    parts: tuple[Part, ...] = ()
-    soft: bool = False
+    label_E: Tensor  # int64
+    present_E: Tensor | None = None  # bool, entries that have a cell of this stratum; None for all of them
+    names: tuple[str, ...] | None = None  # names of the labels, if they have names: label v is names[v]
+    parts: tuple[Part, ...] = ()  # those parts of its join that have names
+    soft: bool = False  # a token may lie in several of its cells
 
     def at(self, index: Tensor) -> Column:
         """The column of some of the entries."""
@@ -76,12 +69,10 @@ class Membership:
     Token i and value e make an entry with share q_ie >= 0, sum_e q_ie = 1. Cells weigh entries by share:
         M_c^l = sum_{(i,e) in c} q_ie a_i^l / Q_c,    k = Q_c = sum_{(i,e) in c} q_ie,    L_i = sum_e q_ie L_ie
     Shares are integers in units of 1/UNIT, so that counts are exact however tokens are split over ranks.
-
-    column, share_TQ   the column's name; uint8 [T, Q], 0 at masked tokens. Entries are token-major
     """
 
     column: str
-    share_TQ: Tensor
+    share_TQ: Tensor  # uint8 [T, Q], 0 at masked tokens; entries are token-major
 
     UNIT = MEMBERSHIP_UNITS
 
@@ -264,26 +255,3 @@ def _refuse_outside(
     else:
         why = f"labels without names must be below {size} to be joined in {stratum.name!r}"
     raise ValueError(f"labels[{column!r}]: value {value}: {why}")
-
-
-def prefix_state_labels(tokens: Tensor, group: Tensor) -> Tensor:
-    """Labels of the states of an autoregressive policy, for a stratum of states: one per prefix and prompt group.
-
-    Args: `tokens` int64 [b, s]; `group` int64 [b], the label of each row's prompt group.
-    Returns int64 [b, s - 1]: entry t belongs to the choice of tokens[:, t + 1] and is a 63-bit hash of the group and of
-    tokens[:, :t + 1], so that ranks need not talk about it.
-
-    A state lies in one prompt group, but trajectories share it and pass through many: a chain with states, such as
-    domain, prompt_group, state, has no stratum of trajectories.
-    """
-    place = torch.arange(tokens.shape[1] - 1, device=tokens.device)
-    prefix = _mix(tokens[:, :-1] + _mix(place)).cumsum(1)  # int64 arithmetic wraps around
-    return _mix(prefix + _mix(place + _mix(group)[:, None])) & (2**63 - 1)
-
-
-def _mix(value: Tensor) -> Tensor:
-    """The step of splitmix64: int64 -> int64 that look random, one to one."""
-    value = value - 0x61C8864680B583EB
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
-        value = (value ^ ((value >> shift) & ((1 << (64 - shift)) - 1))) * factor  # a logical shift: zeros move in
-    return value

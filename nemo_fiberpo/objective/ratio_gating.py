@@ -30,8 +30,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ..values import positive_number
 from .hierarchy import Hierarchy
-from .stratum import positive_number
 
 LARGEST_EXPONENT = 500.0
 SPACES = ("ratio", "log")
@@ -40,17 +40,13 @@ SPACES = ("ratio", "log")
 @dataclass(frozen=True, eq=False)
 class Gated:
     """A map G at the tokens of this rank, float64 [T], and its derivatives in the form
-        dG_i / d ell_j = own_i [i = j] + give_i take_j [same cell, and i != j if `others_only`]
-
-    ratio    G_i
-    clipped  bool: the gate has cut the token's own ratio
-    give, take   None for a map that couples no tokens
+    dG_i / d ell_j = own_i [i = j] + give_i take_j [same cell, and i != j if `others_only`]
     """
 
-    ratio: Tensor
+    ratio: Tensor  # G_i
     own: Tensor
-    clipped: Tensor
-    give: Tensor | None = None
+    clipped: Tensor  # bool: the gate has cut the token's own ratio
+    give: Tensor | None = None  # None, as `take`, for a map that couples no tokens
     take: Tensor | None = None
     others_only: bool = False
 

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .divergence import kl_estimate, tv_estimate
-from .fibration import Drift, Gates, Tokens, checked, gate_cells, measure, weigh
-from .gates import GLOBAL_REGIMES, LOCAL_REGIMES, REGIMES, STATES, constant, regimes, states
-from .hierarchy import Hierarchy
-from .sharing import Cells, Level, Reduce, SharedCells, all_reduce, sum_nodes
+from .fibration import Drift, Gates
+from .gates import REGIMES, STATES, constant, regimes, states
+from .sharing import Level, SharedCells, all_reduce
 
 CHANNELS = ("pos", "neg")
 BINS = 66  # of the histograms of |X| / C: four to an octave from 2^-8 to 2^8, one below, one above
@@ -24,73 +22,55 @@ MAXIMA = ("largest", "maxima")  # the fields that are reduced by their maximum
 
 @dataclass(frozen=True)
 class ChannelReport:
-    """One channel of one stratum, over the cells of all ranks.
+    """One channel of one stratum, over the cells of all ranks."""
 
-    pass_through, rollback, zeroed   fractions of the cells in each state of the gate
-    drift_mean, drift_max            |X|, the drift of a cell beyond that of its parent, nats per token
-    budget_used_mean, _max           |X| / C
-    histogram                        cells by |X| / C, in the bins between `HISTOGRAM_EDGES`
-    """
-
-    pass_through: float
+    pass_through: float  # this and the next two: fractions of the cells in each state of the gate
     rollback: float
     zeroed: float
-    drift_mean: float
+    drift_mean: float  # of |X|, the drift of a cell beyond that of its parent, nats per token
     drift_max: float
-    budget_used_mean: float
+    budget_used_mean: float  # of |X| / C
     budget_used_max: float
-    histogram: tuple[int, ...] = ()
+    histogram: tuple[int, ...] = ()  # cells by |X| / C, in the bins between `HISTOGRAM_EDGES`
 
 
 @dataclass(frozen=True)
 class NamedReport:
-    """One named cell of a stratum, or all its cells with the same name in a part of its join.
+    """One named cell of a stratum, or all its cells with the same name in a part of its join."""
 
-    token_share   its live tokens, with those in merged cells, as a share of the stratum's
-    figures       by channel. Of a cell: `drift` |X|, `budget_used` |X| / C, and `regime`, an index into STATES. Of a
-                  part: `drift`, |mean| of the channel over its tokens; `beyond`, the fraction of its cells not in pass
-    """
-
-    token_share: float
+    token_share: float  # its live tokens, with those in merged cells, as a share of the stratum's
+    # By channel. Of a cell: `drift` |X|, `budget_used` |X| / C, and `regime`, an index into STATES. Of a part: `drift`,
+    # |mean| of the channel over its tokens; `beyond`, the fraction of its cells not in pass.
     figures: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class StratumReport:
-    """One stratum: its cells with a gate of their own, and its channels by name.
-
-    named        by name of the cell; "part.name" for those of a part of a join
-    merged       cells merged into their parents, and their live tokens as a share of the stratum's; None without floor
-    regimes      fraction of the cells in each of REGIMES, and in another
-    divergence   KL and TV of the cells (A.3; TV to first order): "kl_mean", "kl_max" and so on. Each cell counts the
-                 same: for trajectories the mean is the trajectory-normalised divergence (51)
-    """
+    """One stratum: its cells with a gate of their own, and its channels by name."""
 
     name: str
     cells: int
     channels: dict[str, ChannelReport]
-    named: dict[str, NamedReport] = field(default_factory=dict)
+    named: dict[str, NamedReport] = field(default_factory=dict)  # by name; "part.name" for those of a part of a join
+    # cells merged into their parents, and their live tokens as a share of the stratum's; None without a floor
     merged: tuple[int, float] | None = None
-    regimes: dict[str, float] = field(default_factory=dict)
+    regimes: dict[str, float] = field(default_factory=dict)  # fraction of the cells in each of REGIMES, and in another
+    # "kl_mean", "kl_max" and so on: KL and TV of the cells (A.3; TV to first order), each cell counting the same. For
+    # trajectories the mean is the trajectory-normalised divergence (51).
     divergence: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Report:
-    """Figures of one evaluation over all ranks.
-
-    clipped   fraction of live tokens whose own residual is clipped; under another gating map, whose ratio it cuts
-    mean, abs_mean, largest   of the log-ratio over live tokens: mean, mean magnitude, largest magnitude
-    kl, tv    estimates of A.3 over all live tokens (see divergence.py)
-    """
+    """Figures of one evaluation over all ranks."""
 
     strata: tuple[StratumReport, ...]
-    tokens: int
-    clipped: float
-    mean: float
+    tokens: int  # live ones
+    clipped: float  # the share whose own residual is clipped; under another gating map, whose ratio it cuts
+    mean: float  # of the log-ratio over live tokens, as the next two
     abs_mean: float
     largest: float
-    kl: float
+    kl: float  # estimates of A.3 over all live tokens, see analysis/divergence.py
     tv: float
 
     def metrics(self) -> dict[str, float]:
@@ -167,7 +147,8 @@ def report_fields(drift: Drift, gates: Gates, cells: SharedCells, value: Tensor,
     for forest, mean, x, budget, slope in gated:
         owned, label, state = forest.owned_N, forest.label_N, states(x, budget, slope)
         figures = torch.stack([x.abs(), x.abs() / budget, state.double()])
-        largest = torch.cat([figures[:2], torch.stack([kl_estimate(mean), tv_estimate(mean)])[None]])
+        divergence = torch.stack([-mean.sum(0), (mean[0] - mean[1]) / 2.0])  # KL and TV, see analysis/divergence.py
+        largest = torch.cat([figures[:2], divergence[None]])
         in_state = state == torch.arange(len(STATES), device=state.device)[:, None, None]
         sums, figures = torch.cat([in_state.double(), largest]) * owned, figures * owned
         channel = torch.stack([2 * forest.stratum_N, 2 * forest.stratum_N + 1])
@@ -254,46 +235,3 @@ def _named_reports(level: Level, of_cells: Tensor, of_parts: Sequence[Tensor]) -
         for at in tokens.nonzero().squeeze(1).tolist():
             add(f"{part.name}.{part.names[at]}", float(tokens[at]), ("drift", "beyond"), figures[:, :, at])
     return out
-
-
-@dataclass(frozen=True, eq=False)
-class StratumRegimes:
-    """The regimes of those cells of one stratum that this rank holds and that have a gate of their own: their labels,
-    ascending; indices into GLOBAL_REGIMES and LOCAL_REGIMES; and whether this rank counts the cell. int64, bool [C]."""
-
-    name: str
-    label_C: Tensor
-    global_C: Tensor
-    local_C: Tensor
-    owned_C: Tensor
-
-    def counts(self) -> dict[str, int]:
-        """Cells in each regime, by name. Those of several ranks add up to the cells of the whole batch."""
-        index_C = torch.cat([self.global_C, self.local_C + len(GLOBAL_REGIMES)])[self.owned_C.repeat(2)]
-        names = GLOBAL_REGIMES + LOCAL_REGIMES
-        return dict(zip(names, torch.bincount(index_C, minlength=len(names)).tolist(), strict=True))
-
-
-def named_regimes(
-    log_ratio: Tensor, cells: Cells | SharedCells, hierarchy: Hierarchy, reduce: Reduce | None = None
-) -> tuple[StratumRegimes, ...]:
-    """The regimes of the cells of every active stratum, coarsest first, under the gates of `token_coefficients`.
-
-    Args and errors as there; `reduce` is called as often as in its forward half (once without branches), and once more.
-    SPMD: tokens are sharded; a cell has the same regimes on every rank.
-    """
-    cells = checked(cells, hierarchy, log_ratio=log_ratio)
-    tokens = Tokens.of(cells, log_ratio, torch.ones_like(log_ratio))
-    drift, _ = measure(tokens, cells, reduce)
-    gates = gate_cells(drift, cells, hierarchy)
-    clipped_J = cells.layout.cell_sums(weigh(tokens, cells, drift, gates, exponentiate=False).clipped)
-    clipped, _ = sum_nodes([(forest.slots, forest.up(clipped_J)) for forest in cells.forests], reduce, {})
-    out: dict[int, StratumRegimes] = {}
-    for index, forest in enumerate(cells.forests):
-        global_N = regimes(states(drift.drift[index], gates.budget[index], gates.slope[index]))
-        some_N, all_N = clipped[index] > 1e-3, clipped[index] > forest.count_N - 1e-3  # a share is at least 1/255
-        local_N = some_N.long() + all_N.long()
-        for stratum, nodes in forest.slices.items():
-            of_nodes = (value[nodes] for value in (forest.label_N, global_N, local_N, forest.owned_N))
-            out[stratum] = StratumRegimes(cells.levels[stratum].name, *of_nodes)
-    return tuple(out[stratum] for stratum in sorted(out))

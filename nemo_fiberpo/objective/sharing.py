@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .forest import Forest, SegmentSum, Slots, build_forest, dense_ids, join, rows_of
+from .forest import Forest, SegmentSum, Slots, build_forest, cells_of_rows, dense_ids, join
 from .forest import Level as Level
 from .kernels import Entries, TokenLayout, entries_as_pieces
 from .labels import Column, Membership, Part
@@ -49,14 +49,10 @@ def sum_nodes(
 
 @dataclass(frozen=True)
 class Riders:
-    """Numbers of the caller's that ride in the first reduction of an evaluation.
+    """Numbers of the caller's that ride in the first reduction of an evaluation."""
 
-    parts   float64 tensors by name, of the same shapes on every rank
-    check   is given their sums over the ranks before anything else is looked at, and may raise
-    """
-
-    parts: Mapping[str, Tensor]
-    check: Callable[[Mapping[str, Tensor]], None]
+    parts: Mapping[str, Tensor]  # float64, of the same names and shapes on every rank
+    check: Callable[[Mapping[str, Tensor]], None]  # is given their sums over the ranks first of all, and may raise
 
 
 NO_RIDERS = Riders({}, lambda summed: None)
@@ -64,20 +60,13 @@ NO_RIDERS = Riders({}, lambda summed: None)
 
 @dataclass(frozen=True)
 class Stages:
-    """The order in which a hierarchy extracts its strata.
+    """The order in which a hierarchy extracts its strata."""
 
-    strata       names of the active ones: the chain, coarsest first, then the branches
-    num_chain    how many of them are the chain
-    forests      the strata of every forest
-    visits       the order in which forests are extracted, see `fibration`
-    min_tokens   by stratum: a cell with fewer live tokens has no gate of its own; 0 for no floor
-    """
-
-    strata: tuple[str, ...]
-    num_chain: int
-    forests: tuple[range, ...]
-    visits: tuple[int, ...]
-    min_tokens: tuple[int, ...]
+    strata: tuple[str, ...]  # names of the active ones: the chain, coarsest first, then the branches
+    num_chain: int  # how many of them are the chain
+    forests: tuple[range, ...]  # the strata of every forest
+    visits: tuple[int, ...]  # the order in which forests are extracted, see `fibration`
+    min_tokens: tuple[int, ...]  # by stratum: a cell with fewer live tokens has no gate of its own; 0 for no floor
 
 
 class _Queries(ABC):
@@ -121,18 +110,14 @@ class _Queries(ABC):
 @dataclass(frozen=True, eq=False)
 class SharedCells(_Queries):
     """Cells of all active strata for the tokens of one rank, agreed with the other ranks. Budgets, slopes and gates are
-    not part of them: the hierarchy gives them whenever an objective is evaluated.
-
-    count_J   live tokens of this rank in its joint cells, float64
-
-    SPMD: tokens are sharded over ranks. Counts, slots and owners are global.
+    not part of them: the hierarchy gives them whenever an objective is evaluated. Counts, slots and owners are global.
     """
 
     stages: Stages
     levels: tuple[Level, ...]
     forests: tuple[Forest, ...]
     layout: TokenLayout
-    count_J: Tensor
+    count_J: Tensor  # live tokens of this rank in its joint cells, float64
     rank: int
     world_size: int
 
@@ -143,17 +128,13 @@ class SharedCells(_Queries):
 
 @dataclass(frozen=True, eq=False)
 class Cells(_Queries):
-    """Joint cells of one rank's tokens: what it knows before the ranks have talked.
-
-    columns    of each stratum, the labels [J] and whether the stratum is present
-    tokens_J   live tokens, int64 in units of 1/unit tokens; unit is 1, with soft membership the units of a token
-    """
+    """Joint cells of one rank's tokens: what it knows before the ranks have talked."""
 
     stages: Stages
-    columns: tuple[Column, ...]
-    tokens_J: Tensor
+    columns: tuple[Column, ...]  # of each stratum: the labels of joint cells, and whether the stratum is present
+    tokens_J: Tensor  # live tokens, int64 in units of 1/unit tokens
     layout: TokenLayout
-    unit: int
+    unit: int  # 1, with soft membership the units of a token
 
     @cached_property
     def _dense(self) -> list[tuple[Tensor, Tensor]]:
@@ -267,7 +248,7 @@ def make_cells(
     num_tokens: int,
     mask: Tensor | None,
     batch: tuple[int, int] | None,
-    membership: Membership | None = None,
+    membership: Membership | None,
 ) -> Cells:
     """Cells of the strata `columns`, in the order of `stages`, for this rank's tokens.
 
@@ -278,21 +259,15 @@ def make_cells(
         mask = None
     ordered = [columns[name] for name in stages.strata]
     device = mask.device if mask is not None else ordered[0].label_E.device if ordered else torch.device("cpu")
-    unit = 1 if membership is None else Membership.UNIT
-    rows = None if batch is None or membership is not None else rows_of(ordered, mask, batch)
-    if rows is not None:
-        at, ordered, tokens = rows
-    else:
-        weight = mask if membership is None else membership.share_TQ.flatten()
-        at = torch.arange(num_tokens, device=device) if weight is None else weight.nonzero().squeeze(1)
-        ordered = ordered if weight is None else [column.at(at) for column in ordered]
-        tokens = torch.ones_like(at) if weight is None else weight[at].long()
-    joint, ordered, num = join(ordered, len(at), device)
+    weight = mask if membership is None else membership.share_TQ.flatten()
+    at = torch.arange(num_tokens, device=device) if weight is None else weight.nonzero().squeeze(1)
+    tokens = torch.ones_like(at) if weight is None else weight[at].long()
+    joint, ordered, num = join([column if weight is None else column.at(at) for column in ordered], len(at), device)
     tokens_J = torch.zeros(num, dtype=torch.int64, device=device).index_add_(0, joint, tokens)
-    if rows is not None and batch is not None:
-        cell_P = torch.full((batch[0],), num, device=device).index_copy_(0, at, joint)
-        entries = Entries(None if mask is None else mask.view(batch))
-    else:
+    unit, cell_P = 1 if membership is None else Membership.UNIT, None
+    if batch is not None and membership is None and num_tokens:
+        cell_P, entries = cells_of_rows(joint, at, num, batch), Entries(None if mask is None else mask.view(batch))
+    if cell_P is None:
         share_TQ = None if membership is None else membership.share_TQ.double() / unit
         cell_P, entries = entries_as_pieces(joint, at, num, num_tokens, share_TQ)
     layout = TokenLayout(num_tokens, batch, mask, cell_P, SegmentSum(cell_P, num), entries)

@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ..values import nearest, positive_number
 from .gates import Gate, constant, find_gate
-
-
-def nearest(given: object, valid: Iterable[object]) -> str:
-    """The tail of a message about an unknown name: the nearest valid one, or all of them where none is near."""
-    options = [str(option) for option in valid]
-    close = difflib.get_close_matches(str(given), options, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(sorted(options)) or 'none'}"
-
-
-def positive_number(value: object, where: str) -> float:
-    """`value` as a float, or a ValueError that names `where`: it must be a finite number above 0 (a bool is none)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{where}: must be a number, got {value!r}")
-    if not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{where}: must be finite and greater than 0, got {value!r}")
-    return float(value)
 
 
 @dataclass(frozen=True)
@@ -53,30 +36,24 @@ class SlopeCap:
 
 @dataclass(frozen=True)
 class Stratum:
-    """One level of the chain, or a branch.
-
-    budget      the budgets of its cells; `budgets` overrides them for cells by name
-    slope       rollback slope k of (10): None for the cell's token count, a number, or a SlopeCap
-    enabled     a stratum that is switched off takes no part, as if it were not in the chain
-    join        classifications whose common refinement this is: its cells are their intersections. Without it, tokens
-                are labelled by the stratum's own name
-    only        coarser stratum -> names of its cells: elsewhere this stratum is missing
-    beside      of a branch: the stratum of the chain after which it is extracted; the finest one by default
-    min_tokens  a cell with fewer live tokens, over all ranks, is merged into its parent: it has no drift of its own,
-                and what is finer in it is measured from the parent. Without it every cell counts, even of one token
-    gate        the name of the gate in `gates.GATES`, "package.module:function", or a `Gate`
-    """
+    """One level of the chain, or a branch."""
 
     name: str
-    budget: Budget
-    budgets: Mapping[str, Budget] = field(default_factory=dict)
-    slope: float | SlopeCap | None = None
-    enabled: bool = True
+    budget: Budget  # of its cells
+    budgets: Mapping[str, Budget] = field(default_factory=dict)  # overrides it for cells by name
+    slope: float | SlopeCap | None = None  # rollback slope k of (10); None for the cell's token count
+    enabled: bool = True  # a stratum that is switched off takes no part, as if it were not in the chain
+    # The classifications whose common refinement this is: its cells are their intersections. Without it, tokens are
+    # labelled by the stratum's own name.
     join: tuple[str, ...] = ()
+    # coarser stratum -> names of its cells: elsewhere this stratum is missing
     only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    beside: str | None = None
+    beside: str | None = None  # of a branch: the stratum after which it is extracted; the finest one by default
+    # A cell with fewer live tokens, over all ranks, is merged into its parent: it has no drift of its own, and what is
+    # finer in it is measured from the parent. Without it every cell counts, even of one token.
     min_tokens: int | None = None
-    gate: Gate = "rollback"  # type: ignore[assignment]  # any name of `find_gate`, made a Gate below
+    # a name in `gates.GATES`, "package.module:function", or a `Gate`
+    gate: Gate = "rollback"  # type: ignore[assignment]  # made a Gate below
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -110,6 +87,19 @@ class Stratum:
     def columns(self) -> tuple[str, ...]:
         """The names under which the data labels tokens for this stratum."""
         return self.join or (self.name,)
+
+    def describe(self, role: str = "") -> str:
+        """One line; `role` of a branch."""
+        slope = "token count" if self.slope is None else self.slope
+        if isinstance(slope, SlopeCap):
+            slope = f"min(token count, {slope.cap:g})"
+        parts = [f"{self.name:<15} C+ {self.budget.pos:g}  C- {self.budget.neg:g}  k {slope}"]
+        parts += [f"{name}: C+ {budget.pos:g} C- {budget.neg:g}" for name, budget in self.budgets.items()]
+        parts += [f"gate {self.gate.name}"] if self.gate.name != "rollback" else []
+        parts += [f"join of {', '.join(self.join)}"] if self.join else []
+        parts += [f"cells below {self.min_tokens} tokens merged"] if self.min_tokens else []
+        parts += [f"only in {key} {', '.join(kept)}" for key, kept in self.only.items()]
+        return "  ".join(parts) + role + ("" if self.enabled else "  (switched off)")
 
     def check_names(self, names: Sequence[str] | None) -> None:
         """Refuse overrides without names of cells, or an override that none of the names matches."""

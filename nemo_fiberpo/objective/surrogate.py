@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..values import nearest, positive_number
 from .fibration import Drift, Tokens, checked, coefficients, find_bad, gate_cells, measure, narrowed, weigh
 from .hierarchy import Hierarchy
 from .ratio_gating import Gated, RatioGating, check_gating
 from .report import Report, make_report, pack, report_fields, unpack
 from .sharing import NO_RIDERS, Cells, Level, Reduce, Riders, SharedCells, all_reduce, sum_nodes
-from .stratum import nearest, positive_number
 
 WEIGHTS = ("trajectory_mean", "token_mean", "fixed_length_mean")
 
@@ -91,9 +91,9 @@ def surrogate(
 ) -> Surrogate:
     """J = sum_i w_i A_i rhat_i over all ranks, (18) and (30), its per-token coefficients, and the report of the gates.
 
-    Arguments and errors as `token_coefficients`. `reduce` is called `hierarchy.num_reductions` times, also on a rank
-    without tokens; with `gating` half as often and once more. That is twice without branches: (1) counts of non-finite
-    input, S+, S- of the shared nodes, and `riders`; (2) J, the report's fields, and the adjoint's sums of shared nodes.
+    Arguments and errors as `token_coefficients`; with `gating` there are half as many calls of `reduce`, and one more.
+    The first has counts of non-finite input, S+, S- of the shared nodes, and `riders`; the first of the adjoint has J
+    and the report's fields beside its sums of shared nodes.
 
     gating   a map G of `ratio_gating` instead of FiberPO's: J = sum_i w_i A_i G(r)_i, (2). The hierarchy then only
              reports: its gates as they would act on these log-ratios, and as clipped tokens those that G cuts. A map
@@ -108,7 +108,7 @@ def surrogate(
     if gating is None:
         drift, _ = measure(tokens, cells, reduce, riders)
         gates = gate_cells(drift, cells, hierarchy)
-        weighed = weigh(tokens, cells, drift, gates, use_min=use_min)
+        weighed, tokens = weigh(tokens, cells, drift, gates, use_min=use_min), tokens.without_weights()
         head = pack(report_fields(drift, gates, cells, weighed.value.sum(), weighed.clipped.sum()), cells)
         out, summed = coefficients(tokens, weighed, cells, drift, gates, reduce, head)
     else:
@@ -120,12 +120,7 @@ def surrogate(
 
 
 def _evaluate_map(
-    gating: RatioGating,
-    tokens: Tokens,
-    cells: SharedCells,
-    hierarchy: Hierarchy,
-    reduce: Reduce | None,
-    riders: Riders,
+    gating: RatioGating, tokens: Tokens, cells: SharedCells, hierarchy: Hierarchy, reduce: Reduce | None, riders: Riders
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Coefficients [T] of a ratio-gating map, and the summed fields of the report of the hierarchy's gates, as they
     would act on these log-ratios."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nemo_fiberpo.labelling.expert_partitions import COLUMN, soft_membership
 from nemo_fiberpo.objective import Cells, Hierarchy, RatioGating, SharedCells, build_cells, surrogate
-from nemo_fiberpo.objective.expert_partitions import COLUMN, soft_membership
 from nemo_fiberpo.objective.report import empty_fields, pack
 
 AGREEMENT = 4

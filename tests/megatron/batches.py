@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nemo_fiberpo.labelling.expert_partitions import COLUMN
 from nemo_fiberpo.megatron.gpt import gpt_policy
 from nemo_fiberpo.megatron.groups import TokenAxes, exchange
 from nemo_fiberpo.megatron.one_pass import one_pass_cells
@@ -20,7 +21,6 @@ from nemo_fiberpo.megatron.schedule import Policy
 from nemo_fiberpo.megatron.sequences import Rows, gather_rows, length_multiple, packed_rows, packed_spans, padded_rows
 from nemo_fiberpo.megatron.step import StepTokens
 from nemo_fiberpo.objective import Budget, Hierarchy, SharedCells, Stratum, build_cells, token_weights
-from nemo_fiberpo.objective.expert_partitions import COLUMN
 from tests.megatron.partitions import MEMBERSHIP, PARTITIONS
 from tests.megatron.tiny import VOCAB, Layout
 

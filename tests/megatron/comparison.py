@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nemo_fiberpo.labelling.expert_partitions import COLUMN
 from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.megatron.one_pass import one_pass_step
 from nemo_fiberpo.megatron.step import exact_step
 from nemo_fiberpo.objective import build_cells, surrogate, token_weights
-from nemo_fiberpo.objective.expert_partitions import COLUMN
 from tests import distributed
 from tests.megatron import batches, partitions, tiny
 from tests.megatron.batches import STRATA, Batch

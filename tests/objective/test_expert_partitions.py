@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_fiberpo.config import load_expert_partitions, load_hierarchy
+from nemo_fiberpo.labelling.expert_partitions import MASS_UNIT, hard_labels, soft_membership
 from nemo_fiberpo.objective import ExpertPartitions
-from nemo_fiberpo.objective.expert_partitions import MASS_UNIT, hard_labels, soft_membership
 
 BUDGET = {"pos": 0.1, "neg": 0.1}
 TRAJECTORY = {"name": "trajectory", "budget": BUDGET}

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import nemo_fiberpo as fpo
+from nemo_fiberpo.analysis.regimes import LOCAL_REGIMES, named_regimes
 from nemo_fiberpo.megatron.step import StepTokens
 from nemo_fiberpo.objective import build_cells
-from nemo_fiberpo.objective.report import LOCAL_REGIMES, named_regimes
 from tests.objective.cases import EXPERT_NAMES, F64, PLACEMENTS, expert_case, one_hot
 from tests.objective.checks import ignores_masked_tokens
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import nemo_fiberpo as fpo
+from nemo_fiberpo.analysis.divergence import kl_estimate, tv_estimate
 from nemo_fiberpo.objective import build_cells
-from nemo_fiberpo.objective.divergence import kl_estimate, tv_estimate
 
 TRAJECTORY = torch.tensor([0, 0, 0, 1, 1, 2])
 MASK = torch.tensor([True, True, False, True, True, False])

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .stratum import nearest
+from ..values import nearest
 
 KINDS = ("tv", "kl")
 

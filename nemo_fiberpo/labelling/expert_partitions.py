@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .stratum import nearest
+from ..values import nearest
 
 COLUMN = "expert_partition"
 """The column of the data, and the name of the stratum, that holds the partition of each token."""

@@ -1,0 +1,1 @@
+"""What a batch tells of a policy's drift, beyond what a training step reports."""

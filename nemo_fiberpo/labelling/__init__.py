@@ -1,0 +1,1 @@
+"""Labels of tokens that come from a rollout: the partition of experts, the prefix."""
