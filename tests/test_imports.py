@@ -13,10 +13,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "nemo_fiberpo"
 
-# The rooms, lowest first: a room may import itself and what is below it. `analysis`, `budget_warnings`, `config` and
+# The rooms, lowest first: a room may import itself and what is below it. `diagnostics`, `budget_warnings`, `config` and
 # the package's `__init__` stand between the objective and megatron.
 ROOMS = [
-    "values", "labelling", "objective", "analysis", "budget_warnings", "config", "__init__",
+    "values", "labelling", "objective", "diagnostics", "budget_warnings", "config", "__init__",
     "plan", "megatron", "aligner", "integrations", "cli",
 ]  # fmt: skip
 BELOW = {"values", "labelling", "objective"}
@@ -24,7 +24,7 @@ ALLOWED = {
     "values": {"values"},
     "labelling": {"labelling", "values"},
     "objective": BELOW,
-    "analysis": {"analysis", *BELOW},
+    "diagnostics": {"diagnostics", *BELOW},
     "budget_warnings": {"objective"},
     "config": {"config", "budget_warnings", *BELOW},
     "__init__": {"config", "objective"},
@@ -47,7 +47,7 @@ ALLOWED = {
 PURE = {"megatron", "nemo", "nemo_aligner", "omegaconf", "hydra", "numpy", "torch.distributed"}
 # What no file of a room may import from outside; submodules included.
 FORBIDDEN = {
-    **dict.fromkeys(["values", "labelling", "objective", "analysis"], PURE),
+    **dict.fromkeys(["values", "labelling", "objective", "diagnostics"], PURE),
     "budget_warnings": {"megatron", "nemo", "nemo_aligner", "omegaconf", "hydra", "torch.distributed"},
     "config": {"megatron", "nemo", "nemo_aligner", "hydra", "torch.distributed"},
     "__init__": {"megatron", "nemo", "nemo_aligner", "hydra", "torch.distributed"},

@@ -15,7 +15,7 @@ from drawing import BLACK, BLUE, PASS, ROLLBACK, TINTS, ZEROED, frame, new_figur
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from nemo_fiberpo.analysis.regimes import GLOBAL_REGIMES, global_regimes
+from nemo_fiberpo.diagnostics.regimes import GLOBAL_REGIMES, global_regimes
 from nemo_fiberpo.objective.gates import aggregate_gate, zeroed_from
 
 SLOPE = torch.tensor([2.0], dtype=torch.float64)

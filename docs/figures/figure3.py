@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 import nemo_fiberpo as fpo
-from nemo_fiberpo.analysis.regimes import GLOBAL_REGIMES, LOCAL_REGIMES, named_regimes
+from nemo_fiberpo.diagnostics.regimes import GLOBAL_REGIMES, LOCAL_REGIMES, named_regimes
 
 BUDGET = fpo.Budget(pos=0.15, neg=0.09)
 TOKEN_CLIP = 0.025

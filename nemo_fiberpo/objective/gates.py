@@ -5,7 +5,7 @@ their budgets C > 0; their slopes k > 0. It is odd, g(0) = 0 and g'(0) = 1, so t
 identity. The paper leaves open what lies beyond C (E.5.2).
 
 A gate passes where |X| <= C; beyond, it rolls back where its derivative is not 0, else it is zeroed (with the gate (10)
-from C* = C (1 + 1/k)). What the nine combinations of a cell's two channels mean, see analysis/regimes.py.
+from C* = C (1 + 1/k)). What the nine combinations of a cell's two channels mean, see diagnostics/regimes.py.
 """
 
 from __future__ import annotations

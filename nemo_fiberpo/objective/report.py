@@ -70,7 +70,7 @@ class Report:
     mean: float  # of the log-ratio over live tokens, as the next two
     abs_mean: float
     largest: float
-    kl: float  # estimates of A.3 over all live tokens, see analysis/divergence.py
+    kl: float  # estimates of A.3 over all live tokens, see diagnostics/divergence.py
     tv: float
 
     def metrics(self) -> dict[str, float]:
@@ -147,7 +147,7 @@ def report_fields(drift: Drift, gates: Gates, cells: SharedCells, value: Tensor,
     for forest, mean, x, budget, slope in gated:
         owned, label, state = forest.owned_N, forest.label_N, states(x, budget, slope)
         figures = torch.stack([x.abs(), x.abs() / budget, state.double()])
-        divergence = torch.stack([-mean.sum(0), (mean[0] - mean[1]) / 2.0])  # KL and TV, see analysis/divergence.py
+        divergence = torch.stack([-mean.sum(0), (mean[0] - mean[1]) / 2.0])  # KL and TV, see diagnostics/divergence.py
         largest = torch.cat([figures[:2], divergence[None]])
         in_state = state == torch.arange(len(STATES), device=state.device)[:, None, None]
         sums, figures = torch.cat([in_state.double(), largest]) * owned, figures * owned

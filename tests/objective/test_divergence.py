@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_fiberpo.analysis.divergence import (
+from nemo_fiberpo.diagnostics.divergence import (
     KINDS,
     cell_divergence,
     kl_divergence,

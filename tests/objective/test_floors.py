@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import nemo_fiberpo as fpo
-from nemo_fiberpo.analysis.regimes import LOCAL_REGIMES, named_regimes
+from nemo_fiberpo.diagnostics.regimes import LOCAL_REGIMES, named_regimes
 from nemo_fiberpo.objective.report import empty_fields, make_report, merge
 from tests.objective.cases import F64, PLACEMENTS, Case, branched_case, expert_case, with_floor
 from tests.objective.checks import equals_the_slow_loops, is_one_process_on_ranks, is_the_identity_on_policy

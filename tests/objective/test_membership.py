@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import nemo_fiberpo as fpo
-from nemo_fiberpo.analysis.regimes import LOCAL_REGIMES, named_regimes
+from nemo_fiberpo.diagnostics.regimes import LOCAL_REGIMES, named_regimes
 from nemo_fiberpo.megatron.step import StepTokens
 from nemo_fiberpo.objective import build_cells
 from tests.objective.cases import EXPERT_NAMES, F64, PLACEMENTS, expert_case, one_hot

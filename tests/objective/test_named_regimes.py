@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import nemo_fiberpo as fpo
-from nemo_fiberpo.analysis.regimes import GLOBAL_REGIMES, LOCAL_REGIMES, global_regimes, named_regimes
+from nemo_fiberpo.diagnostics.regimes import GLOBAL_REGIMES, LOCAL_REGIMES, global_regimes, named_regimes
 from nemo_fiberpo.objective.gates import zeroed_from
 from tests.objective.cases import branched_case, make_case
 from tests.objective.ranks import on_ranks

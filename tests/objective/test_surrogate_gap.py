@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_fiberpo.analysis.divergence import total_variation
+from nemo_fiberpo.diagnostics.divergence import total_variation
 
 F64 = torch.float64
 

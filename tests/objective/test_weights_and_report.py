@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import nemo_fiberpo as fpo
-from nemo_fiberpo.analysis.divergence import kl_estimate, tv_estimate
+from nemo_fiberpo.diagnostics.divergence import kl_estimate, tv_estimate
 from nemo_fiberpo.objective import build_cells
 
 TRAJECTORY = torch.tensor([0, 0, 0, 1, 1, 2])
