@@ -14,7 +14,8 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-Curves = dict[tuple[str, ...], list[tuple[int, float]]]  # name -> (RL step, value), in order of steps
+from nemo_fiberpo.analysis.runs import Curves
+
 Heldout = dict[str, tuple[float, float]]  # domain -> mean reward before, after
 
 # Okabe and Ito's palette: told apart under every common colour blindness; lines differ in marker or dash as well
@@ -28,7 +29,7 @@ CHANNELS: tuple[tuple[str, str, str, Any], ...] = (
 FLOOR = 0.01  # budget use below this is drawn there
 
 
-def _smooth(values: Sequence[float], window: int) -> NDArray[np.float64]:
+def smooth(values: Sequence[float], window: int) -> NDArray[np.float64]:
     """The mean of the last `window` values (fewer at the start)."""
     total = np.concatenate(([0.0], np.cumsum(values)))
     stop = np.arange(1, len(values) + 1)
@@ -55,7 +56,7 @@ def _plot_rewards(axes: Axes, curves: Curves, heldout: Heldout) -> None:
         if points := curves.get((domain,)):
             steps, values = zip(*points, strict=True)
             axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
-            axes.plot(steps, _smooth(values, max(1, len(values) // 10)), color=colour, linewidth=1.8, label=domain)
+            axes.plot(steps, smooth(values, max(1, len(values) // 10)), color=colour, linewidth=1.8, label=domain)
         if domain in heldout:
             before, after = heldout[domain]
             style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 9, "linestyle": "none"}
@@ -84,9 +85,9 @@ def _plot_budget(axes: Axes, stratum: str, curves: Curves) -> None:
         if points := curves.get((stratum, channel)):
             steps, values = zip(*points, strict=True)
             visible = np.maximum(values, FLOOR)
-            smooth = 10 ** _smooth(np.log10(visible), max(1, len(values) // 20))
+            trend = 10 ** smooth(np.log10(visible), max(1, len(values) // 20))
             axes.plot(steps, visible, color=colour, linestyle="-", linewidth=0.7, alpha=0.3)
-            axes.plot(steps, smooth, color=colour, linestyle=dash, linewidth=1.8, label=name)
+            axes.plot(steps, trend, color=colour, linestyle=dash, linewidth=1.8, label=name)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     low, high = min(max(low, FLOOR), 0.3), max(high, 3.0)
@@ -120,7 +121,7 @@ def plot_report(rewards: Curves, budgets: Curves, heldout: Heldout, path: Path, 
     rewards  names (domain,): mean training reward per RL step
     budgets  names (stratum, "pos" | "neg"): the largest |drift| / budget of the stratum's cells per RL step
     heldout  domain -> (before, after)
-    The file appears whole or not at all. Draws without a display, on a figure of its own.
+    Draws without a display, on a figure of its own.
     """
     figure = Figure(figsize=(13, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -133,6 +134,11 @@ def plot_report(rewards: Curves, budgets: Curves, heldout: Heldout, path: Path, 
         axes.set_axisbelow(True)
     if title:
         figure.suptitle(title)
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure as a PNG, which appears whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         figure.savefig(partial, dpi=130, format="png")
