@@ -48,7 +48,9 @@ class Proposal:
     positions   optimizer steps of a rollout that have figures, counted from 0
     gated       (stratum, channel) -> share of its cells beyond the proposed budget, by position
     before      by stratum, the budget in the run
-    raised      what step 2 of the rule widened, a line each
+    token_clip_before  in the run
+    rollouts    whose last optimizer step was measured
+    widened     what step 2 of the rule widened, a line each
     hierarchy   the `hierarchy` section with these budgets, as `load_hierarchy` reads it
     """
 
@@ -59,8 +61,15 @@ class Proposal:
     positions: tuple[int, ...]
     gated: Mapping[tuple[str, str], tuple[float, ...]]
     before: Mapping[str, Budget]
-    raised: tuple[str, ...]
+    token_clip_before: float
+    rollouts: int
+    widened: tuple[str, ...]
     hierarchy: Mapping[str, Any]
+
+    def written(self, stratum: str) -> Mapping[str, Any]:
+        """The cells of a stratum that have budgets of their own in `hierarchy`."""
+        entry: Mapping[str, Any] = {**self.hierarchy["strata"], **self.hierarchy.get("branches", {})}[stratum]
+        return entry.get("budgets", {})
 
 
 def calibrate(run: Run | Path, passing: float = PASSING, cells: bool = False) -> Proposal:
@@ -97,7 +106,9 @@ def calibrate(run: Run | Path, passing: float = PASSING, cells: bool = False) ->
         positions=positions,
         gated={key: _shares(of, fit.budgets[key[0]], key[1], positions) for key, of in drifts.items()},
         before={name: Budget(**{**chain, **branches}[name]["budget"]) for name in fit.budgets},
-        raised=tuple(fit.raised),
+        token_clip_before=hierarchy["token_clip"],
+        rollouts=sum(step.position == last for step in run.optimizer_steps),
+        widened=tuple(fit.widened),
         hierarchy=_with_budgets(hierarchy, fit, token_clip),
     )
 
@@ -110,7 +121,7 @@ class _Fit:
         self.budgets: dict[str, Budget] = {}
         self.cells: dict[str, dict[str, Budget]] = {}
         self.written: dict[str, dict[str, Budget]] = {}
-        self.raised: list[str] = []
+        self.widened: list[str] = []
         self.finest: str | None = None
         self._floor = dict.fromkeys(CHANNELS, 0.0)
 
@@ -147,7 +158,7 @@ class _Fit:
         for channel in CHANNELS:
             if found[channel] > rounded[channel]:
                 why = "a coarser stratum has it" if found[channel] == floor[channel] else f"neg is {found['neg']:g}"
-                self.raised.append(
+                self.widened.append(
                     f"{where}, {channel}: {rounded[channel]:g} by its drift, {found[channel]:g} since {why}"
                 )
         return Budget(found["pos"], found["neg"])
