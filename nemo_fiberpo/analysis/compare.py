@@ -77,14 +77,15 @@ def write_comparison(found: Comparison, out: Path, title: str = "") -> list[Path
     out.mkdir(parents=True, exist_ok=True)
     picture, page, table = (out / name for name in FILES)
     plot_comparison(found.groups, found.strata, picture, title)
-    tables = [*comparison_tables(found), *_settings(found)]
+    tables = [*reversed(comparison_tables(found)), *_settings(found)]
     write_page(page, title or "Comparison of runs", tables, picture, found.notes)
     table.write_text(comparison_csv(found), "utf-8")
     return [picture, page, table]
 
 
 def comparison_tables(found: Comparison) -> list[Table]:
-    return [table for table in (_heldout(found), _over_seeds(found), _training(found)) if table.rows]
+    """From the longest to the shortest, so that in a terminal the last is in sight."""
+    return [table for table in (_heldout(found), _training(found), _over_seeds(found)) if table.rows]
 
 
 def _heldout(found: Comparison) -> Table:

@@ -1,7 +1,9 @@
-"""The picture of several runs: a colour for each group, a line for its mean, a band for the interval over its seeds."""
+"""The picture of several runs: a colour for each group, a thick line for its mean and a thin one for each of its runs,
+and a band for the 95 percent interval over its seeds. Two seeds have too wide an interval to be drawn."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from nemo_fiberpo.analysis.picture import COLOURS, MARKERS, save, smooth
+from nemo_fiberpo.analysis.picture import COLOURS, MARKERS, plain_log_ticks, save, smooth
 from nemo_fiberpo.analysis.summary import TRAILING, Curve, Summary, largest_drift, over_seeds, values
 
 Groups = Mapping[str, Sequence[Summary]]
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
 COLUMNS = 3
+NOTE = (
+    f"lines: means of {TRAILING} RL steps, thick of the group, thin of its runs; reward: of training samples, markers "
+    "held-out at T = 1 after training;\nbands and bars: 95 percent interval over seeds, where there are 3 or more; "
+    "dots: runs"
+)
 
 
 def plot_comparison(groups: Groups, strata: Sequence[str], path: Path, title: str = "") -> None:
@@ -32,17 +40,16 @@ def plot_comparison(groups: Groups, strata: Sequence[str], path: Path, title: st
     rows = -(-len(panels) // COLUMNS)
     figure = Figure(figsize=(14, 3.5 * rows + 0.6 + 0.25 * len(groups)), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    grid = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
     for axes, panel in zip(grid, panels, strict=False):
         panel(axes)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.9", linewidth=0.8)
         axes.set_axisbelow(True)
-    for axes in list(grid)[len(panels) :]:
+    for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    _legend(figure, groups)
-    if title:
-        figure.suptitle(title)
+    _legend(figure, groups, title)
+    figure.supxlabel(NOTE, fontsize=9.5, color="0.35")
     save(figure, path)
 
 
@@ -50,45 +57,65 @@ def _style(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[(number // len(COLOURS)) % len(DASHES)]}
 
 
-def _legend(figure: Figure, groups: Groups) -> None:
+def _legend(figure: Figure, groups: Groups, title: str) -> None:
     handles = []
     for number, (group, members) in enumerate(groups.items()):
         runs = "1 run" if len(members) == 1 else f"{len(members)} runs"
         handles.append(figure.axes[0].plot([], [], **_style(number), linewidth=2.5, label=f"{group} ({runs})")[0])
-    figure.legend(handles=handles, loc="outside upper center", ncols=1 if len(groups) < 4 else 2, frameon=False)
+    columns = 1 if len(groups) < 4 else 2
+    place: dict[str, Any] = {"loc": "outside upper center", "ncols": columns, "frameon": False}
+    figure.legend(handles=handles, title=title or None, title_fontsize=13, **place)
 
 
-def _curves(axes: Axes, groups: Groups, curve_of: Callable[[Summary], Curve]) -> None:
-    """The mean of each group's curves, where they have a value, and its interval where there are two or more."""
+def _curves(axes: Axes, groups: Groups, curve_of: Callable[[Summary], Curve], log: bool = False) -> None:
+    """Means over TRAILING RL steps. The axis is as high as the runs are, whatever the bands; with `log`, means and
+    intervals are of logarithms."""
+    heights: list[float] = []
     for number, members in enumerate(groups.values()):
         at: dict[int, list[float]] = {}
         for one in members:
-            curve = curve_of(one)
-            for (step, _), height in zip(curve, smooth(values(curve), TRAILING), strict=True):
-                at.setdefault(step, []).append(float(height))
-        if not at:
-            continue
-        steps = sorted(at)
-        mean, low, high = (np.array(column) for column in zip(*(over_seeds(at[step]) for step in steps), strict=True))
-        axes.plot(steps, mean, **_style(number), linewidth=1.8)
-        axes.fill_between(steps, low, high, color=_style(number)["color"], alpha=0.15, linewidth=0)
+            curve = [(step, math.log(value) if log else value) for step, value in curve_of(one) if value > 0 or not log]
+            steps, trend = [step for step, _ in curve], smooth(values(curve), TRAILING)
+            for step, height in zip(steps, trend.tolist(), strict=True):
+                at.setdefault(step, []).append(height)
+            heights += trend.tolist()
+            if len(members) > 1:
+                axes.plot(steps, np.exp(trend) if log else trend, **_style(number), linewidth=0.7, alpha=0.4)
+        if at:
+            _mean_curve(axes, at, number, log)
+    if heights:
+        margin = 0.08 * (max(heights) - min(heights)) + 1e-3
+        low, high = min(heights) - margin, max(heights) + margin
+        axes.set_ylim(*((math.exp(low), math.exp(high)) if log else (low, high)))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel("RL step")
+
+
+def _mean_curve(axes: Axes, at: Mapping[int, Sequence[float]], number: int, log: bool) -> None:
+    steps = sorted(at)
+    drawn = np.array([over_seeds(at[step]) for step in steps])
+    drawn[[len(at[step]) < 3 for step in steps], 1:] = np.nan
+    mean, low, high = (np.exp(drawn) if log else drawn).T
+    axes.plot(steps, mean, **_style(number), linewidth=1.8)
+    axes.fill_between(steps, low, high, color=_style(number)["color"], alpha=0.15, linewidth=0)
 
 
 def _reward(axes: Axes, groups: Groups, domain: str) -> None:
     """Lines of the training reward; at the right end held-out reward at T = 1 after training, with its interval."""
     _curves(axes, groups, lambda one: one.run.curves["train_reward"].get((domain,), []))
     last = max(one.rl_steps for members in groups.values() for one in members)
+    bottom, top = axes.get_ylim()
     for number, members in enumerate(groups.values()):
         after = [row.after for one in members for row in one.heldout if (row.domain, row.mode) == (domain, "sampled")]
-        if after:
-            mean, low, high = over_seeds(after)
-            error = None if np.isnan(low) else [[mean - low], [high - mean]]
-            place = last * (1.04 + 0.03 * number)
-            marker = {"color": _style(number)["color"], "marker": MARKERS[number % len(MARKERS)]}
-            axes.errorbar([place], [mean], yerr=error, **marker, markersize=6, capsize=3, linestyle="none")
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(low, -0.05), min(high, 1.05))
+        if not after:
+            continue
+        mean, low, high = over_seeds(after)
+        bounds = (low, high) if len(after) > 2 else (mean, mean)
+        error = [[mean - bounds[0]], [bounds[1] - mean]]
+        marker = {"color": _style(number)["color"], "marker": MARKERS[number % len(MARKERS)]}
+        axes.errorbar([last * (1.04 + 0.03 * number)], [mean], yerr=error, **marker, markersize=6, capsize=3)
+        bottom, top = min(bottom, bounds[0] - 0.01), max(top, bounds[1] + 0.01)
+    axes.set_ylim(bottom, top)
     axes.set_title(f"{domain}: reward", fontsize=11, loc="left")
 
 
@@ -98,8 +125,9 @@ def _entropy(axes: Axes, groups: Groups) -> None:
 
 
 def _drift(axes: Axes, groups: Groups, stratum: str) -> None:
-    _curves(axes, groups, lambda one: [point for point in largest_drift(one.run).get(stratum, []) if point[1] > 0])
     axes.set_yscale("log")
+    _curves(axes, groups, lambda one: largest_drift(one.run).get(stratum, []), log=True)
+    plain_log_ticks(axes)
     axes.set_title(f"{stratum}: largest drift, nats per token", fontsize=11, loc="left")
 
 

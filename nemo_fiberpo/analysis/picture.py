@@ -95,10 +95,15 @@ def _plot_budget(axes: Axes, stratum: str, curves: Curves) -> None:
     axes.axhline(1.0, color="0.2", linewidth=1.1)
     axes.axhspan(1.0, high, color="0.5", alpha=0.12, linewidth=0, zorder=0)
     axes.annotate("budget", (1, 1.0), (-4, 2), ("axes fraction", "data"), "offset points", ha="right", fontsize=8.5)
+    plain_log_ticks(axes)
+    axes.set_title(stratum, fontsize=10, loc="left", pad=3)
+
+
+def plain_log_ticks(axes: Axes) -> None:
+    """Ticks of a log axis at 1 and 3 times the powers of ten, as plain numbers."""
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_title(stratum, fontsize=10, loc="left", pad=3)
 
 
 def _plot_budgets(figure: SubFigure, curves: Curves) -> list[Axes]:

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from nemo_fiberpo.analysis.heldout import Row, heldout_table
-from nemo_fiberpo.analysis.runs import Rewards, Run
+from nemo_fiberpo.analysis.runs import MODES, Rewards, Run
 
 TRAILING = 5
 """RL steps over which the reward of a step is averaged before it is compared with a level or drawn."""
@@ -70,7 +70,7 @@ def summarise(run: Run, group: str, level: float | None = None) -> Summary:
         run=run,
         group=group,
         rl_steps=run.rl_steps,
-        heldout=heldout_table(_with_all(before), _with_all(after)) if before is not None and after is not None else [],
+        heldout=_heldout(before, after) if before is not None and after is not None else [],
         before={key: float(np.mean([*of.values()])) for key, of in _with_all(before or {}).items() if of},
         area=area(reward),
         reached=None if level is None else first_at(reward, level),
@@ -83,6 +83,12 @@ def summarise(run: Run, group: str, level: float | None = None) -> Summary:
         seconds_per_step=float(np.median([*times.values()])) if times else math.nan,
         notes=notes,
     )
+
+
+def _heldout(before: Rewards, after: Rewards) -> list[Row]:
+    """By mode, "all" after the domains."""
+    rows = heldout_table(_with_all(before), _with_all(after))
+    return sorted(rows, key=lambda row: (MODES.index(row.mode), row.domain == "all", row.domain))
 
 
 def _with_all(rewards: Rewards) -> Rewards:

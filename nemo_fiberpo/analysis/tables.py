@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LEFT = ("run", "group", "domain", "decoding", "setting")  # columns of text
+LEFT = ("run", "group", "domain", "decoding", "setting", "stratum", "cell", "channel")  # columns of text
 
 
 @dataclass(frozen=True)

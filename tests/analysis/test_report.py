@@ -14,20 +14,12 @@ from nemo_fiberpo.analysis.heldout import Row, format_table, heldout_table, pair
 from nemo_fiberpo.analysis.picture import plot_report
 from nemo_fiberpo.analysis.report import format_markdown, make_report
 from nemo_fiberpo.analysis.runs import Run, read_heldout
-
-
-def write(path: Path, *rows) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row) + "\n") for row in rows))
-    return path
+from tests.analysis.runs import answer, write
 
 
 def curves_of(folder: Path, *rows) -> dict:
     write(folder / "metrics.jsonl", *rows)
     return Run(folder).curves
-
-
-def answer(index: int, reward: float | None, domain: str = "math", mode: str = "sampled") -> dict:
-    return {"prompt_index": index, "domain": domain, "mode": mode, "reward": reward, "response": "x"}
 
 
 def metrics_rows(steps: int) -> list[dict]:
