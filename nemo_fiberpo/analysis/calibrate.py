@@ -1,6 +1,6 @@
 """Budgets from the drift that a run measured.
 
-    fiberpo calibrate RUN
+    fiberpo calibrate RUN [RUN ...]
 
 The rule, with one parameter, the share q of the cells that pass:
 
@@ -19,7 +19,7 @@ A named cell gets a budget of its own by the same rule, from its own drift, wher
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,20 +72,26 @@ class Proposal:
         return entry.get("budgets", {})
 
 
-def calibrate(run: Run | Path, passing: float = PASSING, cells: bool = False) -> Proposal:
-    """Budgets for the hierarchy of a run, by the rule above; `cells`: budgets of their own for all named cells.
+def calibrate(runs: Run | Path | Sequence[Run | Path], passing: float = PASSING, cells: bool = False) -> Proposal:
+    """Budgets for the hierarchy of a run, by the rule above. Several runs, such as seeds of one setting, count as one;
+    their strata and budgets must be the same. `cells`: budgets of their own for all named cells.
 
-    ValueError where `passing` is no share, or where the run measured no drift.
+    ValueError where `passing` is no share, the hierarchies differ, or no drift was measured.
     """
     if not 0 < passing < 1:
         raise ValueError(f"passing: must be between 0 and 1, the share of cells that pass, got {passing!r}")
-    run = run if isinstance(run, Run) else Run(run)
-    hierarchy = _without_defaults(hierarchy_of_record(run.identity))
+    given = [runs] if isinstance(runs, Run | Path) else list(runs)
+    read = [run if isinstance(run, Run) else Run(run) for run in given]
+    hierarchy = _without_defaults(hierarchy_of_record(read[0].identity))
+    for other in read[1:]:
+        if _without_defaults(hierarchy_of_record(other.identity)) != hierarchy:
+            raise ValueError(f"{other.path / 'run.json'}: another hierarchy than that of {read[0].path}")
+    steps = [step for run in read for step in run.optimizer_steps]
     chain, branches = hierarchy["strata"], hierarchy.get("branches", {})
-    drifts = drifts_of(run.optimizer_steps, [*chain, *branches])
+    drifts = drifts_of(steps, [*chain, *branches])
     if not drifts:
         raise ValueError(
-            f"{run.path / 'metrics.jsonl'}: no drift of a stratum. Gates act from the second optimizer step of a "
+            f"{read[0].path / 'metrics.jsonl'}: no drift of a stratum. Gates act from the second optimizer step of a "
             "rollout on: set algorithm.optimizer_steps or algorithm.epochs above 1, and switch a stratum on"
         )
     last = max(position for of in drifts.values() for position in of.cells)
@@ -107,7 +113,7 @@ def calibrate(run: Run | Path, passing: float = PASSING, cells: bool = False) ->
         gated={key: _shares(of, fit.budgets[key[0]], key[1], positions) for key, of in drifts.items()},
         before={name: Budget(**{**chain, **branches}[name]["budget"]) for name in fit.budgets},
         token_clip_before=hierarchy["token_clip"],
-        rollouts=sum(step.position == last for step in run.optimizer_steps),
+        rollouts=sum(step.position == last for step in steps),
         widened=tuple(fit.widened),
         hierarchy=_with_budgets(hierarchy, fit, token_clip),
     )

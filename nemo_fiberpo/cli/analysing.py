@@ -20,6 +20,7 @@ docs/analysis.md has the rule.
 
 examples:
   fiberpo calibrate runs/grpo
+  fiberpo calibrate runs/grpo-seed0 runs/grpo-seed1
   fiberpo calibrate runs/grpo --pass 0.99 --out conf/hierarchy/calibrated.yaml   then hierarchy=calibrated
 """
 
@@ -39,7 +40,9 @@ def add_commands(commands: Any, formatter: Any) -> None:
     compare.add_argument("--reward", type=float, metavar="R", help="also: RL steps until the training reward is R")
     compare.add_argument("--title", default="", help="of the picture and the page")
     calibrate = add("calibrate", help="budgets from the drift of a run", description=CALIBRATE)
-    calibrate.add_argument("run", type=Path, metavar="RUN", help="the run_dir of a run")
+    calibrate.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="the run_dir of a run; seeds of one setting count as one run"
+    )
     calibrate.add_argument(
         "--pass",
         dest="passing",
@@ -73,9 +76,9 @@ def _calibrate(given: argparse.Namespace, say: Callable[[str], None], warn: Call
     from nemo_fiberpo.analysis.explanation import explain, hierarchy_yaml
 
     passing = PASSING if given.passing is None else given.passing
-    proposal = calibrate(given.run, passing, given.cells)
-    say(explain(proposal, str(given.run)) + "\n")
+    proposal, name = calibrate(given.runs, passing, given.cells), ", ".join(map(str, given.runs))
+    say(explain(proposal, name) + "\n")
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(hierarchy_yaml(proposal, str(given.run)), "utf-8")
+        given.out.write_text(hierarchy_yaml(proposal, name), "utf-8")
         say(f"\nwrote {given.out}\n")

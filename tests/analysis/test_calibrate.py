@@ -92,6 +92,19 @@ def test_the_hierarchy_is_that_of_the_run_with_other_budgets(run, tmp_path):
     assert yaml.safe_load(file.read_text())["strata"]["trajectory"]["slope"] == {"cap": 32}
 
 
+def test_several_runs_count_as_one(run, tmp_path):
+    other = tmp_path / "other"
+    drifts = {"domain": ([0.03, 0.001], [0.001, 0.001]), "trajectory": ([0.001] * 100, [0.001] * 100)}
+    write(other / "metrics.jsonl", *steps(5, drifts, drifts))
+    write_identity(other, seed=2)
+    both = calibrate([run, other], passing=0.7)
+    # by hand: 20 domains, of 0.03, 0.02, 0.01 and 0.001 five each; 70 percent are up to 0.02
+    assert both.budgets["domain"].pos == 0.02 and both.rollouts == 10
+    write_identity(other, hierarchy__strata__domain__budget__pos=0.05)
+    with pytest.raises(ValueError, match=r"other/run\.json: another hierarchy"):
+        calibrate([run, other])
+
+
 def test_strata_without_figures_keep_their_budgets(run):
     order = ["domain", "prompt_group", "trajectory"]
     write_identity(
