@@ -29,7 +29,7 @@ class Comparison:
     """Runs in the order of their groups; `settings` by group; `notes` say what was left out, and why."""
 
     summaries: list[Summary]
-    settings: dict[str, Mapping[str, object]]
+    settings: Mapping[str, Mapping[str, object]]
     level: float | None
     notes: list[str]
 

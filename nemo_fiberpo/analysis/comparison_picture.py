@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,11 @@ def plot_comparison(groups: Groups, strata: Sequence[str], path: Path, title: st
     domains = sorted(
         {name for members in groups.values() for one in members for (name,) in one.run.curves["train_reward"]}
     )
-    panels: list[Callable[[Axes], None]] = [lambda axes, d=d: _reward(axes, groups, d) for d in domains]
-    panels += [lambda axes: _entropy(axes, groups)]
-    panels += [lambda axes, s=s: _drift(axes, groups, s) for s in strata]
-    panels += [lambda axes: _beyond(axes, groups, strata)] if strata else []
+    panels: list[Callable[[Axes], None]] = [partial(_reward, groups=groups, domain=domain) for domain in domains]
+    panels.append(partial(_entropy, groups=groups))
+    panels += [partial(_drift, groups=groups, stratum=stratum) for stratum in strata]
+    if strata:
+        panels.append(partial(_beyond, groups=groups, strata=strata))
     rows = -(-len(panels) // COLUMNS)
     figure = Figure(figsize=(14, 3.5 * rows + 0.6 + 0.25 * len(groups)), layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,9 +1,10 @@
-"""docs/metrics.md has every key that a run writes, and none that it should write and does not."""
+"""What a real run leaves: docs/metrics.md has every key of it, and `fiberpo compare` and `calibrate` read it."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 
@@ -12,8 +13,11 @@ import torch
 
 from nemo_fiberpo.aligner.experts import routing_metrics
 from nemo_fiberpo.aligner.rewards import OK, reward_metrics
-from tests.aligner.launching import ROOT
+from nemo_fiberpo.cli import main
+from nemo_fiberpo.config import load_hierarchy
+from tests.aligner.launching import ROOT, optimizer_steps
 
+pytestmark = pytest.mark.timeout(600)
 ROW = re.compile(r"^\| (`[^|]*`) \|[^|]*\| ([^|]*) \|", re.M)
 PATTERNS = {"channel": "(pos|neg)", "cell": ".+", "stratum": "[^/.]+"}
 
@@ -41,7 +45,6 @@ def unknown(keys: set[str]) -> list[str]:
     return sorted(key for key in keys if not any(pattern.fullmatch(key) for pattern in patterns))
 
 
-@pytest.mark.timeout(600)
 def test_the_keys_of_a_run_are_documented(uninterrupted: Path):
     keys = {key for line in (uninterrupted / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
     assert len(keys) > 80 and not unknown(keys)
@@ -50,6 +53,22 @@ def test_the_keys_of_a_run_are_documented(uninterrupted: Path):
     ]
     assert len(always) > 30
     assert not [pattern for pattern in always if not any(re.fullmatch(pattern, key) for key in keys)]
+
+
+def test_compare_and_calibrate_read_a_run(uninterrupted: Path, tmp_path: Path, capsys):
+    assert main(["compare", str(uninterrupted), "--out", str(tmp_path / "out")]) == 0
+    assert "no heldout_before.jsonl and heldout_after.jsonl" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"compare.png", "compare.html", "compare.csv"}
+    file = tmp_path / "calibrated.yaml"
+    assert main(["calibrate", str(uninterrupted), "--pass", "0.8", "--out", str(file)]) == 0
+    hierarchy = load_hierarchy(file)
+    assert [stratum.name for stratum in hierarchy.strata] == ["domain", "prompt_group", "trajectory"]
+    # By hand for the coarsest: at the last of 4 optimizer steps, the falls of every domain of every rollout.
+    last = [row for row in optimizer_steps(uninterrupted) if row["step"] % 4 == 3]
+    key = re.compile(r"train_optim/gates/domain\.\w+/neg/drift")
+    drifts = sorted(value for row in last for name, value in row.items() if key.fullmatch(name))
+    at_least = drifts[math.ceil(0.8 * len(drifts)) - 1]
+    assert len(drifts) > 4 and at_least <= hierarchy.strata[0].budget.neg <= 1.1 * at_least
 
 
 def test_the_keys_of_graders_and_of_routing_are_documented():
