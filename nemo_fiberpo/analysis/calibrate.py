@@ -28,7 +28,7 @@ import numpy as np
 
 from nemo_fiberpo.aligner.identity import hierarchy_of_record
 from nemo_fiberpo.analysis.drifts import Drifts, Values, drifts_of, share_beyond
-from nemo_fiberpo.analysis.runs import Run
+from nemo_fiberpo.analysis.runs import GATES, Run
 from nemo_fiberpo.objective import Budget
 from nemo_fiberpo.objective.report import CHANNELS
 
@@ -49,6 +49,7 @@ class Proposal:
     gated       (stratum, channel) -> share of its cells beyond the proposed budget, by position
     before      by stratum, the budget in the run
     token_clip_before  in the run
+    cut         share of the tokens that the run's token clip, or its objective, cut at the last optimizer step
     rollouts    whose last optimizer step was measured
     widened     what step 2 of the rule widened, a line each
     hierarchy   the `hierarchy` section with these budgets, as `load_hierarchy` reads it
@@ -62,6 +63,7 @@ class Proposal:
     gated: Mapping[tuple[str, str], tuple[float, ...]]
     before: Mapping[str, Budget]
     token_clip_before: float
+    cut: float
     rollouts: int
     widened: tuple[str, ...]
     hierarchy: Mapping[str, Any]
@@ -95,6 +97,7 @@ def calibrate(runs: Run | Path | Sequence[Run | Path], passing: float = PASSING,
             "rollout on: set algorithm.optimizer_steps or algorithm.epochs above 1, and switch a stratum on"
         )
     last = max(position for of in drifts.values() for position in of.cells)
+    at_last = [step for step in steps if step.position == last]
     fit = _Fit(drifts, last, passing, cells)
     for name, entry in chain.items():
         fit.add(name, entry, in_chain=True)
@@ -113,7 +116,8 @@ def calibrate(runs: Run | Path | Sequence[Run | Path], passing: float = PASSING,
         gated={key: _shares(of, fit.budgets[key[0]], key[1], positions) for key, of in drifts.items()},
         before={name: Budget(**{**chain, **branches}[name]["budget"]) for name in fit.budgets},
         token_clip_before=hierarchy["token_clip"],
-        rollouts=sum(step.position == last for step in steps),
+        cut=float(np.mean([step.metrics[f"{GATES}token/clipped"] for step in at_last])),
+        rollouts=len(at_last),
         widened=tuple(fit.widened),
         hierarchy=_with_budgets(hierarchy, fit, token_clip),
     )

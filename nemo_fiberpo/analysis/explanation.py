@@ -20,7 +20,8 @@ SHOWN = 8  # positions in the table
 def explain(proposal: Proposal, name: str) -> str:
     """The budgets with the share of cells beyond them, what was widened, and what the budgets mean."""
     parts = [_rule(proposal, name), _budgets(proposal).as_text()]
-    clip = f"  token clip  {proposal.token_clip:g} (in the run {proposal.token_clip_before:g})"
+    cut = f"{100 * proposal.cut:.1f}% of the tokens were cut at step {proposal.positions[-1] + 1}"
+    clip = f"  token clip  {proposal.token_clip:g} (in the run {proposal.token_clip_before:g}; {cut} of its rollouts)"
     parts[-1] += "\n" + clip
     if any(proposal.cells.values()):
         parts.append(_cells(proposal).as_text())

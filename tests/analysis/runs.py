@@ -47,6 +47,8 @@ def optimizer_step(rl_step: int, step: int, drifts: Drifts, names: Sequence[str]
     """The rows of an optimizer step: its figures, and its histograms. Cells of `domain` are called `names`."""
     head = {"rl_step": rl_step, "step": step}
     row: dict = {**head, "train_optim/grad_norm": 1.0, "train_optim/on_policy": float(not drifts)}
+    if drifts:
+        row["train_optim/gates/token/clipped"] = 0.01 * (step + 1)
     histograms: dict = dict(head)
     for stratum, channels in drifts.items():
         row[f"train_optim/gates/{stratum}/cells"] = float(len(channels[0]))

@@ -48,6 +48,7 @@ def test_a_budget_is_the_quantile_of_the_drift_at_the_last_optimizer_step(run):
     assert 0.09 / 2**0.25 < proposal.budgets["trajectory"].pos < 0.09 * 2**0.25
     assert 0.054 / 2**0.25 < proposal.budgets["trajectory"].neg < 0.054 * 2**0.25
     assert proposal.positions == (1, 2) and proposal.rollouts == 5
+    assert proposal.cut == pytest.approx(0.09), "the mean of 0.03, 0.06 to 0.15 at steps 2, 5 to 14"
     assert proposal.gated["domain", "pos"] == (0.0, 0.0)
     for channel in ("pos", "neg"):
         before, last = proposal.gated["trajectory", channel]
