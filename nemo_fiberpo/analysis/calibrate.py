@@ -85,6 +85,8 @@ def calibrate(runs: Run | Path | Sequence[Run | Path], passing: float = PASSING,
     given = [runs] if isinstance(runs, Run | Path) else list(runs)
     read = [run if isinstance(run, Run) else Run(run) for run in given]
     hierarchy = _without_defaults(hierarchy_of_record(read[0].identity))
+    if "strata" not in hierarchy:
+        raise ValueError(f"{read[0].path / 'run.json'}: records no hierarchy")
     for other in read[1:]:
         if _without_defaults(hierarchy_of_record(other.identity)) != hierarchy:
             raise ValueError(f"{other.path / 'run.json'}: another hierarchy than that of {read[0].path}")

@@ -13,9 +13,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from nemo_fiberpo.analysis.picture import COLOURS, MARKERS, plain_log_ticks, save, smooth
+from nemo_fiberpo.analysis.picture import COLOURS, MARKERS, plain_log_ticks, save, smooth, step_ticks
 from nemo_fiberpo.analysis.summary import TRAILING, Curve, Summary, largest_drift, over_seeds, values
 
 Groups = Mapping[str, Sequence[Summary]]
@@ -89,7 +88,7 @@ def _curves(axes: Axes, groups: Groups, curve_of: Callable[[Summary], Curve], lo
         margin = 0.08 * (max(heights) - min(heights)) + 1e-3
         low, high = min(heights) - margin, max(heights) + margin
         axes.set_ylim(*((math.exp(low), math.exp(high)) if log else (low, high)))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    step_ticks(axes, max(one.rl_steps for members in groups.values() for one in members))
     axes.set_xlabel("RL step")
 
 
@@ -129,7 +128,7 @@ def _entropy(axes: Axes, groups: Groups) -> None:
 def _drift(axes: Axes, groups: Groups, stratum: str) -> None:
     axes.set_yscale("log")
     _curves(axes, groups, lambda one: largest_drift(one.run).get(stratum, []), log=True)
-    plain_log_ticks(axes)
+    plain_log_ticks(axes, (1.0, 2.0, 5.0))
     axes.set_title(f"{stratum}: largest drift, nats per token", fontsize=11, loc="left")
 
 

@@ -35,7 +35,7 @@ def drifts_of(steps: Iterable[OptimizerStep], strata: Iterable[str]) -> dict[tup
     strata = list(strata)
     for step in steps:
         for key in ((stratum, channel) for stratum in strata for channel in CHANNELS):
-            if f"{GATES}{key[0]}/{key[1]}/drift_max" not in step.metrics:
+            if step.metrics.get(f"{GATES}{key[0]}/{key[1]}/drift_max") is None:
                 continue
             of_names = _named(step.metrics, *key)
             for name, drift in of_names.items():

@@ -74,7 +74,7 @@ def _plot_rewards(axes: Axes, curves: Curves, heldout: Heldout) -> None:
     if heldout:
         note += "\nmarkers: held-out prompts at T = 1, open before, filled after"
     axes.set(title="Reward per domain", xlabel=note, ylabel="mean reward (1 = correct)")
-    axes.set_xticks([tick for tick in MaxNLocator(6, integer=True).tick_values(0, last) if 0 <= tick <= last])
+    step_ticks(axes, last)
     if domains:
         axes.legend(loc="lower center", frameon=False, ncols=min(4, len(domains)))  # where rewards are rarely
 
@@ -95,13 +95,18 @@ def _plot_budget(axes: Axes, stratum: str, curves: Curves) -> None:
     axes.axhline(1.0, color="0.2", linewidth=1.1)
     axes.axhspan(1.0, high, color="0.5", alpha=0.12, linewidth=0, zorder=0)
     axes.annotate("budget", (1, 1.0), (-4, 2), ("axes fraction", "data"), "offset points", ha="right", fontsize=8.5)
-    plain_log_ticks(axes)
+    plain_log_ticks(axes, (1.0, 3.0))
     axes.set_title(stratum, fontsize=10, loc="left", pad=3)
 
 
-def plain_log_ticks(axes: Axes) -> None:
-    """Ticks of a log axis at 1 and 3 times the powers of ten, as plain numbers."""
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+def step_ticks(axes: Axes, last: int) -> None:
+    """Ticks at whole RL steps up to the last one, though the axis goes on to markers beyond it."""
+    axes.set_xticks([tick for tick in MaxNLocator(6, integer=True).tick_values(0, last) if 0 <= tick <= last])
+
+
+def plain_log_ticks(axes: Axes, multiples: Sequence[float]) -> None:
+    """Ticks of a log axis at these multiples of the powers of ten, as plain numbers."""
+    axes.yaxis.set_major_locator(LogLocator(subs=multiples))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
 

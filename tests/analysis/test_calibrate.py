@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,14 @@ def test_histograms_beyond_their_last_bins_end_at_the_largest_drift(tmp_path):
     assert (found < 0.25 * 2**-8).sum() == 2
 
 
+def test_drifts_that_are_not_finite_are_left_out(run):
+    before = calibrate(run)
+    lost = {f"train_optim/gates/domain/{channel}/drift_max": None for channel in ("pos", "neg")}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"rl_step": 9, "step": 99, "train_optim/grad_norm": 1.0, **lost}) + "\n")
+    assert calibrate(run) == before
+
+
 def test_what_cannot_be_calibrated_is_explained(run):
     with pytest.raises(ValueError, match="passing: must be between 0 and 1"):
         calibrate(run, passing=1.0)
@@ -138,6 +147,9 @@ def test_what_cannot_be_calibrated_is_explained(run):
         calibrate(run)
     write(run / "metrics.jsonl", *steps(2))
     with pytest.raises(ValueError, match=r"no drift of a stratum.*algorithm\.optimizer_steps"):
+        calibrate(run)
+    write(run / "run.json", {"identity": {"seed": 1}})
+    with pytest.raises(ValueError, match=r"run\.json: records no hierarchy"):
         calibrate(run)
     (run / "run.json").write_text("[]")
     with pytest.raises(ValueError, match=r"run\.json: not the record of a run"):
