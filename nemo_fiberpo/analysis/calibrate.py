@@ -115,10 +115,14 @@ def calibrate(runs: Run | Path | Sequence[Run | Path], passing: float = PASSING,
         token_clip=token_clip,
         passing=passing,
         positions=positions,
-        gated={key: _shares(of, fit.budgets[key[0]], key[1], positions) for key, of in drifts.items()},
+        gated={
+            key: _shares(of, fit.budgets[key[0]], key[1], positions)
+            for key, of in drifts.items()
+            if key[0] in fit.budgets
+        },
         before={name: Budget(**{**chain, **branches}[name]["budget"]) for name in fit.budgets},
         token_clip_before=hierarchy["token_clip"],
-        cut=float(np.mean([step.metrics[f"{GATES}token/clipped"] for step in at_last])),
+        cut=_mean([step.metrics.get(f"{GATES}token/clipped") for step in at_last]),
         rollouts=len(at_last),
         widened=tuple(fit.widened),
         hierarchy=_with_budgets(hierarchy, fit, token_clip),
@@ -140,15 +144,18 @@ class _Fit:
     def add(self, name: str, entry: Mapping[str, Any], in_chain: bool) -> None:
         of = {channel: self._drifts.get((name, channel)) for channel in CHANNELS}
         pos, neg = of["pos"], of["neg"]
-        if pos is None or neg is None:
+        if pos is None or neg is None or self._last not in pos.cells:
             return
         floor = self._floor if in_chain else dict.fromkeys(CHANNELS, 0.0)
-        self.budgets[name] = self._budget(name, pos.cells, neg.cells, floor)
-        self.cells[name] = {
-            cell: self._budget(f"{name}, cell {cell}", pos.named[cell], neg.named[cell], floor)
-            for cell in pos.named
-            if self._last in pos.named[cell]
-        }
+        budget = self._budget(name, pos.cells, neg.cells, floor)
+        if budget is None:
+            raise ValueError(f"stratum {name}: did not drift at the last optimizer step of a rollout; train longer")
+        self.budgets[name] = budget
+        self.cells[name] = {}
+        for cell in (cell for cell in pos.named if self._last in pos.named[cell]):
+            own = self._budget(f"{name}, cell {cell}", pos.named[cell], neg.named[cell], floor)
+            if own is not None:
+                self.cells[name][cell] = own
         asked = self.cells[name] if self._all_cells else entry.get("budgets", {})
         self.written[name] = {cell: self.cells[name][cell] for cell in asked if cell in self.cells[name]}
         if in_chain:
@@ -156,16 +163,19 @@ class _Fit:
             given = [self.budgets[name], *self.written[name].values()]
             self._floor = {channel: max(getattr(budget, channel) for budget in given) for channel in CHANNELS}
 
-    def _budget(self, where: str, pos: dict[int, Values], neg: dict[int, Values], floor: Mapping[str, float]) -> Budget:
+    def _budget(
+        self, where: str, pos: dict[int, Values], neg: dict[int, Values], floor: Mapping[str, float]
+    ) -> Budget | None:
+        """None where there is neither a drift nor a coarser budget."""
         of = {"pos": pos, "neg": neg}
         measured = {
             channel: float(np.quantile(of[channel][self._last], self._passing, method="inverted_cdf"))
             for channel in CHANNELS
         }
-        if not all(measured.values()):
-            raise ValueError(f"stratum {where}: did not drift at the last optimizer step of a rollout; train longer")
         rounded = {channel: round_up(value) for channel, value in measured.items()}
         found = {channel: max(rounded[channel], floor[channel]) for channel in CHANNELS}
+        if not all(found.values()):
+            return None
         found["pos"] = max(found["pos"], round_up(found["neg"] / NEG_TO_POS))
         for channel in CHANNELS:
             if found[channel] > rounded[channel]:
@@ -176,8 +186,15 @@ class _Fit:
         return Budget(found["pos"], found["neg"])
 
 
+def _mean(numbers: Sequence[float | None]) -> float:
+    known = [number for number in numbers if number is not None]
+    return float(np.mean(known)) if known else math.nan
+
+
 def round_up(value: float) -> float:
     """To two significant digits, upwards."""
+    if value == 0:
+        return 0.0
     step = 10.0 ** (math.floor(math.log10(value)) - 1)
     return float(f"{math.ceil(value / step - 1e-9) * step:.2g}")
 

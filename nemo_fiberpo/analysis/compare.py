@@ -26,7 +26,7 @@ FILES = ("compare.png", "compare.html", "compare.csv")
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs in the order of their groups; `settings` by group; `notes` say what was left out, and why."""
+    """Runs in the order of their groups; `settings` by group; `notes`: what was left out, and why."""
 
     summaries: list[Summary]
     settings: Mapping[str, Mapping[str, object]]

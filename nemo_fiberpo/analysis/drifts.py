@@ -35,12 +35,13 @@ def drifts_of(steps: Iterable[OptimizerStep], strata: Iterable[str]) -> dict[tup
     strata = list(strata)
     for step in steps:
         for key in ((stratum, channel) for stratum in strata for channel in CHANNELS):
-            if step.metrics.get(f"{GATES}{key[0]}/{key[1]}/drift_max") is None:
+            num = step.metrics.get(f"{GATES}{key[0]}/cells")
+            if not num or step.metrics.get(f"{GATES}{key[0]}/{key[1]}/drift_max") is None:
                 continue
             of_names = _named(step.metrics, *key)
             for name, drift in of_names.items():
                 named[*key, name][step.position].append(drift)
-            exact = len(of_names) == step.metrics[f"{GATES}{key[0]}/cells"]
+            exact = len(of_names) == num
             cells[key][step.position].append(np.array([*of_names.values()]) if exact else _histogram(step, *key))
     found = {key: Drifts({at: np.concatenate(v) for at, v in sorted(of.items())}) for key, of in cells.items()}
     for (stratum, channel, name), of_name in named.items():

@@ -39,9 +39,9 @@ def explain(proposal: Proposal, name: str) -> str:
 
 
 MEANING = (
-    "A cell is within its budgets and those of the coarser cells that hold it. KL (old || new) is in nats per token,",
-    "as GSPO's clip range, 3e-4 to 4e-4, which bounds it for trajectories. TV is that of a PPO clip which every token",
-    "reaches: with all ratios at 0.8 or 1.2 it is 0.1. docs/analysis.md derives both.",
+    "These bounds hold for a cell within its own budgets and those of the coarser cells that contain it.",
+    "KL (old || new) is in nats per token; GSPO's clip range, 3e-4 to 4e-4, bounds that of trajectories.",
+    "TV is that of a PPO clip with every token at the clip: at 0.2 it is 0.1. docs/analysis.md derives both.",
 )
 
 

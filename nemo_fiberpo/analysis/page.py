@@ -22,13 +22,13 @@ th { border-bottom: 2px solid #888; } .number { text-align: right; } tbody tr:ho
 
 def write_page(path: Path, title: str, tables: Sequence[Table], picture: Path, notes: Sequence[str]) -> None:
     """Tables below the picture, and notes on what was left out above both."""
-    said = "".join(f"<div>{html.escape(note)}</div>" for note in notes)
+    noted = "".join(f"<div>{html.escape(note)}</div>" for note in notes)
     image = base64.b64encode(picture.read_bytes()).decode("ascii")
     parts = [
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>',
         f"<h1>{html.escape(title)}</h1>",
-        f'<div class="notes">{said}</div>' if said else "",
+        f'<div class="notes">{noted}</div>' if noted else "",
         f'<img alt="Reward per domain, entropy and drift of the runs" src="data:image/png;base64,{image}">',
         *(table.as_html() for table in tables),
         "</body></html>\n",

@@ -84,6 +84,15 @@ def test_channels_and_levels_keep_their_order_by_widening(tmp_path):
     assert all(share == 0.0 for shares in proposal.gated.values() for share in shares)
 
 
+def test_a_stratum_that_coincides_with_its_parent_gets_its_budget(tmp_path):
+    drifts = {"domain": ([0.02, 0.0], [0.01, 0.0]), "trajectory": ([0.0] * 4, [0.0] * 4)}
+    write(tmp_path / "metrics.jsonl", *steps(3, drifts))
+    write_identity(tmp_path)
+    proposal = calibrate(tmp_path)
+    assert proposal.budgets["trajectory"] == proposal.budgets["domain"] == Budget(0.02, 0.01)
+    assert set(proposal.cells["domain"]) == {"code"}, "math did not drift"
+
+
 def test_the_hierarchy_is_that_of_the_run_with_other_budgets(run, tmp_path):
     proposal = calibrate(run)
     file = tmp_path / "calibrated.yaml"
@@ -119,6 +128,15 @@ def test_strata_without_figures_keep_their_budgets(run):
     proposal = calibrate(run)
     assert list(proposal.hierarchy["strata"]) == order and "prompt_group" not in proposal.budgets
     assert proposal.hierarchy["strata"]["prompt_group"] == {"budget": {"pos": 0.7, "neg": 0.6}, "enabled": False}
+
+
+def test_a_stratum_without_cells_at_the_last_step_keeps_its_budget(run):
+    later = {"trajectory": ([0.2] * 4, [0.1] * 4)}
+    write(run / "metrics.jsonl", *steps(2, {"domain": ([0.02, 0.01], [0.01, 0.01])}, later))
+    proposal = calibrate(run)
+    assert set(proposal.budgets) == {"trajectory"} == {stratum for stratum, _ in proposal.gated}
+    assert proposal.hierarchy["strata"]["domain"]["budget"] == {"pos": 0.04, "neg": 0.03}
+    assert "trajectory" in explain(proposal, "a run")
 
 
 def test_histograms_beyond_their_last_bins_end_at_the_largest_drift(tmp_path):

@@ -84,7 +84,7 @@ def test_paths_inside_the_folder_of_a_run_do_not_tell_runs_apart(tmp_path):
     assert one == two and one["model.tokenizer"] == "RUN/data/tokenizer"
 
 
-def test_what_is_missing_is_left_out_and_said(runs, tmp_path):
+def test_what_is_missing_is_left_out_and_noted(runs, tmp_path):
     (tmp_path / "empty").mkdir()
     write(tmp_path / "empty" / "metrics.jsonl")
     write_identity(tmp_path / "empty")
