@@ -11,4 +11,4 @@ for seed in 0 1 2; do
     runs+=("$run")
 done
 source requirements/env.sh
-python -m nemo_fiberpo.aligner.report --markdown "${runs[@]}"
+python -m nemo_fiberpo.analysis.report --markdown "${runs[@]}"

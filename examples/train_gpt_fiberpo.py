@@ -152,7 +152,8 @@ def train_and_evaluate(
     """Logs and checkpoint; then held-out reward before, training, held-out reward after."""
     from nemo_fiberpo.aligner.evaluation import mean_rewards, write_rows
     from nemo_fiberpo.aligner.loggers import MetricsFile, Progress, PromptsFile
-    from nemo_fiberpo.aligner.report import format_table, make_report
+    from nemo_fiberpo.analysis.heldout import format_table
+    from nemo_fiberpo.analysis.report import make_report
 
     run_dir = Path(cfg.run_dir)
     paths = run_dir / "metrics.jsonl", run_dir / "prompts.jsonl"

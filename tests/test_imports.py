@@ -17,7 +17,7 @@ PACKAGE = ROOT / "nemo_fiberpo"
 # the package's `__init__` stand between the objective and megatron.
 ROOMS = [
     "values", "labelling", "objective", "diagnostics", "budget_warnings", "config", "__init__",
-    "plan", "megatron", "aligner", "integrations", "cli",
+    "plan", "megatron", "aligner", "integrations", "analysis", "cli",
 ]  # fmt: skip
 BELOW = {"values", "labelling", "objective"}
 ALLOWED = {
@@ -30,18 +30,9 @@ ALLOWED = {
     "__init__": {"config", "objective"},
     "plan": {"plan", "objective", "labelling"},
     "megatron": {"megatron", "config", "objective", "labelling", "__init__"},
-    "aligner": {
-        "aligner",
-        "plan",
-        "megatron",
-        "config",
-        "budget_warnings",
-        "objective",
-        "labelling",
-        "values",
-        "__init__",
-    },
+    "aligner": {"aligner", "plan", "megatron", "config", "budget_warnings", "__init__", *BELOW},
     "integrations": {"integrations", "megatron", "config", "objective", "__init__"},
+    "analysis": {"analysis", "aligner", "config", "objective"},
     "cli": set(ROOMS),
 }
 PURE = {"megatron", "nemo", "nemo_aligner", "omegaconf", "hydra", "numpy", "torch.distributed"}
@@ -53,6 +44,7 @@ FORBIDDEN = {
     "__init__": {"megatron", "nemo", "nemo_aligner", "hydra", "torch.distributed"},
     "plan": {"megatron", "nemo", "nemo_aligner", "omegaconf", "hydra", "torch.distributed"},
     "megatron": {"nemo", "nemo_aligner", "omegaconf", "hydra"},
+    "analysis": {"megatron", "nemo", "nemo_aligner", "hydra"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

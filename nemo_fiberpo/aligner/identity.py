@@ -90,6 +90,13 @@ def identity_of_record(stored: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def hierarchy_of_record(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The `hierarchy` section that a record has, as `nemo_fiberpo.config` reads it."""
+    return _filled(
+        "hierarchy", _nested("hierarchy", {key: value for key, value in stored.items() if under(key, ("hierarchy",))})
+    )
+
+
 def under(key: str, prefixes: tuple[str, ...]) -> bool:
     """Whether a dotted key is one of these or part of one."""
     return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)

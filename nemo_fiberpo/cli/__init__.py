@@ -1,4 +1,4 @@
-"""`fiberpo`: what can be asked about a run without starting it, and models from and to Hugging Face.
+"""`fiberpo`: what a run will need before it starts, what runs did, and models from and to Hugging Face.
 
 Its exit status is 0, 1 where the planned run cannot run, and 2 where what it was given cannot be read.
 """
@@ -14,10 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
+from nemo_fiberpo.cli import analysing
 from nemo_fiberpo.cli.compose import known
 
 EXAMPLES = """examples:
   fiberpo plan cluster/mixtral_8x7b                    will it run, and what will it need?
+  fiberpo compare runs/seed0 runs/seed1 runs/grpo      what did they do?
+  fiberpo calibrate runs/grpo                          budgets from the drift of a run
   fiberpo import-hf /models/Mixtral-8x7B mixtral.nemo  a Hugging Face model as a policy
   fiberpo export-hf runs/my_run/policy.nemo my_policy  a policy as a Hugging Face model
 """
@@ -55,6 +58,9 @@ def _main(arguments: Sequence[str] | None) -> int:
     try:
         if given.command == "plan":
             return _plan(given.config, [*given.overrides, *more], given.json)
+        if given.command in ("compare", "calibrate"):
+            analysing.run(given, partial(_say, stream=sys.stdout), partial(_say, stream=sys.stderr))
+            return 0
         return _convert(given.command, given.source, given.target)
     except (ValueError, OSError) as error:
         _say(f"error: {error}\n", sys.stderr)
@@ -64,7 +70,7 @@ def _main(arguments: Sequence[str] | None) -> int:
 def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     """Of `fiberpo`, and of `fiberpo plan`."""
     raw = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
-    description = "What can be asked about a run without starting it, and models from and to Hugging Face."
+    description = "What a run will need, what runs did, and models from and to Hugging Face."
     parser = argparse.ArgumentParser(
         prog="fiberpo", description=description, epilog=EXAMPLES, formatter_class=raw, allow_abbrev=False
     )
@@ -84,6 +90,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         "overrides", nargs="*", metavar="KEY=VALUE", help="as the training script takes them: model.micro_batch_size=2"
     )
     plan.add_argument("--json", action="store_true", help="print everything as JSON")
+    analysing.add_commands(commands, raw)
     for name, (source, target, reads, writes) in CONVERSIONS.items():
         does = "a Hugging Face model as a policy" if name == "import-hf" else "a policy as a Hugging Face model"
         convert = commands.add_parser(

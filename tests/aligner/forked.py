@@ -40,9 +40,9 @@ IMPORTED = (
     "nemo_fiberpo.aligner.loggers",
     "nemo_fiberpo.aligner.model_checks",
     "nemo_fiberpo.aligner.remote_rewards",
-    "nemo_fiberpo.aligner.report",
     "nemo_fiberpo.aligner.resume",
     "nemo_fiberpo.aligner.trainer",
+    "nemo_fiberpo.analysis.report",
     "torch.utils.tensorboard",
 )
 PATIENCE = 30  # seconds between SIGTERM and SIGKILL to the ranks that are left, as torchrun

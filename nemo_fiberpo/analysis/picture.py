@@ -14,7 +14,8 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-Curves = dict[tuple[str, ...], list[tuple[int, float]]]  # name -> (RL step, value), in order of steps
+from nemo_fiberpo.analysis.runs import Curves
+
 Heldout = dict[str, tuple[float, float]]  # domain -> mean reward before, after
 
 # Okabe and Ito's palette: told apart under every common colour blindness; lines differ in marker or dash as well
@@ -28,7 +29,7 @@ CHANNELS: tuple[tuple[str, str, str, Any], ...] = (
 FLOOR = 0.01  # budget use below this is drawn there
 
 
-def _smooth(values: Sequence[float], window: int) -> NDArray[np.float64]:
+def smooth(values: Sequence[float], window: int) -> NDArray[np.float64]:
     """The mean of the last `window` values (fewer at the start)."""
     total = np.concatenate(([0.0], np.cumsum(values)))
     stop = np.arange(1, len(values) + 1)
@@ -55,7 +56,7 @@ def _plot_rewards(axes: Axes, curves: Curves, heldout: Heldout) -> None:
         if points := curves.get((domain,)):
             steps, values = zip(*points, strict=True)
             axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
-            axes.plot(steps, _smooth(values, max(1, len(values) // 10)), color=colour, linewidth=1.8, label=domain)
+            axes.plot(steps, smooth(values, max(1, len(values) // 10)), color=colour, linewidth=1.8, label=domain)
         if domain in heldout:
             before, after = heldout[domain]
             style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 9, "linestyle": "none"}
@@ -73,7 +74,7 @@ def _plot_rewards(axes: Axes, curves: Curves, heldout: Heldout) -> None:
     if heldout:
         note += "\nmarkers: held-out prompts at T = 1, open before, filled after"
     axes.set(title="Reward per domain", xlabel=note, ylabel="mean reward (1 = correct)")
-    axes.set_xticks([tick for tick in MaxNLocator(6, integer=True).tick_values(0, last) if 0 <= tick <= last])
+    step_ticks(axes, last)
     if domains:
         axes.legend(loc="lower center", frameon=False, ncols=min(4, len(domains)))  # where rewards are rarely
 
@@ -84,9 +85,9 @@ def _plot_budget(axes: Axes, stratum: str, curves: Curves) -> None:
         if points := curves.get((stratum, channel)):
             steps, values = zip(*points, strict=True)
             visible = np.maximum(values, FLOOR)
-            smooth = 10 ** _smooth(np.log10(visible), max(1, len(values) // 20))
+            trend = 10 ** smooth(np.log10(visible), max(1, len(values) // 20))
             axes.plot(steps, visible, color=colour, linestyle="-", linewidth=0.7, alpha=0.3)
-            axes.plot(steps, smooth, color=colour, linestyle=dash, linewidth=1.8, label=name)
+            axes.plot(steps, trend, color=colour, linestyle=dash, linewidth=1.8, label=name)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     low, high = min(max(low, FLOOR), 0.3), max(high, 3.0)
@@ -94,10 +95,20 @@ def _plot_budget(axes: Axes, stratum: str, curves: Curves) -> None:
     axes.axhline(1.0, color="0.2", linewidth=1.1)
     axes.axhspan(1.0, high, color="0.5", alpha=0.12, linewidth=0, zorder=0)
     axes.annotate("budget", (1, 1.0), (-4, 2), ("axes fraction", "data"), "offset points", ha="right", fontsize=8.5)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    plain_log_ticks(axes, (1.0, 3.0))
+    axes.set_title(stratum, fontsize=10, loc="left", pad=3)
+
+
+def step_ticks(axes: Axes, last: int) -> None:
+    """Ticks at whole RL steps up to the last one, though the axis goes on to markers beyond it."""
+    axes.set_xticks([tick for tick in MaxNLocator(6, integer=True).tick_values(0, last) if 0 <= tick <= last])
+
+
+def plain_log_ticks(axes: Axes, multiples: Sequence[float]) -> None:
+    """Ticks of a log axis at these multiples of the powers of ten, as plain numbers."""
+    axes.yaxis.set_major_locator(LogLocator(subs=multiples))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_title(stratum, fontsize=10, loc="left", pad=3)
 
 
 def _plot_budgets(figure: SubFigure, curves: Curves) -> list[Axes]:
@@ -120,7 +131,7 @@ def plot_report(rewards: Curves, budgets: Curves, heldout: Heldout, path: Path, 
     rewards  names (domain,): mean training reward per RL step
     budgets  names (stratum, "pos" | "neg"): the largest |drift| / budget of the stratum's cells per RL step
     heldout  domain -> (before, after)
-    The file appears whole or not at all. Draws without a display, on a figure of its own.
+    Draws without a display, on a figure of its own.
     """
     figure = Figure(figsize=(13, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -133,6 +144,11 @@ def plot_report(rewards: Curves, budgets: Curves, heldout: Heldout, path: Path, 
         axes.set_axisbelow(True)
     if title:
         figure.suptitle(title)
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure as a PNG, which appears whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         figure.savefig(partial, dpi=130, format="png")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,27 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_fiberpo.aligner.picture import plot_report
-from nemo_fiberpo.aligner.report import (
-    Row,
-    format_markdown,
-    format_table,
-    gates_at_work,
-    heldout_table,
-    make_report,
-    paired_bootstrap,
-    read_heldout,
-    read_metrics,
-)
+from nemo_fiberpo.analysis.heldout import Row, format_table, heldout_table, paired_bootstrap
+from nemo_fiberpo.analysis.picture import plot_report
+from nemo_fiberpo.analysis.report import format_markdown, make_report
+from nemo_fiberpo.analysis.runs import Run, read_heldout
+from tests.analysis.runs import answer, write
 
 
-def write(path: Path, *rows) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row) + "\n") for row in rows))
-    return path
-
-
-def answer(index: int, reward: float | None, domain: str = "math", mode: str = "sampled") -> dict:
-    return {"prompt_index": index, "domain": domain, "mode": mode, "reward": reward, "response": "x"}
+def curves_of(folder: Path, *rows) -> dict:
+    write(folder / "metrics.jsonl", *rows)
+    return Run(folder).curves
 
 
 def metrics_rows(steps: int) -> list[dict]:
@@ -49,7 +37,7 @@ def metrics_rows(steps: int) -> list[dict]:
 
 
 def test_metrics_are_found_by_name_and_an_rl_step_counts_with_its_largest_use(tmp_path):
-    curves = read_metrics(write(tmp_path / "metrics.jsonl", *metrics_rows(2)))
+    curves = curves_of(tmp_path, *metrics_rows(2))
     assert curves["train_reward"] == {("math",): [(1, 0.0), (2, 0.1)]}
     assert set(curves["budget_used"]) == {(s, c) for s in ("domain", "trajectory") for c in ("pos", "neg")}
     assert curves["budget_used"]["domain", "pos"] == [(1, 1.5), (2, 2.5)]
@@ -57,16 +45,16 @@ def test_metrics_are_found_by_name_and_an_rl_step_counts_with_its_largest_use(tm
 
 def test_a_half_written_last_line_is_skipped_and_any_other_is_named(tmp_path):
     rows = metrics_rows(2)
-    assert read_metrics(write(tmp_path / "m.jsonl", *rows, '{"rl_step": 2, "tr'))["train_reward"]["math",][-1][0] == 2
-    with pytest.raises(ValueError, match="m.jsonl:1: not valid JSON"):
-        read_metrics(write(tmp_path / "m.jsonl", '{"rl\n', *rows))
+    assert curves_of(tmp_path, *rows, '{"rl_step": 2, "tr')["train_reward"]["math",][-1][0] == 2
+    with pytest.raises(ValueError, match="metrics.jsonl:1: not valid JSON"):
+        curves_of(tmp_path, '{"rl\n', *rows)
     with pytest.raises(ValueError, match="no 'rl_step'; it has step"):
-        read_metrics(write(tmp_path / "m.jsonl", {"step": 1}))
+        curves_of(tmp_path, {"step": 1})
 
 
 def test_values_that_are_null_are_left_out(tmp_path):
     rows = [{"rl_step": step, "train_rollouts/reward/math": None if step else 0.5} for step in range(2)]
-    assert read_metrics(write(tmp_path / "m.jsonl", *rows))["train_reward"]["math",] == [(1, 0.5)]
+    assert curves_of(tmp_path, *rows)["train_reward"]["math",] == [(1, 0.5)]
 
 
 def test_held_out_answers_are_averaged_per_prompt_and_failures_left_out(tmp_path):
@@ -115,7 +103,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def test_the_command_writes_the_picture_and_prints_the_table(run):
-    command = [sys.executable, "-m", "nemo_fiberpo.aligner.report", str(run), "--title", "a run"]
+    command = [sys.executable, "-m", "nemo_fiberpo.analysis.report", str(run), "--title", "a run"]
     root = str(Path(__file__).parents[2])
     output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout
     assert output.count("[+1.000, +1.000]") == 2 and "greedy" in output
@@ -163,9 +151,8 @@ def test_gates_at_work_counts_optimizer_steps_in_which_a_cell_left_pass_through(
             gate.format("x", "pos"): 1.0,
         },
     ]
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert gates_at_work(path) == {"domain": 0.5, "x": 0.0}
+    write(tmp_path / "metrics.jsonl", *rows)
+    assert Run(tmp_path).gates_at_work() == {"domain": 0.5, "x": 0.0}
 
 
 def test_several_runs_make_one_markdown_table():

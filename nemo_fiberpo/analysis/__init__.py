@@ -1,0 +1,1 @@
+"""What recorded runs show: `report`, `compare`, `calibrate`. Reads run folders and starts nothing; needs no NeMo."""

@@ -1,0 +1,84 @@
+"""Held-out reward before and after a run: the change of every domain, with an interval over prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemo_fiberpo.analysis.runs import MODES, Rewards
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Row:
+    """Held-out reward of one domain and mode. `low`, `high` bound the difference; n counts the prompts paired."""
+
+    domain: str
+    mode: str
+    before: float
+    after: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def difference(self) -> float:
+        return self.after - self.before
+
+
+def paired_bootstrap(differences: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
+    """The 95 percent percentile interval of the mean of [n] paired differences, by RESAMPLES resamples of the pairs."""
+    generator, n = np.random.default_rng(seed), len(differences)
+    means = np.empty(RESAMPLES)
+    step = max(1, 2**22 // n)  # bounds the memory of a block of resamples
+    for start in range(0, RESAMPLES, step):
+        stop = min(start + step, RESAMPLES)
+        means[start:stop] = differences[generator.integers(0, n, (stop - start, n))].mean(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def heldout_table(before: Rewards, after: Rewards, seed: int = 0) -> list[Row]:
+    """Before, after and the paired bootstrap interval of the difference, per mode and domain.
+
+    Pairs are prompts; a prompt whose every answer failed to be graded on either side has no pair. ValueError if the two
+    sides share no domain and mode.
+    """
+    rows = []
+    for mode in MODES:
+        for domain in sorted({d for d, m in before if m == mode} & {d for d, m in after if m == mode}):
+            old, new = before[domain, mode], after[domain, mode]
+            prompts = sorted(old.keys() & new.keys())
+            if not prompts:
+                continue
+            old_n = np.array([old[index] for index in prompts])
+            new_n = np.array([new[index] for index in prompts])
+            interval = paired_bootstrap(new_n - old_n, seed)
+            rows.append(Row(domain, mode, float(old_n.mean()), float(new_n.mean()), *interval, n=len(prompts)))
+    if not rows:
+        raise ValueError("held-out answers before and after have no prompt in common")
+    return rows
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """The rows as text for a terminal, one block per mode."""
+    titles = {"sampled": "sampled, T = 1", "greedy": "greedy"}
+    width = max(12, *(len(row.domain) for row in rows))
+    lines = []
+    for mode in MODES:
+        if not any(row.mode == mode for row in rows):
+            continue
+        lines += [
+            f"Held-out reward, {titles[mode]}",
+            f"  {'domain':<{width}} {'before':>7} {'after':>7} {'change':>8}   95% interval       prompts",
+        ]
+        for row in (row for row in rows if row.mode == mode):
+            lines.append(
+                f"  {row.domain:<{width}} {row.before:>7.3f} {row.after:>7.3f} {row.difference:>+8.3f}   "
+                f"[{row.low:+.3f}, {row.high:+.3f}]   {row.n:>7}"
+            )
+    return "\n".join(lines)
