@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_fiberpo.aligner.huggingface import scaling_of
+from nemo_fiberpo.aligner.huggingface_families import LLAMA3_KEYS
+
 _NORM_BESIDE_EXPERTS = "decoder.layers.pre_mlp_layernorm.weight", "decoder.layers.mlp.linear_fc1.layer_norm_weight"
 """Names of the norm before experts in a checkpoint: with Transformer Engine's layer spec, and with the local one."""
 
@@ -44,6 +47,7 @@ def build_gpt(model: Mapping[str, Any], dtype: torch.dtype) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer import TransformerConfig
+    from nemo.collections.common.parts.utils import apply_rope_scaling
 
     experts = model.get("num_moe_experts")
     moe = {}
@@ -71,16 +75,19 @@ def build_gpt(model: Mapping[str, Any], dtype: torch.dtype) -> Any:
         params_dtype=dtype,
         **moe,
     )
-    return GPTModel(
+    gpt = GPTModel(
         config,
         get_gpt_layer_local_spec(experts, False),
         vocab_size=model["override_vocab_size"],
         max_sequence_length=model["max_position_embeddings"],
         position_embedding_type="rope",
         rotary_base=model.get("rotary_base", 10000),
-        rope_scaling=bool(model.get("scale_positional_embedding")),
         share_embeddings_and_output_weights=bool(model.get("share_embeddings_and_output_weights", True)),
     ).to(dtype)
+    if (scaling := scaling_of(model)) is not None:  # Megatron-core 0.11 takes the factor alone; NeMo scales so too
+        frequencies = gpt.rotary_pos_emb.inv_freq
+        gpt.rotary_pos_emb.inv_freq = apply_rope_scaling(frequencies, *(scaling[name] for name in LLAMA3_KEYS))
+    return gpt
 
 
 @torch.no_grad()
