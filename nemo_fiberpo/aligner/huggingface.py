@@ -214,6 +214,39 @@ def to_huggingface(tensors: Mapping[str, Tensor], model: Mapping[str, Any]) -> I
         yield from zip(targets, part(tensors[name]), strict=True)
 
 
-def names_used(model: Mapping[str, Any]) -> set[str]:
-    """The Hugging Face names of all tensors."""
-    return {name for _, sources, _, _ in _rules(model) for name in sources}
+def precisions_of(precision: Callable[[str], torch.dtype], model: Mapping[str, Any]) -> dict[str, torch.dtype]:
+    """The precision in which each tensor of the Megatron GPT holds the values of its Hugging Face tensors exactly.
+
+    A checkpoint of Megatron keeps one tensor of all layers, and of all experts, so the widest of them counts.
+    """
+    widest: dict[str, torch.dtype] = {}
+    for name, sources, _, _ in _rules(model):
+        for source in sources:
+            found, kind = precision(source), _kind(name)
+            widest[kind] = torch.promote_types(widest.get(kind, found), found)
+    return {name: widest[_kind(name)] for name, _, _, _ in _rules(model)}
+
+
+def _kind(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def shapes(model: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of the Hugging Face model, by its name."""
+    hidden, inner = model["hidden_size"], model["ffn_hidden_size"]
+    queries = model["num_attention_heads"] * model["kv_channels"]
+    keys = model["num_query_groups"] * model["kv_channels"]
+    of = {
+        "q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, queries),
+        "gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner),
+        "w1": (inner, hidden), "w3": (inner, hidden), "w2": (hidden, inner),
+        "gate": (model["num_moe_experts"] or 0, hidden),
+        "embed_tokens": (model["override_vocab_size"], hidden), "lm_head": (model["override_vocab_size"], hidden),
+    }  # fmt: skip
+    found: dict[str, tuple[int, ...]] = {}
+    for _, sources, _, _ in _rules(model):
+        for source in sources:
+            module, kind = source.split(".")[-2:]
+            shape = of.get(module, (hidden,))  # every other one is a norm
+            found[source] = shape[:1] if kind == "bias" else shape
+    return found

@@ -92,13 +92,12 @@ def build_gpt(model: Mapping[str, Any], dtype: torch.dtype) -> Any:
 
 @torch.no_grad()
 def load_into(gpt: Any, tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Copy tensors into the parameters of the same names: all of them, each once. ValueError for another shape."""
+    """Make tensors the parameters of the same names, in their own precision: all of them, each once."""
     left = dict(gpt.named_parameters())
     for name, tensor in tensors:
         parameter = left.pop(name)
-        if parameter.shape != tensor.shape:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, but config.json says {tuple(parameter.shape)}")
-        parameter.copy_(tensor)
+        assert parameter.shape == tensor.shape, f"{name}: {tuple(tensor.shape)} for {tuple(parameter.shape)}"
+        parameter.data = tensor.contiguous()
     assert not left, f"no tensor for {sorted(left)}"
 
 
@@ -118,16 +117,25 @@ def save(gpt: Any, folder: Path) -> None:
 
 
 def load(gpt: Any, folder: Path) -> None:
-    """Set all parameters from a checkpoint of either layer spec."""
+    """Set all parameters from a checkpoint of either layer spec, each in the precision in which it is stored."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    state = gpt.sharded_state_dict(prefix="model.")
+    metadata = dist_checkpointing.load_tensors_metadata(str(folder))
     engine, local = (f"model.{name}" for name in _NORM_BESIDE_EXPERTS)
-    if engine in dist_checkpointing.load_tensors_metadata(str(folder)):
+
+    def sharded() -> dict[str, Any]:
+        state = gpt.sharded_state_dict(prefix="model.")
         for entry in state.values():
-            if isinstance(entry, ShardedTensor) and entry.key == local:
+            if engine in metadata and isinstance(entry, ShardedTensor) and entry.key == local:
                 entry.key = engine
+        return state
+
+    parameters = {f"model.{name}": parameter for name, parameter in gpt.named_parameters()}
+    for name, entry in sharded().items():
+        if name in parameters and getattr(entry, "key", None) in metadata:
+            parameters[name].data = parameters[name].data.to(metadata[entry.key].dtype)
+    state = sharded()
     loaded = dist_checkpointing.load(state, str(folder))
     gpt.load_state_dict({name.removeprefix("model."): value for name, value in loaded.items()}, strict=False)
     missing = {name for name, _ in gpt.named_parameters()} - {name.removeprefix("model.") for name in loaded}

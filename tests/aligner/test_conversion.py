@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from nemo_fiberpo.aligner import huggingface_files, huggingface_gpt
 from nemo_fiberpo.aligner.huggingface import huggingface_config, model_config, to_huggingface, to_megatron
+from nemo_fiberpo.aligner.huggingface_weights import Weights
 from tests.aligner.hf_models import LLAMA31, MODELS, SIZES, make, stored, write_tokenizer
 from tests.aligner.launching import ROOT, environment
 
@@ -184,7 +185,7 @@ def test_pickles_missing_superfluous_and_misshapen_tensors_are_refused(tmp_path:
     assert "rotary.strange is a tensor that this family does not have" in refused(
         whole | {"rotary.strange": torch.ones(1)}
     )
-    assert "shape (33,), but config.json says (32,)" in refused(whole | {norm: torch.ones(33)})
+    assert "has the shape (33,), but config.json says (32,)" in refused(whole | {norm: torch.ones(33)})
     file.unlink()
     torch.save(whole, source / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pytorch_model.bin is a pickle"):
@@ -197,7 +198,7 @@ def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.
     huggingface_files._write_shards(iter(model.state_dict().items()), tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
-    assert set(index["weight_map"]) == set(model.state_dict()) == huggingface_files._Weights(tmp_path).names
+    assert set(index["weight_map"]) == set(model.state_dict()) == Weights(tmp_path).names
 
 
 OFF = (
