@@ -94,11 +94,28 @@ def scaling_of(model: Mapping[str, Any]) -> dict[str, Any] | None:
     return {name: model.get(nemo, LLAMA3_SCALING[name]) for name, nemo in LLAMA3_KEYS.items()}
 
 
+_OF_THE_FAMILIES: dict[str, Any] = {"normalization": "rmsnorm", "position_embedding_type": "rope", "bias": False}
+_UNLESS_GIVEN: dict[str, Any] = {
+    "rotary_percentage": 1.0,
+    "rotary_interleaved": False,
+    "seq_len_interpolation_factor": None,
+    "qk_layernorm": False,
+    "apply_embedding_scaling": False,
+    "window_size": None,
+    "moe_layer_freq": 1,
+    "moe_shared_expert_intermediate_size": None,
+}
+"""What a model of these families has, by NeMo's keys; of the second, what NeMo takes where nothing is given."""
+
+
 def huggingface_config(model: Mapping[str, Any]) -> dict[str, Any]:
     """config.json for NeMo's `model` section. ValueError naming the field that the families do not have."""
-    for name, wanted in (("normalization", "rmsnorm"), ("position_embedding_type", "rope"), ("bias", False)):
-        if model.get(name) != wanted:
-            raise ValueError(f"model.{name}: {model.get(name)!r}; a model of the Llama families has {wanted!r}")
+    found = {name: model.get(name) for name in _OF_THE_FAMILIES}
+    found |= {name: model[name] for name in _UNLESS_GIVEN if model.get(name) is not None}
+    for name, value in found.items():
+        wanted = (_OF_THE_FAMILIES | _UNLESS_GIVEN)[name]
+        if value != wanted:
+            raise ValueError(f"model.{name}: {value!r}; a model of the Llama families has {wanted!r}")
     if model.get("activation") not in ("swiglu", "fast-swiglu"):
         raise ValueError(
             f"model.activation: {model.get('activation')!r}; a model of the Llama families has fast-swiglu"
@@ -130,6 +147,10 @@ def huggingface_config(model: Mapping[str, Any]) -> dict[str, Any]:
     if (scaling := scaling_of(model)) is not None:
         out["rope_scaling"] = {"rope_type": "llama3", **scaling}
     if experts:
+        if model.get("qkv_bias"):
+            raise ValueError("model.qkv_bias: true; Mixtral has no biases")
+        if (model.get("moe_ffn_hidden_size") or model["ffn_hidden_size"]) != model["ffn_hidden_size"]:
+            raise ValueError(f"model.moe_ffn_hidden_size: {model['moe_ffn_hidden_size']}; must be ffn_hidden_size")
         if model.get("moe_router_pre_softmax"):
             raise ValueError("model.moe_router_pre_softmax: true; Mixtral's weights of chosen experts sum to 1")
         out |= {"num_local_experts": experts, "num_experts_per_tok": model["moe_router_topk"], "sliding_window": None}

@@ -35,8 +35,8 @@ def copy_files(source: Path, target: Path) -> None:
 
 
 def check(folder: Path, rows: int, model_end: Any) -> list[str]:
-    """What a user has to know about the tokenizer in `folder` before training: how prompts and responses differ from what
-    transformers makes of the model.
+    """What a user has to know about the tokenizer in `folder` before training: how prompts and responses differ from
+    what transformers makes of the model.
 
     model_end  `eos_token_id` of config.json
 

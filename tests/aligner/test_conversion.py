@@ -167,6 +167,29 @@ def test_what_nemo_cannot_follow_is_refused_by_its_field(change: dict[str, Any],
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"normalization": "layernorm"},
+            "model.normalization: 'layernorm'; a model of the Llama families has 'rmsnorm'",
+        ),
+        ({"seq_len_interpolation_factor": 2.0}, "model.seq_len_interpolation_factor: 2.0"),
+        ({"rotary_percentage": 0.5}, "model.rotary_percentage: 0.5"),
+        ({"qk_layernorm": True}, "model.qk_layernorm: True"),
+        ({"moe_shared_expert_intermediate_size": 8}, "model.moe_shared_expert_intermediate_size: 8"),
+        ({"moe_ffn_hidden_size": 24}, "model.moe_ffn_hidden_size: 24; must be ffn_hidden_size"),
+        ({"qkv_bias": True}, "model.qkv_bias: true; Mixtral has no biases"),
+    ],
+)
+def test_what_no_family_has_is_not_exported(change: dict[str, Any], said: str):
+    model = model_config(make("mixtral").config.to_dict() | {"architectures": ["MixtralForCausalLM"]})
+    huggingface_config(model)
+    with pytest.raises(ValueError) as error:
+        huggingface_config(model | change)
+    assert said in str(error.value)
+
+
 def test_pickles_missing_superfluous_and_misshapen_tensors_are_refused(tmp_path: Path):
     source, target = tmp_path / "hf", tmp_path / "policy.nemo"
     make("llama").save_pretrained(source)
