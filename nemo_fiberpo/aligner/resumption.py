@@ -74,7 +74,7 @@ def _choose(cfg: DictConfig, directory: Path, record: RunRecord, verify: Verify)
             "exp_manager.resume_from_checkpoint: a run goes on from its own checkpoints; a new one begins from "
             "pretrained_checkpoint.restore_from_path"
         )
-    choice = checkpoint_choice.choose(directory, record.checkpoint, verify)
+    choice = checkpoint_choice.choose(directory, record.checkpoint, verify, record.id)
     if choice.checkpoint is not None and not cfg.exp_manager.get("resume_if_exists", True):
         raise ValueError(
             f"exp_manager.resume_if_exists: false, but {directory} has checkpoints; give a run_dir of its own"
