@@ -18,7 +18,7 @@ from nemo.utils.exp_manager import CallbackParams
 from nemo.utils.model_utils import ckpt_to_dir
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_fiberpo.aligner import checkpoint_choice, finite, manifest
+from nemo_fiberpo.aligner import checkpoint_choice, finite, manifest, policy_file
 from nemo_fiberpo.aligner.manifest import Manifest
 from nemo_fiberpo.aligner.preemption import held_back
 from nemo_fiberpo.aligner.resumption import checkpoint_directory
@@ -120,23 +120,19 @@ class WholeCheckpoints(NeMoModelCheckpoint):
         if self.save_nemo_on_train_end and trainer.is_global_zero:
             files = manifest.entries(policy.parent, [policy.name])
             seal = Manifest(files, dict(self.trainer_state()), self.run_id())
-            manifest.write_atomically(_seal_of(policy), seal.text())
+            manifest.write_atomically(policy_file.seal_of(policy), seal.text())
         trainer.strategy.barrier()
 
     def complete_policy(self, trainer: Any, pl_module: Any) -> None:
         """Write the .nemo file of the last RL step if it is missing or cut short: a run can be killed between its last
         checkpoint and that file. Collective."""
         policy = Path(self._format_nemo_checkpoint_name())
-        whole = trainer.is_global_zero and manifest.holds(_seal_of(policy), self.trainer_state())
+        whole = trainer.is_global_zero and manifest.holds(policy_file.seal_of(policy), self.trainer_state())
         if self.save_nemo_on_train_end and not trainer.strategy.broadcast(whole):
             pl_module.prepare_for_training()
             with patch.object(trainer, "val_check_interval", 0):  # as NeMo-Aligner has it: no further `-last` copy
                 self.on_train_end(trainer, pl_module)
             pl_module.finish_training()
-
-
-def _seal_of(policy: Path) -> Path:
-    return policy.with_name(policy.name + ".manifest.json")
 
 
 def _reader(name: str, ranks: int) -> int:

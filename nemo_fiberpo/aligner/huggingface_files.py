@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import shutil
-import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from nemo_fiberpo.aligner import huggingface_tokenizer
+from nemo_fiberpo.aligner import huggingface_tokenizer, manifest, policy_file
 from nemo_fiberpo.aligner.huggingface import (
     huggingface_config,
     model_config,
@@ -32,7 +31,8 @@ from nemo_fiberpo.aligner.huggingface import (
     to_megatron,
 )
 from nemo_fiberpo.aligner.huggingface_gpt import build_gpt, load, load_into, megatron_alone, save, stored
-from nemo_fiberpo.aligner.huggingface_weights import Weights, needed, read_json
+from nemo_fiberpo.aligner.huggingface_weights import Weights, read_json
+from nemo_fiberpo.aligner.manifest import Manifest
 from nemo_fiberpo.config import mapping
 
 SHARD_BYTES = 5 * 2**30
@@ -58,10 +58,11 @@ def import_huggingface(source: Path, target: Path) -> list[str]:
     with megatron_alone():
         gpt = build_gpt(model, weights.precision("model.embed_tokens.weight"))
         load_into(gpt, ((name, tensor.to(precisions[name])) for name, tensor in to_megatron(weights.read, model)))
-        save(gpt, scratch / "model_weights")
+        save(gpt, scratch / policy_file.WEIGHTS)
     huggingface_tokenizer.copy_files(source, scratch / "tokenizer")
     tokenizer = {"library": "huggingface", "type": str(target.resolve() / "tokenizer"), "model": None, "use_fast": True}
-    OmegaConf.save(OmegaConf.create(model | {"tokenizer": tokenizer}), scratch / "model_config.yaml")
+    OmegaConf.save(OmegaConf.create(model | {"tokenizer": tokenizer}), scratch / policy_file.CONFIG)
+    manifest.write(scratch, Manifest(manifest.entries(scratch, manifest.files_of(scratch)), {}))
     os.replace(scratch, target)
     return said
 
@@ -93,18 +94,20 @@ def _check_tensors(source: Path, model: Mapping[str, Any], weights: Weights) -> 
 def export_huggingface(source: Path, target: Path) -> list[str]:
     """Write the policy in the `.nemo` file or folder `source` as a Hugging Face model in the folder `target`.
 
-    Returns a line for all that the result lacks. ValueError for a policy that no family has, and for a `target` that
-    exists.
+    Returns a line for all that a user has to know about the result. ValueError for a policy that no family has, for a
+    `target` that exists, and as `policy_file.check`.
     """
     if target.exists():
         raise ValueError(f"{target}: exists already")
+    if not source.exists():
+        raise ValueError(f"{source}: is no .nemo file or folder")
+    said = policy_file.check(source)
     with _unpacked(source) as folder, megatron_alone():
-        plain = OmegaConf.to_container(OmegaConf.load(needed(folder / "model_config.yaml")))
-        model = mapping(plain, "model_config.yaml")
+        model = mapping(OmegaConf.to_container(policy_file.read_config(folder)), policy_file.CONFIG)
         config = huggingface_config(model)
-        dtype, vocabulary = stored(folder / "model_weights")
+        dtype, vocabulary = stored(folder / policy_file.WEIGHTS)
         gpt = build_gpt(model | {"override_vocab_size": vocabulary}, dtype)
-        load(gpt, folder / "model_weights")
+        load(gpt, folder / policy_file.WEIGHTS)
         scratch = target.with_name(target.name + ".partial")
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
@@ -113,7 +116,7 @@ def export_huggingface(source: Path, target: Path) -> list[str]:
         (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         lacking = huggingface_tokenizer.complete(scratch, model, huggingface_tokenizer.folder_of(model, folder))
         os.replace(scratch, target)
-    return lacking
+    return lacking if policy_file.seal_of(source).exists() else [said, *lacking]
 
 
 @contextlib.contextmanager
@@ -121,24 +124,14 @@ def _unpacked(source: Path) -> Iterator[Path]:
     if source.is_dir():
         yield source
         return
-    if not source.is_file() or not tarfile.is_tarfile(source):
-        raise ValueError(f"{source}: is no .nemo file or folder")
-    with tempfile.TemporaryDirectory(dir=source.parent) as folder, tarfile.open(source) as archive:
-        _extract(archive, Path(folder).resolve())
+    with tempfile.TemporaryDirectory(dir=source.parent) as folder, policy_file.opened(source) as archive:
+        for member, name in policy_file.members(archive, source):
+            target = Path(folder) / name
+            (target if member.isdir() else target.parent).mkdir(parents=True, exist_ok=True)
+            if (content := archive.extractfile(member)) is not None:
+                with content, open(target, "wb") as file:
+                    shutil.copyfileobj(content, file)
         yield Path(folder)
-
-
-def _extract(archive: tarfile.TarFile, folder: Path) -> None:
-    """Files and folders that lie inside `folder`; ValueError for anything else. The standard library's own filter came
-    with Python 3.11.4."""
-    for member in archive:
-        target = (folder / member.name).resolve()
-        if (target != folder and folder not in target.parents) or not (member.isfile() or member.isdir()):
-            raise ValueError(f"{archive.name!s}: {member.name!r} is no plain file inside the archive")
-        (target if member.isdir() else target.parent).mkdir(parents=True, exist_ok=True)
-        if (content := archive.extractfile(member)) is not None:
-            with content, open(target, "wb") as file:
-                shutil.copyfileobj(content, file)
 
 
 def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:

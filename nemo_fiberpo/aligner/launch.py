@@ -20,6 +20,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_fiberpo.aligner import named_strata
+from nemo_fiberpo.aligner.policy_file import read_config
 from nemo_fiberpo.aligner.preemption import shield_resource_tracker
 from nemo_fiberpo.aligner.settings import SECTIONS, check_resume, cluster_settings, hierarchy_section
 from nemo_fiberpo.budget_warnings import log_budget_warnings
@@ -163,15 +164,20 @@ def build_lightning_trainer(cfg: DictConfig, checkpoint: Path | None) -> Any:
 
 
 def load_actor(cfg: DictConfig, trainer: Any) -> Any:
-    """The policy from `pretrained_checkpoint.restore_from_path`, with what `model` says laid over its own config."""
-    from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo
+    """The policy from `pretrained_checkpoint.restore_from_path`, with what `model` says laid over its own config.
+    ValueError as `policy_file.read_config`, before anything of it is merged."""
+    from nemo_aligner.utils.utils import load_from_nemo, remove_overwritten_fields
 
     from nemo_fiberpo.aligner.actor import FiberPOActor
 
     path = cfg.pretrained_checkpoint.restore_from_path
     if not Path(path).exists():
         raise ValueError(f"pretrained_checkpoint.restore_from_path: {path} does not exist; give a .nemo file or folder")
-    cfg.model = load_and_override_model_config(path, cfg.model)
+    own = read_config(Path(path))
+    remove_overwritten_fields(own, cfg.model.get("overwrite_base_config") or {})
+    merged = OmegaConf.merge(own, cfg.model)
+    merged.pop("overwrite_base_config", None)
+    cfg.model = merged
     check_lengths(cfg)
     return load_from_nemo(FiberPOActor, cfg.model, trainer, strict=True, restore_path=path)
 

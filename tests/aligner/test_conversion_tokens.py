@@ -60,15 +60,19 @@ def test_ids_of_special_tokens_are_the_tokenizers_where_no_model_was_imported(tm
     del config["huggingface_tokens"]
     (policy / "tokenizer" / "generation_config.json").unlink()
     OmegaConf.save(config, policy / "model_config.yaml")
-    assert huggingface_files.export_huggingface(policy, tmp_path / "back") == []
+    with pytest.raises(ValueError, match=r"policy\.nemo: damaged: model_config\.yaml: .* bytes instead of"):
+        huggingface_files.export_huggingface(policy, tmp_path / "back")
+    (policy / "manifest.json").unlink()
+    unverified = [f"policy {policy}: unverified, there is no manifest.json"]
+    assert huggingface_files.export_huggingface(policy, tmp_path / "back") == unverified
     for name in ("config.json", "generation_config.json"):
         found = json.loads((tmp_path / "back" / name).read_text())
         assert [found[token] for token in huggingface.SPECIAL_TOKENS] == [None, 1, 2], name
     config.tokenizer.type = "a name on a hub"
     OmegaConf.save(config, policy / "model_config.yaml")
-    assert huggingface_files.export_huggingface(policy, tmp_path / "moved") == []
+    assert huggingface_files.export_huggingface(policy, tmp_path / "moved") == unverified
     shutil.rmtree(policy / "tokenizer")
-    said = huggingface_files.export_huggingface(policy, tmp_path / "bare")
+    said = huggingface_files.export_huggingface(policy, tmp_path / "bare")[1:]
     assert "no tokenizer: model.tokenizer = " in said[0] and "are null in config.json" in said[1]
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bare")
     assert loaded.config.eos_token_id is None and loaded.generation_config.eos_token_id is None
@@ -83,6 +87,7 @@ def test_weights_beside_the_tokenizer_do_not_replace_the_policys(tmp_path: Path,
     write_tokenizer(other)
     (other / "logs").mkdir()
     config = OmegaConf.load(policy / "model_config.yaml")
+    (policy / "manifest.json").unlink()
     for number, given in enumerate([str(other), None]):
         config.tokenizer.type = given
         OmegaConf.save(config, policy / "model_config.yaml")
