@@ -21,7 +21,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from nemo_fiberpo.aligner import huggingface_tokenizer, manifest, policy_file
+from nemo_fiberpo.aligner import huggingface_tokenizer, manifest, pickles, policy_file
 from nemo_fiberpo.aligner.huggingface import (
     huggingface_config,
     model_config,
@@ -102,7 +102,7 @@ def export_huggingface(source: Path, target: Path) -> list[str]:
     if not source.exists():
         raise ValueError(f"{source}: is no .nemo file or folder")
     said = policy_file.check(source)
-    with _unpacked(source) as folder, megatron_alone():
+    with _unpacked(source) as folder, megatron_alone(), pickles.named(source):
         model = mapping(OmegaConf.to_container(policy_file.read_config(folder)), policy_file.CONFIG)
         config = huggingface_config(model)
         dtype, vocabulary = stored(folder / policy_file.WEIGHTS)

@@ -25,8 +25,9 @@ def megatron_alone() -> Iterator[None]:
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
 
-    from nemo_fiberpo.aligner import cpu
+    from nemo_fiberpo.aligner import cpu, pickles
 
+    pickles.restrict()
     cpu.install()
     own = not dist.is_initialized()
     if own:

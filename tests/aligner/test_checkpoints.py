@@ -210,12 +210,12 @@ def test_every_rank_counts_the_checkpoints_that_the_first_one_sees(checkpoints):
 
 
 def test_nothing_of_ours_unpickles():
-    """Files that we read are JSON, JSONL or YAML. What Megatron loads of a checkpoint is verified before."""
+    """Files that we read are JSON, JSONL or YAML. What Megatron unpickles is what `pickles.py` lets it."""
     loaders = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
     calls = {"torch.load", "np.load", "numpy.load", "yaml.load", "yaml.unsafe_load", "pd.read_pickle"}
     found = []
     for folder in ("nemo_fiberpo", "examples", "benchmarks", "conf"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
+        for path in sorted({*(ROOT / folder).rglob("*.py")} - {ROOT / "nemo_fiberpo" / "aligner" / "pickles.py"}):
             for node in ast.walk(ast.parse(path.read_text())):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
