@@ -1,8 +1,8 @@
 """A folder of a Hugging Face model as a `.nemo` folder that the actor loads, and a `.nemo` file or folder back.
 
 One process on the CPU; the model is in memory once, every tensor in its own precision. Weights of a Hugging Face model
-are read from and written to safetensors alone. Those of a `.nemo` are Megatron's distributed checkpoint, whose metadata
-is a pickle that megatron-core loads: export what you trust.
+are read from and written to safetensors alone. Those of a `.nemo` are Megatron's distributed checkpoint, whose pickles
+`pickles.py` restricts; `policy_file.py` looks at the rest of it first.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def export_huggingface(source: Path, target: Path) -> list[str]:
     with _unpacked(source) as folder, megatron_alone(), pickles.named(source):
         model = mapping(OmegaConf.to_container(policy_file.read_config(folder)), policy_file.CONFIG)
         config = huggingface_config(model)
-        dtype, vocabulary = stored(folder / policy_file.WEIGHTS)
+        dtype, vocabulary = stored(folder / policy_file.WEIGHTS, model)
         gpt = build_gpt(model | {"override_vocab_size": vocabulary}, dtype)
         load(gpt, folder / policy_file.WEIGHTS)
         scratch = target.with_name(target.name + ".partial")

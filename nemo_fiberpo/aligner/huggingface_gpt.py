@@ -143,12 +143,28 @@ def load(gpt: Any, folder: Path) -> None:
     assert not missing, f"{folder}: no tensor for {sorted(missing)}"
 
 
-def stored(folder: Path) -> tuple[torch.dtype, int]:
-    """Precision and rows of the embedding in a checkpoint."""
+def stored(folder: Path, model: Mapping[str, Any]) -> tuple[torch.dtype, int]:
+    """Precision and rows of the embedding in a checkpoint. ValueError where it is of another size than NeMo's `model`
+    section says, before anything of that size is allocated."""
     from megatron.core import dist_checkpointing
 
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder; a .nemo of Megatron-core holds its weights there")
     metadata = dist_checkpointing.load_tensors_metadata(str(folder))
-    embedding = metadata["model.embedding.word_embeddings.weight"]
+    attention, layers = "decoder.layers.self_attention.linear_proj.weight", model["num_layers"]
+    width = model.get("kv_channels") or model["hidden_size"] // model["num_attention_heads"]
+    sizes = {
+        attention: (layers, model["hidden_size"], model["num_attention_heads"] * width),
+        "decoder.layers.mlp.linear_fc2.weight": (layers, model["hidden_size"], model["ffn_hidden_size"]),
+        "decoder.layers.mlp.experts.experts.linear_fc2.weight": (
+            *(layers, model.get("num_moe_experts"), model["hidden_size"], model["ffn_hidden_size"]),
+        ),
+    }
+    for name, wanted in sizes.items():
+        entry = metadata.get(f"model.{name}")
+        if (found := None if entry is None else tuple(entry.global_shape)) not in (wanted, None):
+            raise ValueError(f"{folder}: {name} has the shape {found}, but model_config.yaml says {wanted}")
+    embedding = metadata.get("model.embedding.word_embeddings.weight")
+    if embedding is None or f"model.{attention}" not in metadata:
+        raise ValueError(f"{folder}: holds no GPT of Megatron-core, whose attention is {attention}")
     return embedding.dtype, int(embedding.global_shape[0])
