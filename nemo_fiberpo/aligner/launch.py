@@ -177,8 +177,9 @@ def load_actor(cfg: DictConfig, trainer: Any) -> Any:
         raise ValueError(f"pretrained_checkpoint.restore_from_path: {path} does not exist; give a .nemo file or folder")
     own = read_config(Path(path))
     remove_overwritten_fields(own, cfg.model.get("overwrite_base_config") or {})
-    cfg.model = OmegaConf.merge(own, cfg.model)
-    cfg.model.pop("overwrite_base_config", None)
+    merged: Any = OmegaConf.merge(own, cfg.model)
+    merged.pop("overwrite_base_config", None)
+    cfg.model = merged
     check_lengths(cfg)
     with pickles.named(path):
         return load_from_nemo(FiberPOActor, cfg.model, trainer, strict=True, restore_path=path)
