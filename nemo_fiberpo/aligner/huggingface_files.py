@@ -83,7 +83,9 @@ def _check_tensors(source: Path, model: Mapping[str, Any], weights: Weights) -> 
             f"{source}: num_hidden_layers: {model['num_layers']}, but there are {len(weights.names)} tensors"
         )
     wanted = shapes(model)
-    strange = sorted(weights.names - wanted.keys() - {"lm_head.weight"})
+    # Not weights: the head of tied embeddings, and the angles of positions, which older Llamas hold beside config.json.
+    known = {"lm_head.weight", *(name for name in weights.names if name.endswith(".self_attn.rotary_emb.inv_freq"))}
+    strange = sorted(weights.names - wanted.keys() - known)
     if strange:
         raise ValueError(f"{source}: {strange[0]} is a tensor that this family does not have ({len(strange)} of them)")
     for name, shape in wanted.items():

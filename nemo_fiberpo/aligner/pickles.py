@@ -116,6 +116,7 @@ def _safe_classes() -> list[Any]:
     """Of Lightning's part of a checkpoint: the configuration as OmegaConf keeps it, counters, empty extra states."""
     from collections import OrderedDict, defaultdict
     from io import BytesIO
+    from pathlib import PosixPath
 
     from omegaconf import DictConfig, ListConfig
     from omegaconf.base import ContainerMetadata, Metadata
@@ -124,5 +125,5 @@ def _safe_classes() -> list[Any]:
     nodes = [AnyNode, BooleanNode, BytesNode, FloatNode, IntegerNode, PathNode, StringNode]
     return [
         *(DictConfig, ListConfig, ContainerMetadata, Metadata, *nodes),
-        *(Any, bool, int, float, str, bytes, list, dict, tuple, set, OrderedDict, defaultdict, BytesIO),
+        *(PosixPath, Any, bool, int, float, str, bytes, list, dict, tuple, set, OrderedDict, defaultdict, BytesIO),
     ]

@@ -140,6 +140,15 @@ def test_sizes_that_are_not_the_models_allocate_nothing(change: dict, said: str,
     assert said in refused(tmp_path / "hf")
 
 
+def test_angles_that_older_models_hold_are_left_out(tmp_path: Path):
+    make("llama").save_pretrained(tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    whole = load_file(file)
+    save_file(whole | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, file)
+    after = back(tmp_path / "hf", tmp_path)
+    assert after.keys() == whole.keys() and all(torch.equal(after[key], whole[key]) for key in whole)
+
+
 def test_quantized_tensors_are_refused(tmp_path: Path):
     make("llama").save_pretrained(tmp_path / "hf")
     file = tmp_path / "hf" / "model.safetensors"
