@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from nemo_fiberpo.aligner import huggingface_files
@@ -138,6 +139,25 @@ def test_sizes_that_are_not_the_models_allocate_nothing(change: dict, said: str,
     file = tmp_path / "hf" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     assert said in refused(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize(
+    "key", ["num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_moe_experts"]
+)
+def test_a_policy_of_another_size_than_its_configuration_is_refused(name: str, key: str, tmp_path: Path):
+    """A hundred million layers would be built before the first weight is read."""
+    if name == "llama" and key == "num_moe_experts":
+        pytest.skip("a dense model has none")
+    make(name).save_pretrained(tmp_path / "hf")
+    policy = tmp_path / "policy.nemo"
+    huggingface_files.import_huggingface(tmp_path / "hf", policy)
+    (policy / "manifest.json").unlink()
+    config = OmegaConf.load(policy / "model_config.yaml")
+    changed = {key: 10**8} | ({"moe_ffn_hidden_size": 10**8} if key == "ffn_hidden_size" else {})
+    OmegaConf.save(OmegaConf.merge(config, changed), policy / "model_config.yaml")
+    with pytest.raises(ValueError, match=r"model_weights: .* has the shape .*, but model_config\.yaml says .*\d{9}"):
+        huggingface_files.export_huggingface(policy, tmp_path / "back")
 
 
 def test_angles_that_older_models_hold_are_left_out(tmp_path: Path):
