@@ -168,6 +168,7 @@ def train_and_evaluate(
         record.note_checkpoint,
         paths,
     )
+    checkpoints.run_id = lambda: record.id
     fiberpo.logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     go_on(fiberpo, restored, record, files)
     if launch.is_first_rank():

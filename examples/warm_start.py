@@ -182,7 +182,7 @@ def supervised_step(actor, hierarchy, optimizer, scheduler, examples, global_bat
 
 def save(actor, optimizer, target: Path) -> None:
     """Write the .nemo file whole or not at all, and only if its weights are finite."""
-    from nemo_fiberpo.aligner import finite
+    from nemo_fiberpo.aligner import finite, manifest, policy_file
 
     finite.check_weights(actor, optimizer, str(target))
     scratch = target.with_suffix(".partial")
@@ -194,6 +194,8 @@ def save(actor, optimizer, target: Path) -> None:
     torch.distributed.barrier()
     if launch.is_first_rank():
         os.replace(scratch / target.name, target)
+        found = manifest.entries(target.parent, [target.name])
+        manifest.write_atomically(policy_file.seal_of(target), manifest.Manifest(found, {}).text())
         shutil.rmtree(scratch, ignore_errors=True)
         print(f"warm start: wrote {target}", flush=True)
 

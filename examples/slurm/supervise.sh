@@ -27,6 +27,10 @@ server_ended=0
 output=/proc/$$/fd/1                                           # the job's, if that is a file
 output_before=$(stat --dereference --format=%s "$output" 2>/dev/null) # of earlier starts
 
+# With this the ranks sign what the first one tells the others before training, see docs/cluster.md.
+FIBERPO_JOB_SECRET=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+export FIBERPO_JOB_SECRET
+
 exec {nothing}<> <(:) # a pipe that nobody writes to: to read from it with a time-out is to sleep, and signals end that
 
 say() { echo "[$(date +%FT%T) job $leader restart $restarts] $*"; }

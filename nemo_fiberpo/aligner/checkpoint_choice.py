@@ -19,6 +19,7 @@ from nemo_fiberpo.aligner.manifest import NAME, Manifest, problems, read
 MARKER = "-unfinished"  # NeMoModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX
 UNPACKED = "model_weights"  # NeMo's folder for what goes into a .nemo file; no checkpoint
 DAMAGED = "checkpoints-damaged"  # beside the directory of checkpoints
+STATE = ("step", "consumed_samples", "ppo_optimization_step")  # what the trainer restores
 
 
 @dataclass
@@ -65,10 +66,13 @@ def marker_of(checkpoint: Path) -> Path:
 Verify = Callable[[Path, Manifest], list[str]]
 
 
-def choose(directory: Path, recorded: Mapping[str, Any] | None, verify: Verify = problems) -> Choice:
+def choose(
+    directory: Path, recorded: Mapping[str, Any] | None, verify: Verify = problems, run: str | None = None
+) -> Choice:
     """The newest whole checkpoint of a directory.
 
     recorded  what the run wrote down of its newest whole checkpoint ("step", "name"), None if it never had one
+    run       which run it is; a checkpoint that another one wrote is not whole here
 
     ValueError if none is whole although there was one once: by `recorded`, by a damaged checkpoint, or by one that has
     no manifest and no marker. Training would silently begin again otherwise. Without such a trace the run was stopped
@@ -89,7 +93,7 @@ def choose(directory: Path, recorded: Mapping[str, Any] | None, verify: Verify =
         except ValueError as error:
             manifest, wrong = None, [str(error)]
         if manifest is not None:
-            wrong = verify(path, manifest)
+            wrong = _foreign(manifest, run) or verify(path, manifest)
         if manifest is not None and not wrong:
             out.checkpoint, out.manifest = path, manifest
         elif marked and not (path / NAME).exists():
@@ -109,6 +113,15 @@ def choose(directory: Path, recorded: Mapping[str, Any] | None, verify: Verify =
     if recorded and found < recorded["step"] and not (directory / recorded["name"]).exists():
         out.lines.append(f"{recorded['name']}: gone, although it was whole")
     return out
+
+
+def _foreign(manifest: Manifest, run: str | None) -> list[str]:
+    """What shows that a manifest is none of a checkpoint of this run."""
+    if lacking := [name for name in STATE if name not in manifest.state]:
+        return [f"{NAME}: state: {lacking[0]} is missing"]
+    if None not in (run, manifest.run) and manifest.run != run:
+        return [f"{NAME}: run: of another run, {manifest.run!r}; this one is {run!r}"]
+    return []
 
 
 def clear_away(choice: Choice) -> list[str]:

@@ -18,7 +18,7 @@ from nemo.utils.exp_manager import CallbackParams
 from nemo.utils.model_utils import ckpt_to_dir
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_fiberpo.aligner import checkpoint_choice, finite, manifest
+from nemo_fiberpo.aligner import checkpoint_choice, finite, manifest, policy_file
 from nemo_fiberpo.aligner.manifest import Manifest
 from nemo_fiberpo.aligner.preemption import held_back
 from nemo_fiberpo.aligner.resumption import checkpoint_directory
@@ -30,6 +30,7 @@ class WholeCheckpoints(NeMoModelCheckpoint):
 
     trainer_state  the trainer's counters (RL steps, prompts, optimizer steps), as they are when a save begins
     on_whole       called with name and counters on the first rank when a checkpoint has its manifest
+    run_id         what the run's record calls it, None where there is none; asked on the first rank
     durable        files of the run that must be on the disk before a checkpoint counts: what they say of the RL steps
                    before it is not written again
 
@@ -40,6 +41,7 @@ class WholeCheckpoints(NeMoModelCheckpoint):
 
     trainer_state: Callable[[], Mapping[str, int]]
     on_whole: Callable[[str, Mapping[str, int]], None]
+    run_id: Callable[[], str | None] = staticmethod(lambda: None)
     durable: tuple[Path, ...] = ()
 
     def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
@@ -75,7 +77,7 @@ class WholeCheckpoints(NeMoModelCheckpoint):
             for path in self.durable:
                 if path.exists():
                     manifest.sync(path)
-            manifest.write(checkpoint, Manifest(dict(sorted(files.items())), state))
+            manifest.write(checkpoint, Manifest(dict(sorted(files.items())), state, self.run_id()))
             self.on_whole(checkpoint.name, state)
 
     def adopt(self, trainer: Any) -> None:
@@ -116,24 +118,21 @@ class WholeCheckpoints(NeMoModelCheckpoint):
             super().on_train_end(trainer, pl_module)
         policy = Path(self._format_nemo_checkpoint_name())
         if self.save_nemo_on_train_end and trainer.is_global_zero:
-            seal = Manifest(manifest.entries(policy.parent, [policy.name]), dict(self.trainer_state()))
-            manifest.write_atomically(_seal_of(policy), seal.text())
+            files = manifest.entries(policy.parent, [policy.name])
+            seal = Manifest(files, dict(self.trainer_state()), self.run_id())
+            manifest.write_atomically(policy_file.seal_of(policy), seal.text())
         trainer.strategy.barrier()
 
     def complete_policy(self, trainer: Any, pl_module: Any) -> None:
         """Write the .nemo file of the last RL step if it is missing or cut short: a run can be killed between its last
         checkpoint and that file. Collective."""
         policy = Path(self._format_nemo_checkpoint_name())
-        whole = trainer.is_global_zero and manifest.holds(_seal_of(policy), self.trainer_state())
+        whole = trainer.is_global_zero and manifest.holds(policy_file.seal_of(policy), self.trainer_state())
         if self.save_nemo_on_train_end and not trainer.strategy.broadcast(whole):
             pl_module.prepare_for_training()
             with patch.object(trainer, "val_check_interval", 0):  # as NeMo-Aligner has it: no further `-last` copy
                 self.on_train_end(trainer, pl_module)
             pl_module.finish_training()
-
-
-def _seal_of(policy: Path) -> Path:
-    return policy.with_name(policy.name + ".manifest.json")
 
 
 def _reader(name: str, ranks: int) -> int:

@@ -1,10 +1,13 @@
 """What the first rank decides for all, before process groups exist, over the launcher's store.
 
-The first rank decides, the others wait for it: they answer its questions, and end as it ends.
+The first rank decides, the others wait for it: they answer its questions, and end as it ends. The store listens on the
+network and takes what anybody sends; with a secret of the job in FIBERPO_JOB_SECRET, messages that are not signed with
+it are refused.
 """
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
 from collections.abc import Callable
@@ -20,7 +23,9 @@ from nemo_fiberpo.aligner.preemption import Stopped
 
 # Seconds for which the first rank, whose process may be the store and may end at once, waits for the others to hear it.
 HEARD = 10.0
+SECRET = "FIBERPO_JOB_SECRET"
 Message = dict[str, Any]  # as JSON has it
+_SIGNED = 64  # characters of a signature in front of a message
 _stores: list[Any] = []  # the first rank's serves the others until their process groups exist
 
 
@@ -40,6 +45,7 @@ class Ranks:
     def __init__(self, store: Any, rank: int, number: int, timeout: float):
         self.rank, self.number = rank, number
         self._store, self._timeout, self._round = store, timeout, 0
+        self._secret = os.environ.get(SECRET, "").encode()
         store.set_timeout(timedelta(seconds=timeout))
 
     def lead(self, decide: Callable[[], Message | None]) -> Message | None:
@@ -88,13 +94,13 @@ class Ranks:
 
     def _set(self, key: str, message: Message) -> None:
         try:
-            self._store.set(key, json.dumps(message))
+            self._store.set(key, self._signature(key, text := json.dumps(message)) + text)
         except dist.DistError as error:
             raise self._lost(error) from error
 
     def _wait_for(self, key: str, who: str) -> Message:
         try:
-            message: Message = json.loads(self._store.get(key))
+            raw = self._store.get(key).decode(errors="replace")
         except dist.DistStoreError as error:
             raise ValueError(
                 f"collective_timeout: {who} did not answer in {self._timeout:g} s, before training. If it was still "
@@ -103,7 +109,18 @@ class Ranks:
             ) from error
         except dist.DistError as error:
             raise self._lost(error) from error
+        signature, text = raw[:_SIGNED], raw[_SIGNED:]
+        if not hmac.compare_digest(signature.encode(), self._signature(key, text).encode()):
+            raise ValueError(
+                f"{SECRET}: a message in the launcher's store is not signed by this job, or not all of its ranks have "
+                "the same secret"
+            )
+        message: Message = json.loads(text)
         return message
+
+    def _signature(self, key: str, text: str) -> str:
+        """Of a message and its place; of the empty secret where the job has none."""
+        return hmac.new(self._secret, f"{key}\n{text}".encode(), "sha256").hexdigest()
 
     def _lost(self, error: Exception) -> ValueError:
         kind = SaidByFirstRank if self.rank > 0 else ValueError
@@ -124,7 +141,9 @@ def connect(timeout: float) -> Ranks | None:
             "see whether all were started and reach that address"
         ) from error
     _stores.append(base)
-    return Ranks(PrefixStore("fiberpo", base), rank, number, timeout)
+    ranks = Ranks(PrefixStore("fiberpo", base), rank, number, timeout)
+    os.environ.pop(SECRET, None)  # nothing that is started from here needs it, graders least of all
+    return ranks
 
 
 def decided(timeout: float, decide: Callable[[], Message | None]) -> Message | None:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "MixtralForCausalLM": "mixtral"}
+from nemo_fiberpo.aligner.huggingface_families import FAMILIES, LLAMA3_KEYS, completed
+
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 LLAMA3_SCALING = {
     "factor": 8.0,
@@ -25,6 +26,7 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+"""Of Llama 3.1, and NeMo's defaults."""
 
 _NEMO_ASKS_FOR: dict[str, Any] = {
     "activations_checkpoint_granularity": None,
@@ -40,19 +42,14 @@ _NEMO_ASKS_FOR: dict[str, Any] = {
 
 def model_config(hf: Mapping[str, Any]) -> dict[str, Any]:
     """NeMo's `model` section for the config.json `hf`. ValueError naming the field of it that NeMo cannot follow."""
-    names = hf.get("architectures") or [None]
-    family = FAMILIES.get(names[0])
-    if family is None:
-        raise ValueError(f"architectures: {names[0]!r} is not one of {', '.join(FAMILIES)}")
-    hf = _with_positions(hf)
-    _refuse(hf, family)
+    family, hf = completed(hf)
     heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
     out = {
         "num_layers": hf["num_hidden_layers"],
         "hidden_size": hidden,
         "ffn_hidden_size": hf["intermediate_size"],
         "num_attention_heads": heads,
-        "num_query_groups": hf.get("num_key_value_heads") or heads,
+        "num_query_groups": hf["num_key_value_heads"],
         "kv_channels": hf.get("head_dim") or hidden // heads,
         "max_position_embeddings": hf["max_position_embeddings"],
         "encoder_seq_length": hf["max_position_embeddings"],
@@ -65,14 +62,16 @@ def model_config(hf: Mapping[str, Any]) -> dict[str, Any]:
         "qkv_bias": family == "qwen2",
         "position_embedding_type": "rope",
         "rotary_percentage": 1.0,
-        "rotary_base": hf.get("rope_theta", 10000.0),
-        "scale_positional_embedding": hf.get("rope_scaling") is not None,
-        "share_embeddings_and_output_weights": bool(hf.get("tie_word_embeddings", False)),
-        "init_method_std": hf.get("initializer_range", 0.02),
+        "rotary_base": hf["rope_theta"],
+        "scale_positional_embedding": hf["rope_scaling"] is not None,
+        "share_embeddings_and_output_weights": bool(hf["tie_word_embeddings"]),
+        "init_method_std": hf["initializer_range"],
         "num_moe_experts": None,
         "mcore_gpt": True,
-        "huggingface_tokens": {name: hf[name] for name in SPECIAL_TOKENS if name in hf},
+        "huggingface_tokens": {name: hf[name] for name in SPECIAL_TOKENS},
     } | _NEMO_ASKS_FOR
+    if hf["rope_scaling"] is not None:
+        out |= {nemo: hf["rope_scaling"][name] for name, nemo in LLAMA3_KEYS.items()}
     if family == "mixtral":
         out |= {
             "num_moe_experts": hf["num_local_experts"],
@@ -81,44 +80,42 @@ def model_config(hf: Mapping[str, Any]) -> dict[str, Any]:
             # Weights of the chosen experts sum to 1: a softmax over their logits alone.
             "moe_router_pre_softmax": False,
             "moe_router_load_balancing_type": "aux_loss",
-            "moe_aux_loss_coeff": hf.get("router_aux_loss_coef", 0.0),
+            "moe_aux_loss_coeff": hf["router_aux_loss_coef"],
             "moe_token_dispatcher_type": "alltoall",
             "moe_grouped_gemm": False,
         }
     return out
 
 
-def _with_positions(hf: Mapping[str, Any]) -> Mapping[str, Any]:
-    """With `rope_theta` and `rope_scaling`, of which transformers makes one `rope_parameters` from version 5 on."""
-    given = dict(hf.get("rope_parameters") or {})
-    scaling = hf.get("rope_scaling") or {name: value for name, value in given.items() if name != "rope_theta"}
-    if scaling.get("rope_type", scaling.get("type", "default")) == "default":
-        scaling = None
-    own = {name: given[name] for name in ("rope_theta", "partial_rotary_factor") if name in given}
-    return {**hf, **own, "rope_scaling": scaling}
+def scaling_of(model: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How NeMo's `model` section scales positions, in Hugging Face's words; None: not at all."""
+    if not model.get("scale_positional_embedding"):
+        return None
+    return {name: model.get(nemo, LLAMA3_SCALING[name]) for name, nemo in LLAMA3_KEYS.items()}
 
 
-def _refuse(hf: Mapping[str, Any], family: str) -> None:
-    fixed = {"hidden_act": "silu", "mlp_bias": False, "sliding_window": None, "partial_rotary_factor": 1.0}
-    if family != "qwen2":
-        fixed["attention_bias"] = False
-    for name, value in fixed.items():
-        given = hf.get(name, value)
-        windowed = name == "sliding_window" and not hf.get("use_sliding_window", True)
-        if given != value and not windowed:
-            raise ValueError(f"{name}: {given!r}; this conversion knows {value!r} alone")
-    scaling = hf.get("rope_scaling")
-    if scaling is not None:
-        kind = scaling.get("rope_type", scaling.get("type"))
-        if kind != "llama3" or any(scaling.get(name) != value for name, value in LLAMA3_SCALING.items()):
-            raise ValueError(f"rope_scaling: {scaling}; this conversion knows Llama 3.1's, {LLAMA3_SCALING}")
+_OF_THE_FAMILIES: dict[str, Any] = {"normalization": "rmsnorm", "position_embedding_type": "rope", "bias": False}
+_UNLESS_GIVEN: dict[str, Any] = {
+    "rotary_percentage": 1.0,
+    "rotary_interleaved": False,
+    "seq_len_interpolation_factor": None,
+    "qk_layernorm": False,
+    "apply_embedding_scaling": False,
+    "window_size": None,
+    "moe_layer_freq": 1,
+    "moe_shared_expert_intermediate_size": None,
+}
+"""What a model of these families has, by NeMo's keys; of the second, what NeMo takes where nothing is given."""
 
 
 def huggingface_config(model: Mapping[str, Any]) -> dict[str, Any]:
     """config.json for NeMo's `model` section. ValueError naming the field that the families do not have."""
-    for name, wanted in (("normalization", "rmsnorm"), ("position_embedding_type", "rope"), ("bias", False)):
-        if model.get(name) != wanted:
-            raise ValueError(f"model.{name}: {model.get(name)!r}; a model of the Llama families has {wanted!r}")
+    found = {name: model.get(name) for name in _OF_THE_FAMILIES}
+    found |= {name: model[name] for name in _UNLESS_GIVEN if model.get(name) is not None}
+    for name, value in found.items():
+        wanted = (_OF_THE_FAMILIES | _UNLESS_GIVEN)[name]
+        if value != wanted:
+            raise ValueError(f"model.{name}: {value!r}; a model of the Llama families has {wanted!r}")
     if model.get("activation") not in ("swiglu", "fast-swiglu"):
         raise ValueError(
             f"model.activation: {model.get('activation')!r}; a model of the Llama families has fast-swiglu"
@@ -147,9 +144,13 @@ def huggingface_config(model: Mapping[str, Any]) -> dict[str, Any]:
         if family == "qwen2":
             raise ValueError(f"model.kv_channels: {model['kv_channels']}; Qwen2 has hidden_size / num_attention_heads")
         out["head_dim"] = model["kv_channels"]
-    if model.get("scale_positional_embedding"):
-        out["rope_scaling"] = {"rope_type": "llama3", **LLAMA3_SCALING}
+    if (scaling := scaling_of(model)) is not None:
+        out["rope_scaling"] = {"rope_type": "llama3", **scaling}
     if experts:
+        if model.get("qkv_bias"):
+            raise ValueError("model.qkv_bias: true; Mixtral has no biases")
+        if (model.get("moe_ffn_hidden_size") or model["ffn_hidden_size"]) != model["ffn_hidden_size"]:
+            raise ValueError(f"model.moe_ffn_hidden_size: {model['moe_ffn_hidden_size']}; must be ffn_hidden_size")
         if model.get("moe_router_pre_softmax"):
             raise ValueError("model.moe_router_pre_softmax: true; Mixtral's weights of chosen experts sum to 1")
         out |= {"num_local_experts": experts, "num_experts_per_tok": model["moe_router_topk"], "sliding_window": None}
@@ -234,6 +235,39 @@ def to_huggingface(tensors: Mapping[str, Tensor], model: Mapping[str, Any]) -> I
         yield from zip(targets, part(tensors[name]), strict=True)
 
 
-def names_used(model: Mapping[str, Any]) -> set[str]:
-    """The Hugging Face names of all tensors."""
-    return {name for _, sources, _, _ in _rules(model) for name in sources}
+def precisions_of(precision: Callable[[str], torch.dtype], model: Mapping[str, Any]) -> dict[str, torch.dtype]:
+    """The precision in which each tensor of the Megatron GPT holds the values of its Hugging Face tensors exactly.
+
+    A checkpoint of Megatron keeps one tensor of all layers, and of all experts, so the widest of them counts.
+    """
+    widest: dict[str, torch.dtype] = {}
+    for name, sources, _, _ in _rules(model):
+        for source in sources:
+            found, kind = precision(source), _kind(name)
+            widest[kind] = torch.promote_types(widest.get(kind, found), found)
+    return {name: widest[_kind(name)] for name, _, _, _ in _rules(model)}
+
+
+def _kind(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def shapes(model: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of the Hugging Face model, by its name."""
+    hidden, inner = model["hidden_size"], model["ffn_hidden_size"]
+    queries = model["num_attention_heads"] * model["kv_channels"]
+    keys = model["num_query_groups"] * model["kv_channels"]
+    of = {
+        "q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, queries),
+        "gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner),
+        "w1": (inner, hidden), "w3": (inner, hidden), "w2": (hidden, inner),
+        "gate": (model["num_moe_experts"] or 0, hidden),
+        "embed_tokens": (model["override_vocab_size"], hidden), "lm_head": (model["override_vocab_size"], hidden),
+    }  # fmt: skip
+    found: dict[str, tuple[int, ...]] = {}
+    for _, sources, _, _ in _rules(model):
+        for source in sources:
+            module, kind = source.split(".")[-2:]
+            shape = of.get(module, (hidden,))  # every other one is a norm
+            found[source] = shape[:1] if kind == "bias" else shape
+    return found

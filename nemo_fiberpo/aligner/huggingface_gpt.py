@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_fiberpo.aligner.huggingface import scaling_of
+from nemo_fiberpo.aligner.huggingface_families import LLAMA3_KEYS
+
 _NORM_BESIDE_EXPERTS = "decoder.layers.pre_mlp_layernorm.weight", "decoder.layers.mlp.linear_fc1.layer_norm_weight"
 """Names of the norm before experts in a checkpoint: with Transformer Engine's layer spec, and with the local one."""
 
@@ -22,8 +25,9 @@ def megatron_alone() -> Iterator[None]:
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
 
-    from nemo_fiberpo.aligner import cpu
+    from nemo_fiberpo.aligner import cpu, pickles
 
+    pickles.restrict()
     cpu.install()
     own = not dist.is_initialized()
     if own:
@@ -44,6 +48,7 @@ def build_gpt(model: Mapping[str, Any], dtype: torch.dtype) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer import TransformerConfig
+    from nemo.collections.common.parts.utils import apply_rope_scaling
 
     experts = model.get("num_moe_experts")
     moe = {}
@@ -71,27 +76,29 @@ def build_gpt(model: Mapping[str, Any], dtype: torch.dtype) -> Any:
         params_dtype=dtype,
         **moe,
     )
-    return GPTModel(
+    gpt = GPTModel(
         config,
         get_gpt_layer_local_spec(experts, False),
         vocab_size=model["override_vocab_size"],
         max_sequence_length=model["max_position_embeddings"],
         position_embedding_type="rope",
         rotary_base=model.get("rotary_base", 10000),
-        rope_scaling=bool(model.get("scale_positional_embedding")),
         share_embeddings_and_output_weights=bool(model.get("share_embeddings_and_output_weights", True)),
     ).to(dtype)
+    if (scaling := scaling_of(model)) is not None:  # Megatron-core 0.11 takes the factor alone; NeMo scales so too
+        frequencies = gpt.rotary_pos_emb.inv_freq
+        gpt.rotary_pos_emb.inv_freq = apply_rope_scaling(frequencies, *(scaling[name] for name in LLAMA3_KEYS))
+    return gpt
 
 
 @torch.no_grad()
 def load_into(gpt: Any, tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Copy tensors into the parameters of the same names: all of them, each once. ValueError for another shape."""
+    """Make tensors the parameters of the same names, in their own precision: all of them, each once."""
     left = dict(gpt.named_parameters())
     for name, tensor in tensors:
         parameter = left.pop(name)
-        if parameter.shape != tensor.shape:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, but config.json says {tuple(parameter.shape)}")
-        parameter.copy_(tensor)
+        assert parameter.shape == tensor.shape, f"{name}: {tuple(tensor.shape)} for {tuple(parameter.shape)}"
+        parameter.data = tensor.contiguous()
     assert not left, f"no tensor for {sorted(left)}"
 
 
@@ -111,28 +118,53 @@ def save(gpt: Any, folder: Path) -> None:
 
 
 def load(gpt: Any, folder: Path) -> None:
-    """Set all parameters from a checkpoint of either layer spec."""
+    """Set all parameters from a checkpoint of either layer spec, each in the precision in which it is stored."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    state = gpt.sharded_state_dict(prefix="model.")
+    metadata = dist_checkpointing.load_tensors_metadata(str(folder))
     engine, local = (f"model.{name}" for name in _NORM_BESIDE_EXPERTS)
-    if engine in dist_checkpointing.load_tensors_metadata(str(folder)):
+
+    def sharded() -> dict[str, Any]:
+        state = gpt.sharded_state_dict(prefix="model.")
         for entry in state.values():
-            if isinstance(entry, ShardedTensor) and entry.key == local:
+            if engine in metadata and isinstance(entry, ShardedTensor) and entry.key == local:
                 entry.key = engine
+        return state
+
+    parameters = {f"model.{name}": parameter for name, parameter in gpt.named_parameters()}
+    for name, entry in sharded().items():
+        if name in parameters and getattr(entry, "key", None) in metadata:
+            parameters[name].data = parameters[name].data.to(metadata[entry.key].dtype)
+    state = sharded()
     loaded = dist_checkpointing.load(state, str(folder))
     gpt.load_state_dict({name.removeprefix("model."): value for name, value in loaded.items()}, strict=False)
     missing = {name for name, _ in gpt.named_parameters()} - {name.removeprefix("model.") for name in loaded}
     assert not missing, f"{folder}: no tensor for {sorted(missing)}"
 
 
-def stored(folder: Path) -> tuple[torch.dtype, int]:
-    """Precision and rows of the embedding in a checkpoint."""
+def stored(folder: Path, model: Mapping[str, Any]) -> tuple[torch.dtype, int]:
+    """Precision and rows of the embedding in a checkpoint. ValueError where it is of another size than NeMo's `model`
+    section says, before anything of that size is allocated."""
     from megatron.core import dist_checkpointing
 
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder; a .nemo of Megatron-core holds its weights there")
     metadata = dist_checkpointing.load_tensors_metadata(str(folder))
-    embedding = metadata["model.embedding.word_embeddings.weight"]
+    attention, layers = "decoder.layers.self_attention.linear_proj.weight", model["num_layers"]
+    width = model.get("kv_channels") or model["hidden_size"] // model["num_attention_heads"]
+    sizes = {
+        attention: (layers, model["hidden_size"], model["num_attention_heads"] * width),
+        "decoder.layers.mlp.linear_fc2.weight": (layers, model["hidden_size"], model["ffn_hidden_size"]),
+        "decoder.layers.mlp.experts.experts.linear_fc2.weight": (
+            *(layers, model.get("num_moe_experts"), model["hidden_size"], model["ffn_hidden_size"]),
+        ),
+    }
+    for name, wanted in sizes.items():
+        entry = metadata.get(f"model.{name}")
+        if (found := None if entry is None else tuple(entry.global_shape)) not in (wanted, None):
+            raise ValueError(f"{folder}: {name} has the shape {found}, but model_config.yaml says {wanted}")
+    embedding = metadata.get("model.embedding.word_embeddings.weight")
+    if embedding is None or f"model.{attention}" not in metadata:
+        raise ValueError(f"{folder}: holds no GPT of Megatron-core, whose attention is {attention}")
     return embedding.dtype, int(embedding.global_shape[0])

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_fiberpo.aligner import named_strata
+from nemo_fiberpo.aligner import named_strata, pickles
+from nemo_fiberpo.aligner.policy_file import read_config
 from nemo_fiberpo.aligner.preemption import shield_resource_tracker
 from nemo_fiberpo.aligner.settings import SECTIONS, check_resume, cluster_settings, hierarchy_section
 from nemo_fiberpo.budget_warnings import budget_warnings, log_budget_warnings
@@ -110,7 +111,9 @@ def check_lengths(cfg: DictConfig) -> None:
 
 
 def start(cfg: DictConfig) -> None:
-    """Prepare the process: the CPU mode if asked for, quiet logs on CPU, one way to start helper processes."""
+    """Prepare the process: no pickle runs code, the CPU mode if asked for, quiet logs on CPU, one way to start helper
+    processes."""
+    pickles.restrict()
     if cfg.cpu:
         from nemo_fiberpo.aligner import cpu
 
@@ -163,17 +166,23 @@ def build_lightning_trainer(cfg: DictConfig, checkpoint: Path | None) -> Any:
 
 
 def load_actor(cfg: DictConfig, trainer: Any) -> Any:
-    """The policy from `pretrained_checkpoint.restore_from_path`, with what `model` says laid over its own config."""
-    from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo
+    """The policy from `pretrained_checkpoint.restore_from_path`, with what `model` says laid over its own config.
+    ValueError as `policy_file.read_config`, before anything of it is merged."""
+    from nemo_aligner.utils.utils import load_from_nemo, remove_overwritten_fields
 
     from nemo_fiberpo.aligner.actor import FiberPOActor
 
     path = cfg.pretrained_checkpoint.restore_from_path
     if not Path(path).exists():
         raise ValueError(f"pretrained_checkpoint.restore_from_path: {path} does not exist; give a .nemo file or folder")
-    cfg.model = load_and_override_model_config(path, cfg.model)
+    own = read_config(Path(path))
+    remove_overwritten_fields(own, cfg.model.get("overwrite_base_config") or {})
+    merged: Any = OmegaConf.merge(own, cfg.model)
+    merged.pop("overwrite_base_config", None)
+    cfg.model = merged
     check_lengths(cfg)
-    return load_from_nemo(FiberPOActor, cfg.model, trainer, strict=True, restore_path=path)
+    with pickles.named(path):
+        return load_from_nemo(FiberPOActor, cfg.model, trainer, strict=True, restore_path=path)
 
 
 def initialise(cfg: DictConfig, trainer: Any, actor: Any, dataset: Any, optimizer_steps: int) -> tuple[Any, Any, Any]:
@@ -195,7 +204,8 @@ def initialise(cfg: DictConfig, trainer: Any, actor: Any, dataset: Any, optimize
         trainer.fit_loop.epoch_loop.max_steps = optimizer_steps
     # NeMo wants a data loader to be there; PPOTrainer builds its own and never reads this one.
     batch = divide(cfg.model.global_batch_size, parallel_state.get_data_parallel_world_size())
-    init_using_ptl(trainer, actor, torch.utils.data.DataLoader(dataset, batch_size=batch), dataset)
+    with pickles.named(trainer.ckpt_path):
+        init_using_ptl(trainer, actor, torch.utils.data.DataLoader(dataset, batch_size=batch), dataset)
     del actor._train_dl
     limit_collectives(cfg.collective_timeout)  # groups that were made without the strategy's time-out
     # PPOTrainer collects garbage several times a step; without this each pass walks all that NeMo's imports made.

@@ -14,6 +14,8 @@ from typing import Any, TextIO
 
 from nemo_fiberpo.aligner.manifest import write_atomically
 
+DAMAGED = ".damaged"  # beside the file: lines of it that could not be read on a resume
+
 
 class MetricsFile:
     """One JSON object a line: {"rl_step": n, "step": x-axis of the logger, "<prefix>/<name>": number, ...}.
@@ -71,9 +73,38 @@ class PromptsFile:
 
 
 def _rewind(path: Path, rl_step: int) -> None:
-    if path.exists():
-        kept = [line for line in path.read_text().splitlines(keepends=True) if _belongs(line, rl_step)]
-        write_atomically(path, "".join(kept))
+    """Keep the whole lines of RL steps before `rl_step`. What is no line of a run any more, by a damaged disk say, is
+    put into a file beside it, and said; half a line at the end is what a kill leaves."""
+    if not path.exists():
+        return
+    kept: list[bytes] = []
+    damaged: list[tuple[int, bytes]] = []
+    *lines, _half = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        step = _step_of(line)
+        if step is None:
+            damaged.append((number, line + b"\n"))
+        elif step < rl_step:
+            kept.append(line + b"\n")
+    if damaged:
+        aside = path.with_name(path.name + DAMAGED)
+        with aside.open("ab") as file:
+            file.writelines(line for _, line in damaged)
+        numbers = ", ".join(str(number) for number, _ in damaged[:10])
+        print(
+            f"{path}: {len(damaged)} damaged lines moved to {aside.name}, the first of them line {numbers}", flush=True
+        )
+    write_atomically(path, b"".join(kept).decode())
+
+
+def _step_of(line: bytes) -> int | None:
+    """The RL step of a line; None where it is damaged."""
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    step = row.get("rl_step") if isinstance(row, dict) else None
+    return step if type(step) is int else None
 
 
 def _rl_step(metrics: Mapping[str, Any], step: int | None) -> int | None:
@@ -84,13 +115,6 @@ def _rl_step(metrics: Mapping[str, Any], step: int | None) -> int | None:
     if step is not None and any(name.startswith("val_rollouts/") for name in metrics):
         return step - 1
     return step
-
-
-def _belongs(line: str, rl_step: int) -> bool:
-    try:
-        return line.endswith("\n") and json.loads(line)["rl_step"] < rl_step
-    except (json.JSONDecodeError, KeyError):
-        return False
 
 
 def _number(value: Any) -> float | None:

@@ -66,6 +66,22 @@ def model_problems(cfg: DictConfig, on_cpu: bool) -> Iterator[str]:
         if cfg.ppo.get(name):
             yield f"model.ppo.{name}: {cfg.ppo.get(name)} is not supported by this actor; set it to {off}"
     yield from _sampling_problems(cfg.ppo)
+    yield from _adapter_problems(cfg.get("peft") or {}, on_cpu)
+
+
+def _adapter_problems(peft: Any, on_cpu: bool) -> Iterator[str]:
+    scheme = peft.get("peft_scheme", "none")
+    if scheme not in ("none", "lora"):
+        yield f"model.peft.peft_scheme: {scheme!r} is unknown{nearest(str(scheme), ('none', 'lora'))}"
+    elif scheme == "lora" and on_cpu:
+        yield "model.peft.peft_scheme: lora needs Transformer Engine, on a GPU; set it to none to train all weights"
+    elif scheme == "lora":
+        dropout = (peft.get("lora_tuning") or {}).get("adapter_dropout")
+        if isinstance(dropout, bool) or dropout != 0:
+            yield (
+                f"model.peft.lora_tuning.adapter_dropout: {dropout!r}; must be 0.0: the exact step runs the forward "
+                "pass twice, and both must be the same function"
+            )
 
 
 _OTHER = "the ratios compare the policy with itself, and responses sampled from another distribution are not its own"

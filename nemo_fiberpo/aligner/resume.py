@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,9 @@ def _sha256(path: Any) -> str | None:
 class RunRecord:
     """`run.json` in `run_dir`: what the run is, what was changed when it went on, and its newest whole checkpoint.
 
-    {"identity": {key: value}, "changes": [{"rl_step", "changed": {key: [before, after]}}], "checkpoint": {"step",
-    "name"} or null}. The config is read when the object is made: NeMo writes into it later. The file is not.
+    {"id": hex, "identity": {key: value}, "changes": [{"rl_step", "changed": {key: [before, after]}}], "checkpoint":
+    {"step", "name"} or null}. Paths inside `run_dir` are written from there, so that a run can be moved. The config is
+    read when the object is made: NeMo writes into it later. The file is not.
     """
 
     def __init__(self, cfg: DictConfig):
@@ -48,7 +51,7 @@ class RunRecord:
         self._run_dir = str(cfg.run_dir)
         self._data = {name: cfg.data.get(name) for name in ("train", "heldout")}
         self._allowed = _allowed(cfg)
-        self._identity = identity_of(cfg)
+        self._identity = _portable(identity_of(cfg), self._run_dir)
 
     def check_allowed(self) -> None:
         """ValueError naming an entry of `resume.allow` that is no key of this run, now or as `run_dir` holds it."""
@@ -78,7 +81,7 @@ class RunRecord:
         try:
             stored: dict[str, Any] = json.loads(raw)
             _check_record(stored)
-            stored["identity"] = identity_of_record(stored["identity"])
+            stored["identity"] = _portable(identity_of_record(stored["identity"]), self._run_dir)
         except (ValueError, KeyError, TypeError) as error:  # neither JSON nor text, or another structure
             raise ValueError(
                 f"{self.path}: not the record of a run ({type(error).__name__}: {error}). Put an intact copy back; or "
@@ -113,12 +116,18 @@ class RunRecord:
     def remember(self, rl_step: int) -> dict[str, list[Any]]:
         """Write down what the run is from this RL step on; {key: [before, after]} of what has changed since it was
         last trained. First rank."""
-        stored = self._stored() or {"changes": [], "checkpoint": None, "identity": self.identity()}
-        changed = self._changed(stored) if rl_step > 0 else {}
+        stored = {"id": uuid.uuid4().hex} | (self._stored() or {"changes": [], "checkpoint": None})
+        changed = self._changed(stored) if rl_step > 0 and "identity" in stored else {}
         if changed:
             stored["changes"].append({"rl_step": rl_step, "changed": changed})
         self._write(stored | {"identity": self.identity()})
         return changed
+
+    @property
+    def id(self) -> str | None:
+        """What the manifests of its checkpoints call the run; None before it began, or of an earlier version."""
+        stored = self._stored()
+        return stored.get("id") if stored else None
 
     @property
     def checkpoint(self) -> dict[str, Any] | None:
@@ -142,8 +151,27 @@ def _check_record(stored: Any) -> None:
     if not isinstance(stored["identity"], dict) or not isinstance(stored["changes"], list):
         raise ValueError("identity and changes are of another kind")
     newest = stored["checkpoint"]
+    if not isinstance(stored.get("id", ""), str):
+        raise ValueError("id is of another kind")
     if newest is not None and not (isinstance(newest["step"], int) and isinstance(newest["name"], str)):
         raise ValueError("checkpoint is of another kind")
+
+
+def _portable(identity: Mapping[str, Any], run_dir: str) -> dict[str, Any]:
+    """With paths inside the run's directory written from there, whichever way they name it."""
+    prefixes = {run_dir, os.path.abspath(run_dir), os.path.realpath(run_dir)}
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(entry) for entry in value]
+        if isinstance(value, dict):
+            return {key: moved(entry) for key, entry in value.items()}
+        if not isinstance(value, str):
+            return value
+        inside = next((prefix for prefix in prefixes if value.startswith(prefix.rstrip("/") + "/")), None)
+        return value if inside is None else "${run_dir}" + value[len(inside.rstrip("/")) :]
+
+    return {key: moved(value) for key, value in identity.items()}
 
 
 def _allowed(cfg: DictConfig) -> tuple[str, ...]:

@@ -11,9 +11,9 @@ import os
 import time
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from nemo_fiberpo.aligner import checkpoint_choice, manifest, run_lock, storage
+from nemo_fiberpo.aligner import checkpoint_choice, manifest, policy_file, run_lock, storage
 from nemo_fiberpo.aligner.checkpoint_choice import Choice, Verify
 from nemo_fiberpo.aligner.first_rank import Message, Ranks, connect
 from nemo_fiberpo.aligner.manifest import Manifest
@@ -59,7 +59,9 @@ def _decide(cfg: DictConfig, record: RunRecord, verify: Verify = manifest.proble
     directory = checkpoint_directory(cfg)
     take_directory(cfg, record)
     try:
-        return _settled(_choose(cfg, directory, record, verify))
+        choice = _choose(cfg, directory, record, verify)
+        _check_policy(cfg, verify)
+        return _settled(choice)
     except OSError as error:
         raise ValueError(
             f"{storage.in_words(error)}: a file of the run could not be read or moved, which does not say that it is "
@@ -74,12 +76,20 @@ def _choose(cfg: DictConfig, directory: Path, record: RunRecord, verify: Verify)
             "exp_manager.resume_from_checkpoint: a run goes on from its own checkpoints; a new one begins from "
             "pretrained_checkpoint.restore_from_path"
         )
-    choice = checkpoint_choice.choose(directory, record.checkpoint, verify)
+    choice = checkpoint_choice.choose(directory, record.checkpoint, verify, record.id)
     if choice.checkpoint is not None and not cfg.exp_manager.get("resume_if_exists", True):
         raise ValueError(
             f"exp_manager.resume_if_exists: false, but {directory} has checkpoints; give a run_dir of its own"
         )
     return choice
+
+
+def _check_policy(cfg: DictConfig, verify: Verify) -> None:
+    """ValueError as `policy_file.check`; a run that goes on reads its policy too. One that is not there is for
+    `launch.load_actor` to say."""
+    given = OmegaConf.select(cfg, "pretrained_checkpoint.restore_from_path", throw_on_missing=False)
+    if given is not None and Path(given).exists():
+        print(policy_file.check(Path(given), verify), flush=True)
 
 
 def _settled(choice: Choice) -> Found:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 from collections.abc import Callable
 from io import BufferedReader
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import TypeVar
 
 WAITS = (0.5, 2.0, 5.0)  # seconds before each further attempt
-MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)  # no such file; another kind of thing in its place
+# No such file; another kind of thing in its place, as `opened` has it for a FIFO or a device.
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
+LARGEST = 256 * 2**20  # bytes of a file that is read whole: a manifest of a million files
 
 T = TypeVar("T")
 
@@ -34,25 +37,39 @@ def attempt(read: Callable[[Path], T], path: Path) -> T:
 
 
 def opened(path: Path) -> BufferedReader:
-    """The file, open. FileNotFoundError only if a fresh listing of its folder has not got it either: an NFS client
-    keeps for a while that a name did not exist, but asks the server again when it opens a folder."""
+    """The file, open. OSError with ENXIO for what is no regular file. FileNotFoundError only if a fresh listing of its
+    folder has not got it either: an NFS client keeps for a while that a name did not exist, but asks the server again
+    when it opens a folder."""
     try:
-        return path.open("rb")
+        return regular(path)
     except FileNotFoundError:
         if path.name not in os.listdir(path.parent) or path.is_symlink():
             raise
         try:
-            return path.open("rb")
+            return regular(path)
         except FileNotFoundError:
             raise OSError(errno.ESTALE, "its folder lists it, but it cannot be opened", str(path)) from None
 
 
+def regular(path: Path) -> BufferedReader:
+    """The file, or the one that a link leads to, open. A FIFO, whose opening would wait for a writer, and a device,
+    which may have no end, are an OSError with ENXIO."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.ENXIO, "is no regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
 def content(path: Path) -> bytes | None:
-    """The bytes of a file, None if there is none. OSError if it cannot be read."""
+    """The bytes of a file of at most LARGEST, None if there is none. OSError if it cannot be read."""
 
     def read(path: Path) -> bytes:
         with opened(path) as file:
-            return file.read()
+            found = file.read(LARGEST + 1)
+        if len(found) > LARGEST:
+            raise OSError(errno.EFBIG, f"has more than {LARGEST} bytes", str(path))
+        return found
 
     try:
         return attempt(read, path)

@@ -116,11 +116,8 @@ def _plan(config: str, overrides: Sequence[str], as_json: bool) -> int:
 def _convert(command: str, source: Path, target: Path) -> int:
     from nemo_fiberpo.aligner.huggingface_files import export_huggingface, import_huggingface
 
-    if command == "import-hf":
-        import_huggingface(source, target)
-    else:
-        for lacking in export_huggingface(source, target):
-            _say(f"warning: {lacking}\n", sys.stderr)
+    for line in (import_huggingface if command == "import-hf" else export_huggingface)(source, target):
+        _say(f"warning: {line}\n", sys.stderr)
     _say(f"wrote {target}\n", sys.stdout)
     return 0
 

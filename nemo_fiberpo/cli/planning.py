@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tarfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_fiberpo.aligner import launch
 from nemo_fiberpo.aligner.algorithm import AlgorithmSettings
 from nemo_fiberpo.aligner.model_checks import model_problems, partition_table
+from nemo_fiberpo.aligner.policy_file import read_config
 from nemo_fiberpo.aligner.prompts import load_prompts
 from nemo_fiberpo.aligner.resume import RunRecord
 from nemo_fiberpo.aligner.settings import (
@@ -224,15 +224,5 @@ def _add_checkpoint(cfg: DictConfig) -> None:
     if OmegaConf.is_missing(cfg.pretrained_checkpoint, "restore_from_path"):
         return
     path = Path(cfg.pretrained_checkpoint.restore_from_path)
-    if path.is_dir() and (path / "model_config.yaml").is_file():
-        own = OmegaConf.load(path / "model_config.yaml")
-    elif path.is_file() and tarfile.is_tarfile(path):
-        with tarfile.open(path) as archive:
-            member = next((entry for entry in archive if entry.name.endswith("model_config.yaml")), None)
-            file = archive.extractfile(member) if member is not None else None
-            if file is None:
-                raise ValueError(f"pretrained_checkpoint.restore_from_path: {path} holds no model_config.yaml")
-            own = OmegaConf.create(file.read().decode())
-    else:
-        return
-    cfg.model = OmegaConf.merge(own, cfg.model)
+    if path.exists():
+        cfg.model = OmegaConf.merge(read_config(path), cfg.model)

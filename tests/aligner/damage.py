@@ -15,7 +15,11 @@ def name_of(step: int, last: bool = False) -> str:
     return f"fiberpo-step={step}-consumed_samples={8 * step}-epoch=0{'-last' if last else ''}"
 
 
-def save(directory: Path, step: int, last: bool = False, finished: bool = True) -> Path:
+def state_of(step: int) -> dict[str, int]:
+    return {"step": step, "consumed_samples": 8 * step, "ppo_optimization_step": 4 * step}
+
+
+def save(directory: Path, step: int, last: bool = False, finished: bool = True, run: str | None = None) -> Path:
     """A checkpoint of a few files with a content of its own."""
     path = directory / name_of(step, last)
     for number, name in enumerate(FILES):
@@ -23,7 +27,7 @@ def save(directory: Path, step: int, last: bool = False, finished: bool = True) 
         (path / name).write_bytes(bytes((step * 37 + number * 11 + at) % 256 for at in range(300 + number)))
     if finished:
         found = manifest.entries(path, manifest.files_of(path))
-        manifest.write(path, Manifest(found, {"step": step, "consumed_samples": 8 * step}))
+        manifest.write(path, Manifest(found, state_of(step), run))
     return path
 
 

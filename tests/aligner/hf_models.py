@@ -18,12 +18,24 @@ SIZES: dict[str, Any] = {
     "rope_theta": 5000.0, "attn_implementation": "eager", "bos_token_id": 3, "eos_token_id": 7,
 }  # fmt: skip
 LLAMA31 = {"rope_type": "llama3", **huggingface.LLAMA3_SCALING}
+LLAMA32 = LLAMA31 | {"factor": 32.0}
 MODELS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
     "llama with Llama 3.1's positions": (
         transformers.LlamaConfig,
         transformers.LlamaForCausalLM,
         {"rope_scaling": LLAMA31, "rope_theta": 500000.0, "max_position_embeddings": 16384},
+    ),
+    "llama with Llama 3.2's positions": (
+        transformers.LlamaConfig,
+        transformers.LlamaForCausalLM,
+        {
+            "rope_scaling": LLAMA32,
+            "rope_theta": 500000.0,
+            "max_position_embeddings": 131072,
+            "head_dim": 16,
+            "tie_word_embeddings": True,
+        },
     ),
     "llama with wide heads": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {"head_dim": 16}),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
@@ -36,11 +48,11 @@ MODELS: dict[str, tuple[type, type, dict[str, Any]]] = {
 }
 
 
-def make(name: str, dtype: torch.dtype = torch.float32) -> Any:
+def make(name: str, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     """A model with weights large enough, and biases and norms far enough from their defaults, that each matters."""
     config, kind, changes = MODELS[name]
     torch.manual_seed(4)
-    model = kind(config(**(SIZES | changes)))
+    model = kind(config(**(SIZES | changes | more)))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.2)
@@ -51,10 +63,12 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
-def write_tokenizer(folder: Path, eos: str = "<1>", size: int = 45) -> None:
-    """Of fewer tokens than the model has rows, as Qwen2's."""
+def write_tokenizer(folder: Path, eos: str = "<1>", size: int = 45, bos: bool = False) -> None:
+    """Of fewer tokens than the model has rows, as Qwen2's. With `bos`, every text begins with <3>."""
     words = tokenizers.models.WordLevel({f"<{number}>": number for number in range(size)}, unk_token="<0>")
     made = tokenizers.Tokenizer(words)
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="<0>", eos_token=eos, pad_token="<2>"
-    ).save_pretrained(folder)
+    special = {"unk_token": "<0>", "eos_token": eos, "pad_token": "<2>"}
+    if bos:
+        made.post_processor = tokenizers.processors.TemplateProcessing(single="<3> $A", special_tokens=[("<3>", 3)])
+        special["bos_token"] = "<3>"
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(folder)

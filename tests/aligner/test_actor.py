@@ -45,6 +45,8 @@ GOOD = {"mcore_gpt": True, "optim": {"name": "mcore_distributed_optim"}, "ppo": 
         ({"ppo": {"offload_adam_states": True, "sampling_params": {}}}, ["model.ppo.offload_adam_states", "False"]),
         ({"ppo": {"entropy_bonus": 0.1, "sampling_params": {}}}, ["model.ppo.entropy_bonus", "0"]),
         ({"ppo": {"ratio_eps": 0.2, "sampling_params": {}}}, ["model.ppo.ratio_eps: 0.2", "0.0"]),
+        ({"peft": {"peft_scheme": "lora"}}, ["model.peft.peft_scheme: lora needs Transformer Engine"]),
+        ({"peft": {"peft_scheme": "lroa"}}, ["model.peft.peft_scheme: 'lroa' is unknown", "'lora'"]),
     ],
 )
 def test_a_model_that_cannot_run_is_refused_by_field(change, words):
@@ -86,6 +88,16 @@ def test_what_policies_are_sampled_with_passes():
     free = {"add_BOS": True, "end_strings": ["\n"], "all_probs": False, "compute_logprob": False}
     ppo = {"sampling_params": neutral | free, "length_params": {"max_length": 4, "min_length": 0}}
     check_model(OmegaConf.create(GOOD | {"ppo": ppo}))
+
+
+@pytest.mark.parametrize("dropout", [0.1, None, False])
+def test_adapters_drop_nothing(monkeypatch, dropout):
+    monkeypatch.setattr("nemo_fiberpo.megatron.cpu.installed", lambda: False)
+    lora = {"peft_scheme": "lora", "lora_tuning": {"adapter_dim": 8, "adapter_dropout": 0.0}}
+    check_model(OmegaConf.create(GOOD | {"peft": lora}))
+    lora["lora_tuning"]["adapter_dropout"] = dropout
+    with pytest.raises(ValueError, match=rf"^model\.peft\.lora_tuning\.adapter_dropout: {dropout}; must be 0\.0"):
+        check_model(OmegaConf.create(GOOD | {"peft": lora}))
 
 
 def test_nemos_loop_is_asked_for_samples_of_the_policy(monkeypatch):

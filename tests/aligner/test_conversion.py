@@ -16,8 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from nemo_fiberpo.aligner import huggingface_files, huggingface_gpt
 from nemo_fiberpo.aligner.huggingface import huggingface_config, model_config, to_huggingface, to_megatron
+from nemo_fiberpo.aligner.huggingface_weights import Weights
 from tests.aligner.hf_models import LLAMA31, MODELS, SIZES, make, stored, write_tokenizer
 from tests.aligner.launching import ROOT, environment
+
+LLAMA31_FACTORS = {name: LLAMA31[name] for name in ("factor", "low_freq_factor", "high_freq_factor")}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -25,14 +28,51 @@ def test_logits_are_those_of_transformers(name: str):
     model = make(name)
     config = model_config(model.config.to_dict() | {"architectures": [type(model).__name__]})
     tokens = torch.randint(0, SIZES["vocab_size"], (2, 17), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = model(tokens).logits
+    assert wanted.abs().max() > 0.5
+    torch.testing.assert_close(logits(config, model, tokens), wanted, rtol=1e-5, atol=1e-5)
+
+
+def logits(config: dict[str, Any], model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Of Megatron's GPT with the weights of a transformers model."""
+    length = tokens.shape[1]
     with huggingface_gpt.megatron_alone(), torch.no_grad():
         gpt = huggingface_gpt.build_gpt(config, torch.float32).eval()
         huggingface_gpt.load_into(gpt, to_megatron(dict(model.state_dict()).__getitem__, config))
-        causal = torch.ones(17, 17, dtype=torch.bool).triu(1)[None, None]
-        found = gpt(tokens, torch.arange(17).expand(2, -1), causal)
+        causal = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
+        return gpt(tokens, torch.arange(length).expand(len(tokens), -1), causal)
+
+
+@pytest.mark.parametrize("factors", [{"factor": 32.0}, {"low_freq_factor": 2.0, "high_freq_factor": 8.0}])
+def test_every_factor_of_scaled_positions_reaches_the_angles(factors: dict[str, float]):
+    """Positions are scaled for 16 tokens here, so that 40 of them differ between Llama 3.1's factors and these."""
+    scaling = LLAMA31 | {"original_max_position_embeddings": 16} | factors
+    model = make("llama", rope_scaling=scaling, rope_theta=1000.0)
+    tokens = torch.randint(0, SIZES["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(1))
+    config = model_config(model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    with torch.no_grad():
         wanted = model(tokens).logits
-    assert wanted.abs().max() > 0.5
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        others = make("llama", rope_scaling=scaling | LLAMA31_FACTORS, rope_theta=1000.0)(tokens).logits
+    assert (wanted - others).abs().max() > 0.01
+    torch.testing.assert_close(logits(config, model, tokens), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral"])
+def test_keys_that_a_config_leaves_out_have_the_familys_own_defaults(name: str):
+    """rope_theta of Mixtral is 1e6 to transformers and 1e4 to NeMo."""
+    kind, model_kind, _ = MODELS[name]
+    sizes = {key: SIZES[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")}
+    bare = sizes | {"architectures": [model_kind.__name__], "model_type": kind.model_type}
+    bare |= {"num_attention_heads": 8, "num_key_value_heads": 8}
+    whole = kind(**bare).to_dict()
+    assert len(whole) > len(bare) and model_config(bare) == model_config(whole)
+    model = make(name, **{key: whole[key] for key in whole if key in SIZES and key != "attn_implementation"})
+    tokens = torch.randint(0, SIZES["vocab_size"], (2, 17), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = model(tokens).logits
+    given = bare | ({"num_local_experts": 4} if name == "mixtral" else {})
+    torch.testing.assert_close(logits(model_config(given), model, tokens), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("scaling", [{"rope_type": "default"}, LLAMA31])
@@ -108,14 +148,45 @@ def test_the_configuration_comes_back(name: str):
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
         ({"attention_bias": True}, "attention_bias: True"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling: "),
-        ({"rope_scaling": LLAMA31 | {"factor": 32.0}}, "rope_scaling: "),
+        ({"rope_scaling": LLAMA31 | {"factor": "8"}}, "rope_scaling.factor: '8'; must be a positive number"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.low_freq_factor: None"),
+        ({"rope_scaling": LLAMA31 | {"low_freq_factor": 4.0}}, "rope_scaling.high_freq_factor: must be above"),
         ({"sliding_window": 4096}, "sliding_window: 4096"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: 'sliding_attention'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: the weights are quantized"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers: 1000000000000; must be a whole number from 1 to"),
+        ({"hidden_size": "32"}, "hidden_size: '32'; must be a whole number"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: 3 does not divide num_attention_heads = 4"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": None}, "num_attention_heads: 5 does not"),
     ],
 )
 def test_what_nemo_cannot_follow_is_refused_by_its_field(change: dict[str, Any], said: str):
     config = make("llama").config.to_dict() | {"architectures": ["LlamaForCausalLM"]} | change
     with pytest.raises(ValueError) as error:
         model_config(config)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"normalization": "layernorm"},
+            "model.normalization: 'layernorm'; a model of the Llama families has 'rmsnorm'",
+        ),
+        ({"seq_len_interpolation_factor": 2.0}, "model.seq_len_interpolation_factor: 2.0"),
+        ({"rotary_percentage": 0.5}, "model.rotary_percentage: 0.5"),
+        ({"qk_layernorm": True}, "model.qk_layernorm: True"),
+        ({"moe_shared_expert_intermediate_size": 8}, "model.moe_shared_expert_intermediate_size: 8"),
+        ({"moe_ffn_hidden_size": 24}, "model.moe_ffn_hidden_size: 24; must be ffn_hidden_size"),
+        ({"qkv_bias": True}, "model.qkv_bias: true; Mixtral has no biases"),
+    ],
+)
+def test_what_no_family_has_is_not_exported(change: dict[str, Any], said: str):
+    model = model_config(make("mixtral").config.to_dict() | {"architectures": ["MixtralForCausalLM"]})
+    huggingface_config(model)
+    with pytest.raises(ValueError) as error:
+        huggingface_config(model | change)
     assert said in str(error.value)
 
 
@@ -137,7 +208,7 @@ def test_pickles_missing_superfluous_and_misshapen_tensors_are_refused(tmp_path:
     assert "rotary.strange is a tensor that this family does not have" in refused(
         whole | {"rotary.strange": torch.ones(1)}
     )
-    assert "shape (33,), but config.json says (32,)" in refused(whole | {norm: torch.ones(33)})
+    assert "has the shape (33,), but config.json says (32,)" in refused(whole | {norm: torch.ones(33)})
     file.unlink()
     torch.save(whole, source / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pytorch_model.bin is a pickle"):
@@ -150,7 +221,7 @@ def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.
     huggingface_files._write_shards(iter(model.state_dict().items()), tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
-    assert set(index["weight_map"]) == set(model.state_dict()) == huggingface_files._Weights(tmp_path).names
+    assert set(index["weight_map"]) == set(model.state_dict()) == Weights(tmp_path).names
 
 
 OFF = (

@@ -60,15 +60,19 @@ def test_ids_of_special_tokens_are_the_tokenizers_where_no_model_was_imported(tm
     del config["huggingface_tokens"]
     (policy / "tokenizer" / "generation_config.json").unlink()
     OmegaConf.save(config, policy / "model_config.yaml")
-    assert huggingface_files.export_huggingface(policy, tmp_path / "back") == []
+    with pytest.raises(ValueError, match=r"policy\.nemo: damaged: model_config\.yaml: .* bytes instead of"):
+        huggingface_files.export_huggingface(policy, tmp_path / "back")
+    (policy / "manifest.json").unlink()
+    unverified = [f"policy {policy}: unverified, there is no manifest.json"]
+    assert huggingface_files.export_huggingface(policy, tmp_path / "back") == unverified
     for name in ("config.json", "generation_config.json"):
         found = json.loads((tmp_path / "back" / name).read_text())
         assert [found[token] for token in huggingface.SPECIAL_TOKENS] == [None, 1, 2], name
     config.tokenizer.type = "a name on a hub"
     OmegaConf.save(config, policy / "model_config.yaml")
-    assert huggingface_files.export_huggingface(policy, tmp_path / "moved") == []
+    assert huggingface_files.export_huggingface(policy, tmp_path / "moved") == unverified
     shutil.rmtree(policy / "tokenizer")
-    said = huggingface_files.export_huggingface(policy, tmp_path / "bare")
+    said = huggingface_files.export_huggingface(policy, tmp_path / "bare")[1:]
     assert "no tokenizer: model.tokenizer = " in said[0] and "are null in config.json" in said[1]
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bare")
     assert loaded.config.eos_token_id is None and loaded.generation_config.eos_token_id is None
@@ -83,6 +87,7 @@ def test_weights_beside_the_tokenizer_do_not_replace_the_policys(tmp_path: Path,
     write_tokenizer(other)
     (other / "logs").mkdir()
     config = OmegaConf.load(policy / "model_config.yaml")
+    (policy / "manifest.json").unlink()
     for number, given in enumerate([str(other), None]):
         config.tokenizer.type = given
         OmegaConf.save(config, policy / "model_config.yaml")
@@ -108,3 +113,30 @@ def test_a_tokenizer_with_a_token_that_has_no_row_is_refused(tmp_path: Path):
     assert not (tmp_path / "policy.nemo").exists()
     write_tokenizer(tmp_path / "hf", size=50)
     huggingface_files.import_huggingface(tmp_path / "hf", tmp_path / "policy.nemo")
+
+
+def test_an_import_says_where_responses_of_the_policy_end_and_begin_otherwise(tmp_path: Path):
+    """As Llama 3's instruction models: several ends, one of them the tokenizer's, which begins every text."""
+    source = tmp_path / "hf"
+    model = make("llama")
+    model.generation_config.eos_token_id = [1, 7]
+    model.save_pretrained(source)
+
+    def said(eos: str, bos: bool = False, target: str = "policy.nemo") -> list[str]:
+        write_tokenizer(source, eos=eos, bos=bos)
+        lines = huggingface_files.import_huggingface(source, tmp_path / target)
+        shutil.rmtree(tmp_path / target)
+        return lines
+
+    others, other, begins = said("<1>"), said("<9>"), said("<1>", bos=True)
+    assert len(others) == 1 and "also end with 7 ('<7>'), those of the policy with 1 ('<1>') alone" in others[0]
+    assert "end_strings" in others[0]
+    assert len(other) == 1 and "end with 1 ('<1>'), 7 ('<7>'), those of the policy with the tokenizer's 9" in other[0]
+    assert begins[:1] == others and "begins every text with 3 ('<3>')" in begins[1] and "add_BOS" in begins[1]
+    (source / "generation_config.json").unlink()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"eos_token_id": 1}))
+    assert said("<1>") == []
+    for file in source.glob("*token*"):
+        file.unlink()
+    assert huggingface_files.import_huggingface(source, tmp_path / "bare.nemo")[0].startswith("no tokenizer there")

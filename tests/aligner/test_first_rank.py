@@ -60,6 +60,33 @@ def test_the_first_rank_ends_when_the_others_have_heard_why(decide, own, others)
     assert heard == [others, others]
 
 
+@pytest.mark.parametrize("theirs", ["another", "", None])
+def test_a_message_of_a_stranger_is_refused(theirs, monkeypatch):
+    """Who reaches the store could tell a rank which checkpoint to load."""
+    store = dist.HashStore()
+    if theirs is None:
+        store.set("said/0", '{"decision": {"checkpoint": "/tmp/evil"}}')
+    else:
+        monkeypatch.setenv(first_rank.SECRET, theirs)
+        Ranks(store, 0, 1, 20.0).lead(lambda: {"checkpoint": "/tmp/evil"})
+    monkeypatch.setenv(first_rank.SECRET, "of this job")
+    with pytest.raises(ValueError, match=r"^FIBERPO_JOB_SECRET: a message in the launcher's store is not signed"):
+        Ranks(store, 1, 2, 20.0).follow(lambda _: {})
+
+
+def test_a_message_counts_in_its_own_place_only(monkeypatch):
+    """An answer of this very job, copied to where the decision is expected."""
+    monkeypatch.setenv(first_rank.SECRET, "of this job")
+    store = dist.HashStore()
+    Ranks(store, 0, 1, 20.0).lead(lambda: {"checkpoint": "a"})
+    store.set("said/1", store.get("said/0"))
+    follower = Ranks(store, 1, 2, 20.0)
+    assert follower.follow(lambda _: {}) == {"checkpoint": "a"}
+    follower._round = 1
+    with pytest.raises(ValueError, match="is not signed by this job"):
+        follower.follow(lambda _: {})
+
+
 def test_the_first_rank_ends_although_another_never_hears(monkeypatch):
     monkeypatch.setattr(first_rank, "HEARD", 0.1)
     with pytest.raises(ValueError, match="in use"):

@@ -35,6 +35,21 @@ def test_rewind_drops_what_came_after_the_checkpoint_and_half_a_line(tmp_path):
     assert [row["rl_step"] for row in rows(path)] == [0, 1, 2]
 
 
+def test_damaged_lines_are_set_aside_and_said(tmp_path, capsys):
+    """A byte that is no text, a key that was flipped, a line that became two, one nested without end."""
+    path = tmp_path / "metrics.jsonl"
+    good = [f'{{"rl_step": {step}, "step": {step}}}\n'.encode() for step in range(4)]
+    bad = [b'{"rl_step": 1, "a": "\xff"}\n', b'{"rl_ste0": 1}\n', b'{"rl_step": 1, \r"b": \n', b"[" * 100_000 + b"\n"]
+    bad += [b'{"rl_step": "1"}\n', b"null\n"]
+    path.write_bytes(good[0] + b"".join(bad) + b"".join(good[1:]) + b'{"rl_step": 1, "st')
+    MetricsFile(path).rewind(2)
+    assert path.read_bytes() == b"".join(good[:2])
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == b"".join(bad)
+    assert "metrics.jsonl: 6 damaged lines moved to metrics.jsonl.damaged, the first" in capsys.readouterr().out
+    MetricsFile(path).rewind(2)
+    assert capsys.readouterr().out == "" and (tmp_path / "metrics.jsonl.damaged").read_bytes() == b"".join(bad)
+
+
 def test_rewind_of_a_run_that_wrote_nothing(tmp_path):
     MetricsFile(tmp_path / "metrics.jsonl").rewind(0)
     assert not (tmp_path / "metrics.jsonl").exists()

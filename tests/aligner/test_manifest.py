@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from nemo_fiberpo.aligner import manifest, storage
 from nemo_fiberpo.aligner.checkpoint_choice import choose
 from nemo_fiberpo.aligner.manifest import Manifest
-from tests.aligner.damage import DAMAGES, make_unreadable, name_of
+from tests.aligner.damage import DAMAGES, make_unreadable, name_of, state_of
 
 
 def test_every_bit_of_a_manifest_is_covered_by_its_own_digest(checkpoints):
@@ -32,6 +33,65 @@ def test_a_manifest_of_another_format_is_refused_by_number(checkpoints):
     values = json.loads((checkpoints / name_of(2) / manifest.NAME).read_text())
     with pytest.raises(ValueError, match=r"format 9, this version reads 1"):
         manifest.parse(json.dumps(values | {"format": 9}).encode())
+
+
+@pytest.mark.parametrize("number", ["x", -1, 1.5, True, None, [], 2**63])
+@pytest.mark.parametrize("key", ["step", "consumed_samples", "ppo_optimization_step"])
+def test_the_state_of_a_manifest_is_counts(key, number):
+    """Sealed, so that only its values are odd."""
+    state = {"step": 1, "consumed_samples": 8, "ppo_optimization_step": 4} | {key: number}
+    with pytest.raises(ValueError, match=rf"^manifest\.json: state\.{key}: must be a whole number"):
+        manifest.parse(Manifest({}, state).text().encode())
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../run.json", "a/../../b", "a//b", "./a", ".", "", "a/", "nul\0"])
+def test_a_manifest_lists_nothing_outside_its_checkpoint(name):
+    sealed = Manifest({name: {"size": 0, "sha256": "0" * 64}}, {}).text()
+    with pytest.raises(ValueError, match=r"^manifest\.json: files: .* is no path inside the checkpoint"):
+        manifest.parse(sealed.encode())
+
+
+@pytest.mark.parametrize("entry", [None, [], {}, {"size": 1}, {"size": "1", "sha256": ""}, {"size": -1, "sha256": ""}])
+def test_an_entry_of_a_manifest_is_a_size_and_a_digest(entry):
+    with pytest.raises(ValueError, match=r"^manifest\.json: files\.a: must have size and sha256"):
+        manifest.parse(Manifest({"a": entry}, {}).text().encode())
+
+
+@pytest.mark.parametrize(
+    "raw", [b"[" * 100_000, b"[]", b"7", b"null", b'{"format": 1, "state": {}, "files": 7}', b"9" * 5000]
+)
+def test_what_is_no_manifest_is_damaged(raw):
+    with pytest.raises(ValueError, match=r"^manifest\.json: its own SHA-256 differs"):
+        manifest.parse(raw)
+
+
+@pytest.mark.parametrize("name", ["common.pt", manifest.NAME])
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_what_is_no_regular_file_is_damaged_and_nothing_waits_for_it(checkpoints, name, kind):
+    """Opening a FIFO waits for a writer; /dev/zero, listed with its size of 0, has no end."""
+    newest = checkpoints / name_of(4)
+    files = manifest.read(newest).files
+    (newest / name).unlink()
+    if kind == "fifo":
+        os.mkfifo(newest / name)
+    elif kind == "device":
+        (newest / name).symlink_to("/dev/zero")
+    else:
+        (newest / name).mkdir()
+    if name != manifest.NAME and kind == "device":
+        manifest.write(newest, Manifest(files | {name: files[name] | {"size": 0}}, state_of(4)))
+    choice = choose(checkpoints, None)
+    assert choice.checkpoint == checkpoints / name_of(2)
+    assert choice.lines == [f"{newest.name}: damaged: {name}: is no regular file"]
+
+
+def test_a_file_that_goes_on_behind_its_size_is_read_no_further():
+    """A file of the kernel has the size 0 and content all the same."""
+    version = Path("/proc/version")
+    assert version.stat().st_size == 0 and version.read_bytes()
+    empty = {"size": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+    found = manifest.problems(version.parent, Manifest({version.name: empty}, {}))
+    assert found == ["version: its SHA-256 differs, 0 bytes"]
 
 
 @pytest.mark.parametrize("damage", [None, *DAMAGES])
@@ -78,15 +138,15 @@ def test_a_read_that_fails_for_a_moment_is_made_again(checkpoints, number, monke
 def test_a_file_is_missing_only_if_its_folder_does_not_list_it(tmp_path, monkeypatch):
     """The late view of an NFS client: for a while it says that there is no such file."""
     (tmp_path / "late").write_bytes(b"here")
-    really_open, refused = Path.open, []
+    really_open, refused = storage.regular, []
 
-    def late(path: Path, *mode: str):
+    def late(path: Path):
         if path.name == "late" and not refused:
             refused.append(path)
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-        return really_open(path, *mode)
+        return really_open(path)
 
-    monkeypatch.setattr(Path, "open", late)
+    monkeypatch.setattr(storage, "regular", late)
     assert storage.content(tmp_path / "late") == b"here" and refused
     assert storage.content(tmp_path / "missing") is None
     assert storage.content(tmp_path / "no folder" / "missing") is None

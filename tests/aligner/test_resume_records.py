@@ -228,3 +228,36 @@ def test_an_identity_is_what_json_holds(tmp_path):
     assert json.loads(json.dumps(found)) == found
     assert found["hierarchy.expert_partitions.by.cold"] == [0, 3]
     assert OmegaConf.to_container(cfg.hierarchy)["expert_partitions"]["by"]["cold"] == [0, 3], "the config is only read"
+
+
+def test_a_run_that_was_moved_is_the_same_run(tmp_path, monkeypatch):
+    """The tokenizer of the quickstart lies in the run's own directory; so does the policy that a penalty refers to."""
+    before, after = tmp_path / "before", tmp_path / "elsewhere" / "after"
+    RunRecord(quickstart(before, *TWO_EPOCHS)).remember(0)
+    record = json.loads((before / "run.json").read_text())
+    identity = record["identity"]
+    assert identity["model.tokenizer.type"] == "${run_dir}/data/tokenizer"
+    assert identity["pretrained_checkpoint.restore_from_path"] == "${run_dir}/warm_start.nemo"
+    assert str(tmp_path) not in json.dumps(record)
+    after.parent.mkdir()
+    before.rename(after)
+    moved = RunRecord(quickstart(after, *TWO_EPOCHS))
+    moved.check()
+    assert moved.remember(2) == {} and moved.id == record["id"]
+    monkeypatch.chdir(after.parent)
+    RunRecord(quickstart(Path("after"), *TWO_EPOCHS)).check()
+    other = quickstart(after, *TWO_EPOCHS, f"pretrained_checkpoint.restore_from_path={tmp_path}/another.nemo")
+    with pytest.raises(ValueError, match=r"^pretrained_checkpoint\.restore_from_path: .*another\.nemo"):
+        RunRecord(other).check()
+
+
+def test_a_record_of_an_earlier_version_has_the_runs_directory_spelled_out(tmp_path):
+    RunRecord(quickstart(tmp_path, *TWO_EPOCHS)).remember(0)
+    path = tmp_path / "run.json"
+    record = json.loads(path.read_text().replace("${run_dir}", str(tmp_path)))
+    del record["id"]
+    path.write_text(json.dumps(record))
+    resumed = RunRecord(quickstart(tmp_path, *TWO_EPOCHS))
+    resumed.check()
+    assert resumed.id is None and resumed.remember(2) == {}
+    assert isinstance(resumed.id, str)
