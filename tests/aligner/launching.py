@@ -107,6 +107,7 @@ TWO_EPOCHS = [
     "algorithm.save_interval=2",
     "algorithm.epochs=2",
     "algorithm.kl.coefficient=0.01",
+    "algorithm.gating.use_min=false",  # as in the run that records/run.json is of
 ]
 
 

@@ -15,7 +15,9 @@ from nemo_fiberpo.objective import OBJECTIVES
 ROOT = Path(__file__).parents[2]
 
 SHIPPED = {
+    "base": ("fiberpo", "trajectory_mean", None),
     "fiberpo": ("fiberpo", "trajectory_mean", None),
+    "fiberpo_paper": ("fiberpo", "trajectory_mean", None),
     "ppo": ("ppo", "token_mean", fpo.PpoClip(0.2, 0.2)),
     "grpo": ("grpo", "trajectory_mean", fpo.PpoClip(0.2, 0.2)),
     "dapo": ("grpo", "token_mean", fpo.PpoClip(0.2, 0.28)),
@@ -63,8 +65,8 @@ def test_the_training_script_checks_an_objective(tmp_path: Path):
 
 
 def test_fields_of_an_objective_can_be_overridden():
-    assert not composed("algorithm=fiberpo")[0].use_min
-    assert composed("algorithm=fiberpo", "algorithm.gating.use_min=true")[0].use_min
+    assert composed("algorithm=fiberpo")[0].use_min and not composed("algorithm=fiberpo_paper")[0].use_min
+    assert not composed("algorithm=fiberpo", "algorithm.gating.use_min=false")[0].use_min
     settings, _ = composed("algorithm=gspo", "algorithm.gating.high=0.01", "algorithm.weights=token_mean")
     assert settings.gating == fpo.Gspo(3e-4, 0.01) and settings.weights == "token_mean"
 
