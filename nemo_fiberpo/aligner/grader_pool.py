@@ -1,8 +1,8 @@
 """A pool of warm grading processes: an answer that hangs, crashes or takes over a grader costs itself alone.
 
 The other end is `grader_process.py`. Answers travel in chunks and come back one by one, each by its number and with the
-token of the worker that read it; the worker keeps each to its time limit. No CUDA context, process group or open file of
-the trainer reaches a grading process, and none outlives the trainer, even after `kill -9`.
+token of the worker that read it; the worker keeps each to its time limit. No CUDA context, process group or open file
+of the trainer reaches a grading process, and none outlives the trainer, even after `kill -9`.
 
 Neither Pebble nor multiprocessing's pools and fork server would do: they take results as pickles, by which a process
 that ran a policy's code would run code in the trainer, and they know no namespaces.

@@ -117,7 +117,7 @@ class _Grading:
     cause: str = ""  # why there are no more lines
 
     def lines(self, limits: Iterator[float], pool: int) -> Iterator[Any]:
-        """Each line, waited for as long as the next limit. Ends with `cause` set; a pool that is gone ends the worker."""
+        """Each line, waited for as long as the next limit. Ends with `cause` set; EOFError if the pool is gone."""
         poll = select.poll()
         poll.register(self.results, select.POLLIN)
         poll.register(pool, 0)  # only that the other end was closed
@@ -202,7 +202,7 @@ class _Worker:
             done = self.relay(grading, run)
         finally:
             os.close(reader)
-            status = self.end(pid, kill=not grading.cause == "ended")
+            status = self.end(pid, kill=grading.cause != "ended")
         if done < len(run):
             self.send({"item": run[done][0]} | self.blame(grading, status, run[done]))
             done += 1

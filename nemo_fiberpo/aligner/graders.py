@@ -268,8 +268,8 @@ def _math_references(fields: dict[str, Any], response: str | None) -> tuple[str,
     words = [word for word in _WORD.findall(_COMMANDS.sub(" ", answer)) if word.lower() not in _FUNCTIONS]
     if words and not _QUANTITY.fullmatch(answer.strip()):
         return (
-            f"answer: {answer[:200]!r}: math-verify would read {words[0]!r} as a product of letters, or as a unit; write "
-            "the bare formula, words as \\text{...}",
+            f"answer: {answer[:200]!r}: math-verify would read {words[0]!r} as a product of letters, or as a unit; "
+            "write the bare formula, words as \\text{...}",
             {},
         )
     return "", {"answer": _as_formulas(answer)[0]} | ({} if response is None else {"response": response})

@@ -34,8 +34,8 @@ def refuse_unsafe(records: Sequence[PromptRecord], unsafe_tasks: Collection[str]
         task = record.fields.get("task")
         if record.grader == "reasoning_gym" and task in UNSAFE_TASKS and task not in unsafe_tasks:
             raise ValueError(
-                f"{record.where}: task: {task!r} of reasoning-gym evaluates answers as Python. An answer that runs code "
-                f"sets its own reward, and docs/graders.md says what else; rewards.unsafe_tasks=[{task}] accepts that"
+                f"{record.where}: task: {task!r} of reasoning-gym evaluates answers as Python. An answer that runs "
+                f"code sets its own reward, see docs/graders.md; rewards.unsafe_tasks=[{task}] accepts that"
             )
 
 
@@ -45,8 +45,8 @@ def stop_if_ungraded(failed: int, answers: int, max_failed: float, reasons: Sequ
     if failed > max_failed * answers:
         known = "; ".join(reasons[:3]) or "the reasons are in the output of other ranks"
         raise RuntimeError(
-            f"{failed} of {answers} answers could not be graded, more than rewards.max_failed = {max_failed:g} of them: "
-            f"{known}"
+            f"{failed} of {answers} answers could not be graded, a share of more than rewards.max_failed = "
+            f"{max_failed:g}: {known}"
         )
 
 

@@ -109,7 +109,7 @@ class RewardSettings:
                 )
 
     def rule_options(self) -> dict[str, Any]:
-        names = ("workers", "time_limit", "memory_limit_mib", "score", "on_failure", "max_failed", "unsafe_tasks", "graders")
+        names = [entry.name for entry in dataclasses.fields(self) if entry.name not in ("kind", "server")]
         return {name: getattr(self, name) for name in names}
 
 

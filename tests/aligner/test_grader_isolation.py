@@ -32,17 +32,17 @@ LAYERS = ("namespaces", "Landlock", "seccomp")
 class Place:
     """Where the attacks of one mode were made, and what came of them."""
 
-    folder: Path
     isolation: str
     scores: dict[str, float | None]  # by attack; None for one that could not be graded
-    calls: list[list[list]]
+    others: tuple[list[list], ...]  # outcomes of "7" and "8" in the calls before and after
     left: list[str]
     scratch: list[str]
+    wrote: dict[str, str]  # the files in the folder that all may write
+    victim_lives: bool
 
 
 def attacks(folder: Path, port: int, victim: int) -> dict[str, str]:
     """What an answer tries, as Python that sets `score` to 1 where it got it."""
-    trainer = "trainer = next(int(p) for p in __import__('os').environ.get('NONE', '0').split())"
     return {
         "write": f"open({str(folder / 'written')!r}, 'w').write('x'); score = 1",
         "append": f"open({str(folder / 'kept')!r}, 'a').write('x'); score = 1",
@@ -51,23 +51,24 @@ def attacks(folder: Path, port: int, victim: int) -> dict[str, str]:
         "rename": f"import os; os.rename({str(folder / 'kept')!r}, {str(folder / 'renamed')!r}); score = 1",
         "link": f"import os; os.symlink('/', {str(folder / 'link')!r}); score = 1",
         "tcp": f"import socket; socket.create_connection(('127.0.0.1', {port}), 1); score = 1",
-        "udp": "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', 9)); score=1",
+        "udp": "import socket; s = socket.socket(socket.AF_INET, 2); s.sendto(b'x', ('127.0.0.1', 9)); score = 1",
         "unix": f"import socket; s = socket.socket(socket.AF_UNIX); s.connect({str(folder / 'socket')!r}); score = 1",
         "kill": f"import os; os.kill({victim}, 9); score = 1",
         "environment": f"score = float('hidden' in open('/proc/{victim}/environ').read())",
         "environment of the parent": "import os; score = float('=' in open(f'/proc/{os.getppid()}/environ').read())",
         "memory of the parent": "import os; open(f'/proc/{os.getppid()}/mem', 'r+b'); score = 1",
-        "descriptors of the parent": "import os; score = float(bool(os.listdir(f'/proc/{os.getppid()}/fd')))",
+        "descriptors of the parent": "import os\nfor number in range(64):\n"
+        "  try: os.open(f'/proc/{os.getppid()}/fd/{number}', 1); score = 1\n  except OSError: pass\n",
         "privileges": "import os; os.setuid(0); os.chroot('/'); score = 1",
         "namespace": "import ctypes; score = float(ctypes.CDLL(None).unshare(0x10000000) == 0)",
-    } | ({} if trainer else {})
+    }
 
 
 # Those that always hold, also where the kernel grants no layer.
 HARMLESS = {
     "copy": "import os; os.fork(); score = 0",
     "copies": "import os; [os.fork() for _ in range(3)]; score = 0",
-    "poison": "import bad_graders, builtins, json, os; bad_graders.grade = lambda *a: 1.0; builtins.float = lambda *a: 1.0;"
+    "poison": "import bad_graders, builtins, json; bad_graders.grade = builtins.float = lambda *a: 1.0;"
     "json.dumps = lambda *a: '[0]'; score = 0",
     "descriptors": "import os\nfor d in range(3, 300):\n  try: os.write(d, b'[1, {\"score\": 1.0}]\\n' * 9)\n"
     "  except OSError: pass\nscore = 0",
@@ -79,57 +80,62 @@ HARMLESS = {
 }
 
 
+@pytest.fixture(scope="module")
+def server():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.aligner.under_attack"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": "/tmp"},
+    )
+    yield process
+    process.kill()
+    process.communicate()
+
+
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(("same",), id="this-user"),
-        pytest.param((str(UID),), id="ordinary-user", marks=ROOT_NEEDED),
-        pytest.param(("same", "unshare"), id="this-user-without-namespaces"),
-        pytest.param((str(UID), "unshare"), id="ordinary-user-without-namespaces", marks=ROOT_NEEDED),
-        pytest.param((str(UID), "landlock_create_ruleset"), id="ordinary-user-without-landlock", marks=ROOT_NEEDED),
-        pytest.param((str(UID), "unshare", "landlock_create_ruleset"), id="ordinary-user-bare", marks=ROOT_NEEDED),
+        pytest.param((None,), id="this-user"),
+        pytest.param((UID,), id="ordinary-user", marks=ROOT_NEEDED),
+        pytest.param((None, "unshare"), id="this-user-without-namespaces"),
+        pytest.param((UID, "unshare"), id="ordinary-user-without-namespaces", marks=ROOT_NEEDED),
+        pytest.param((UID, "landlock_create_ruleset"), id="ordinary-user-without-landlock", marks=ROOT_NEEDED),
+        pytest.param((UID, "unshare", "landlock_create_ruleset"), id="ordinary-user-bare", marks=ROOT_NEEDED),
     ],
 )
-def place(request):
+def place(request, server):
+    user, *refused = request.param
     folder = Path(tempfile.mkdtemp(prefix="attacks-", dir="/tmp"))
     folder.chmod(0o777)
     (folder / "kept").write_text("kept")
     (folder / "kept").chmod(0o666)
-    listener = socket.create_server(("127.0.0.1", 0))
-    local = socket.socket(socket.AF_UNIX)
-    local.bind(str(folder / "socket"))
-    local.listen()
-    (folder / "socket").chmod(0o777)
-    user, *refused = request.param
-    become = None if user == "same" else (lambda: (os.setgroups([]), os.setresgid(UID, UID, UID), os.setresuid(UID, UID, UID)))
-    victim = subprocess.Popen(["sleep", "600"], env={"SECRET": "hidden", "PATH": os.environ["PATH"]}, preexec_fn=become)
-    tried = attacks(folder, listener.getsockname()[1], victim.pid)
-    names = [*tried, *HARMLESS]
-    calls = [["7", "8"], ["run " + (tried | HARMLESS)[name] for name in names], ["7", "8", "7"]]
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.aligner.under_attack", *request.param],
-            input=json.dumps({"answers": calls}),
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            timeout=500,
-            env=os.environ | {"SECRET": "hidden", "LIMIT": "6", "MARK": MARK, "TMPDIR": "/tmp"},
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        found = json.loads(done.stdout)
-        scores = {
-            name: None if failure else score
-            for name, (score, failure, _) in zip(names, found["outcomes"][1], strict=True)
-        }
-        alive = victim.poll() is None
-        yield Place(folder, found["isolation"], scores | {"victim": alive}, found["outcomes"], found["left"], found["scratch"])
-    finally:
-        victim.kill()
-        victim.wait()
-        listener.close()
-        local.close()
-        shutil.rmtree(folder)
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket(socket.AF_UNIX) as local:
+        local.bind(str(folder / "socket"))
+        local.listen()
+        (folder / "socket").chmod(0o777)
+        owner = {} if user is None else {"user": user, "group": user, "extra_groups": []}
+        victim = subprocess.Popen(["sleep", "600"], env={"SECRET": "hidden", "PATH": os.environ["PATH"]}, **owner)
+        tried = attacks(folder, listener.getsockname()[1], victim.pid) | HARMLESS
+        calls = [["7", "8"], [f"run {code}" for code in tried.values()], ["7", "8", "7"]]
+        asked = {"user": user, "refused": refused, "mark": MARK, "limit": 6.0, "answers": calls}
+        try:
+            server.stdin.write(json.dumps(asked) + "\n")
+            server.stdin.flush()
+            found = json.loads(server.stdout.readline())
+            outcomes = dict(zip(tried, found["outcomes"][1], strict=True))
+            scores = {name: None if failure else score for name, (score, failure, _) in outcomes.items()}
+            wrote = {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+            others = (found["outcomes"][0], found["outcomes"][2])
+            yield Place(
+                found["isolation"], scores, others, found["left"], found["scratch"], wrote, victim.poll() is None
+            )
+        finally:
+            victim.kill()
+            victim.wait()
+            shutil.rmtree(folder)
 
 
 def has(place: Place, *layers: str) -> bool:
@@ -144,9 +150,9 @@ def test_the_layers_in_force_are_named(place, request):
 
 
 def test_answers_before_and_after_are_graded_rightly(place):
-    assert [score for score, *_ in place.calls[0]] == [1.0, 0.0]
-    assert [score for score, *_ in place.calls[2]] == [1.0, 0.0, 1.0]
-    assert all(failure is None for call in (place.calls[0], place.calls[2]) for _, failure, _ in call)
+    before, after = place.others
+    assert before == [[1.0, None, ""], [0.0, None, ""]]
+    assert after == [[1.0, None, ""], [0.0, None, ""], [1.0, None, ""]]
 
 
 def test_a_copy_or_a_poisoned_process_ends_with_its_answer(place):
@@ -163,8 +169,7 @@ def test_the_scratch_folder_is_there_and_empty_for_every_answer(place):
 def test_no_file_is_changed_outside(place):
     if not has(place, "Landlock", "read-only mounts"):
         pytest.skip("neither Landlock nor a mount namespace")
-    assert {name for name in os.listdir(place.folder)} == {"kept", "socket"}
-    assert (place.folder / "kept").read_text() == "kept"
+    assert place.wrote == {"kept": "kept"}
     assert not any(place.scores[name] for name in ("write", "append", "delete", "folder", "rename", "link"))
 
 
@@ -175,7 +180,7 @@ def test_no_socket_is_opened(place):
 def test_no_other_process_is_seen_or_touched(place):
     if not has(place, "Landlock", "namespaces"):
         pytest.skip("neither Landlock nor namespaces")
-    assert place.scores["victim"] and not place.scores["kill"] and not place.scores["environment"]
+    assert place.victim_lives and not place.scores["kill"] and not place.scores["environment"]
 
 
 def test_the_worker_is_closed_to_its_grading_processes(place):

@@ -19,8 +19,10 @@ from nemo_fiberpo.aligner.graders import (
     reasoning_gym,
 )
 
-ODD = ["", " ", "\0", "\n\n", "٥", "５", "½", "nan", "inf", "-", "×", "1" * 5000, "(" * 300, "[" * 300, "{}", "[]", "None"]
-ODD += ["1 × x", "2 × ", "× 3", "2 x 3.5", "2 × three", "0 × 0", "1e400", "$$", "\\boxed{", "\\frac{1}{0}", "\ud800"]
+ARABIC_FIVE, WIDE_FIVE, HALF, TIMES = "\u0665", "\uff15", "\u00bd", "\u00d7"
+ODD = ["", " ", "\0", "\n\n", ARABIC_FIVE, WIDE_FIVE, HALF, "nan", "inf", "-", TIMES, "1" * 5000, "(" * 300, "[" * 300]
+ODD += [f"1 {TIMES} x", f"2 {TIMES} ", f"{TIMES} 3", "2 x 3.5", f"2 {TIMES} three", f"0 {TIMES} 0", "{}", "[]", "None"]
+ODD += ["1e400", "$$", "\\boxed{", "\\frac{1}{0}", "\ud800"]
 
 
 def math(answer: str, prompt: str = "What is it?", response: str | None = None, **fields: str) -> str:
@@ -45,7 +47,7 @@ def generated(task: str, seed: int = 3) -> dict:
 def test_an_answer_that_cannot_be_read_scores_0(text):
     assert math_verify({"answer": "5"}, text) == 0.0
     assert math_verify({"answer": "5", "answer_form": "literal"}, text) == 0.0
-    factors = {"answer": "2 × 3", "metadata": {"number": 6, "factors": [2, 3]}}
+    factors = {"answer": f"2 {TIMES} 3", "metadata": {"number": 6, "factors": [2, 3]}}
     assert reasoning_gym({"task": "prime_factorization", "entry": factors}, text) < 1.0
 
 
@@ -99,7 +101,7 @@ def test_a_literal_answer_is_the_final_form_and_nothing_else(answer, response, s
     [
         ("", "math-verify reads no expression"),
         ("$", "math-verify reads no expression"),
-        ("٥", "math-verify cannot read the reference answer"),
+        (ARABIC_FIVE, "math-verify cannot read the reference answer"),
         ("about 5", "'about' as a product of letters"),
         ("5 or 6", "'or'"),
         ("2ab", "'ab'"),

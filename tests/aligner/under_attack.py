@@ -1,20 +1,23 @@
-"""A pool of graders in a process of its own, whose kernel grants less, or that another user runs:
+"""Pools of graders in processes of their own, whose kernel grants less, or that another user runs.
 
-    python -m tests.aligner.under_attack USER REFUSED... < answers.json
+    python -m tests.aligner.under_attack
 
-USER is a uid, or "same"; REFUSED are system calls that fail with EPERM. Standard input has {"answers": [[text, ...],
-...]}, a list per call of `grade`; standard output {"isolation": text, "outcomes": [[[score, failure, reason], ...],
-...], "left": processes of that user that were not there before, "scratch": folders that are left}.
+A line of standard input asks for one: {"user": a uid, or null for this one, "refused": system calls that fail with
+EPERM, "mark": text, "limit": seconds, "answers": [[text, ...], ...], a list per call of `grade`}. The line of standard
+output that answers it has {"isolation": text, "outcomes": [[[score, failure, reason], ...], ...], "left": commands with
+the mark in them that still run, "scratch": folders that are left}. All are forked from one process, since importing
+takes longer than grading.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import glob
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from nemo_fiberpo.aligner import grader_isolation as isolation
 from nemo_fiberpo.aligner.grader_pool import GraderPool
@@ -35,45 +38,48 @@ def become(uid: int) -> None:
     os.setresuid(uid, uid, uid)
 
 
-def processes() -> set[tuple[int, str]]:
-    """Of everybody but this one: process id and command."""
-    found = set()
+def commands(mark: str) -> list[str]:
+    """Of the processes, other than zombies, with the mark in their command line."""
+    found = []
     for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != os.getpid():
-            try:
-                state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-                if state != "Z":
-                    found.add((int(folder.name), (folder / "cmdline").read_text().replace("\0", " ").strip()))
-            except OSError:
-                pass
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                command = (folder / "cmdline").read_text().replace("\0", " ")
+                if mark in command and (folder / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                    found.append(command)
     return found
 
 
-def main() -> None:
-    user, *refused = sys.argv[1:]
-    calls = json.load(sys.stdin)["answers"]
-    if user != "same":
-        become(int(user))
+def answer(request: dict[str, Any]) -> None:
+    if request["user"] is not None:
+        become(request["user"])
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(isolation._SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    if refused:
-        assert isolation.refuse_calls(libc, *refused)
-    sys.path.insert(0, str(Path(__file__).parent))
-    with GraderPool({"bad": "bad_graders:grade"}, [], workers=1, time_limit=float(os.environ["LIMIT"])) as pool:
+    if request["refused"]:
+        assert isolation.refuse_calls(libc, *request["refused"])
+    with GraderPool({"bad": "bad_graders:grade"}, [], time_limit=request["limit"]) as pool:
         in_force = pool.wait_until_ready()
-        ours = {pool._slots[0].process.pid, pool._slots[0].pid}
-        before = processes()
-        outcomes = [pool.grade([("bad", {"answer": "7"}, text) for text in texts]) for texts in calls]
-        mine = f"SECRET={os.environ['SECRET']}"
-        left = [command for pid, command in processes() - before if pid not in ours and os.environ["MARK"] in command]
-    assert mine
+        outcomes = [pool.grade([("bad", {"answer": "7"}, text) for text in call]) for call in request["answers"]]
+        left = commands(request["mark"])
+        scratch = [slot.scratch for slot in pool._slots]
     result = {
         "isolation": in_force,
         "outcomes": [[[one.score, one.failure, one.reason] for one in call] for call in outcomes],
         "left": left,
-        "scratch": glob.glob("/tmp/fiberpo-grader-*") if user != "same" else [],
+        "scratch": [folder for folder in scratch if os.path.exists(folder)],
     }
-    print(json.dumps(result))
+    print(json.dumps(result), flush=True)
+
+
+def main() -> None:
+    sys.path.insert(0, str(Path(__file__).parent))
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            answer(json.loads(line))
+            os._exit(0)
+        if os.waitpid(pid, 0)[1]:
+            print("{}", flush=True)
 
 
 if __name__ == "__main__":
