@@ -26,6 +26,7 @@ In place of a response, {"prompt": text, "response": text | null} asks what is w
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import math
@@ -356,6 +357,8 @@ def main() -> None:
         return
     jail = isolation.Isolation(setup["scratch"], setup["memory_limit"])
     jail.enter()
+    gc.collect()
+    gc.freeze()  # a collection in a forked process would copy every page
     supervisor = os.getpid()
     pid = os.fork()
     if pid == 0:

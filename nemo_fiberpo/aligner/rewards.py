@@ -118,11 +118,12 @@ class RuleRewards:
         what is wrong with the graders."""
         return self._pool.wait_until_ready()
 
-    def check_records(self) -> None:
-        """ValueError naming the lines whose reference answer does not score 1, or whose prompt or a canary does (see
-        `graders.complaint`). A grader of one's own whose score is taken as it is owes no line a 1."""
+    def check_records(self, first: int = 0, step: int = 1) -> None:
+        """Hold every `step`-th record, from `first` on, against its grader. ValueError naming the lines whose reference
+        answer does not score 1, or whose prompt or a canary does (see `graders.complaint`). A grader of one's own whose
+        score is taken as it is owes no line a 1."""
         own = [self._score == "raw" and self._is_own(record.grader) for record in self.records]
-        records = [record for record, free in zip(self.records, own, strict=True) if not free]
+        records = [record for record, free in zip(self.records, own, strict=True) if not free][first::step]
         lines = [
             (record.grader, record.fields, {"prompt": record.prompt, "response": record.response}) for record in records
         ]
@@ -228,8 +229,8 @@ class RuleRewardModel:
         return self._options.get("on_failure", "drop") == "drop"
 
     def start(self) -> None:
-        """Start the graders now, on the ranks that grade, so that what is wrong with them shows before training. The
-        first rank of all holds every line of data against its grader: ValueError naming those that are wrong."""
+        """Start the graders now, on the ranks that grade, so that what is wrong with them shows before training. These
+        ranks share the check of every line of data against its grader: ValueError naming the lines that are wrong."""
         _, rank, source, _ = self._place()
         if rank != source:
             return
@@ -237,7 +238,7 @@ class RuleRewardModel:
         isolation = self._rewards.wait_until_ready()
         if rank == 0:
             print(f"graders: isolation in force: {isolation}", flush=True)
-            self._rewards.check_records()
+        self._rewards.check_records(*self._share())
 
     def infer_rm_critic(self, rollout_batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Rewards float32 [B] and values (zeros) float32 [B, S - 1] on the batch's device.
@@ -277,6 +278,14 @@ class RuleRewardModel:
         ]
         self.reasons = reasons[:3] or self.reasons
         return scores
+
+    def _share(self) -> tuple[int, int]:
+        """Number of this rank among those that grade, and how many they are."""
+        if self._group is not None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return 0, 1
+        from nemo_fiberpo.aligner.inference_layout import generation_axis
+
+        return generation_axis()[:2]
 
     def _place(self) -> tuple[int, int, int, ProcessGroup | None]:
         """Size of the model-parallel group, this rank, the rank that grades (both global) and the group."""
