@@ -120,8 +120,8 @@ class RuleRewards:
 
     def check_records(self, first: int = 0, step: int = 1) -> None:
         """Hold every `step`-th record, from `first` on, against its grader. ValueError naming the lines whose reference
-        answer does not score 1, or whose prompt or a canary does (see `graders.complaint`). A grader of one's own whose
-        score is taken as it is owes no line a 1."""
+        answer does not score 1, or whose prompt or a canary does (see `grader_checks.complaint`). A grader of one's own
+        whose score is taken as it is owes no line a 1."""
         own = [self._score == "raw" and self._is_own(record.grader) for record in self.records]
         records = [record for record, free in zip(self.records, own, strict=True) if not free][first::step]
         lines = [

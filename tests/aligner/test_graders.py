@@ -10,14 +10,8 @@ import sys
 
 import pytest
 
-from nemo_fiberpo.aligner.graders import (
-    CANARY,
-    UNSAFE_TASKS,
-    complaint,
-    die_with_parent,
-    math_verify,
-    reasoning_gym,
-)
+from nemo_fiberpo.aligner.grader_checks import CANARY, complaint
+from nemo_fiberpo.aligner.graders import UNSAFE_TASKS, math_verify, reasoning_gym
 
 ARABIC_FIVE, WIDE_FIVE, HALF, TIMES = "\u0665", "\uff15", "\u00bd", "\u00d7"
 ODD = ["", " ", "\0", "\n\n", ARABIC_FIVE, WIDE_FIVE, HALF, "nan", "inf", "-", TIMES, "1" * 5000, "(" * 300, "[" * 300]
@@ -214,8 +208,3 @@ def test_every_task_that_evaluates_is_known():
     found = {task for task, (kind, _) in factory.DATASETS.items() if evaluates(sys.modules[kind.__module__])}
     assert set(UNSAFE_TASKS) <= found
     assert found - set(UNSAFE_TASKS) <= GENERATORS, "look whether score_answer evaluates the answer"
-
-
-def test_the_module_needs_nothing_of_this_package():
-    names = {name.split(".")[0] for name in vars(sys.modules[die_with_parent.__module__]) if name in sys.modules}
-    assert not names & {"torch", "numpy", "nemo_fiberpo"}
