@@ -77,7 +77,7 @@ class RewardSettings:
     score: str = "threshold"
     on_failure: str = "drop"
     max_failed: float = 0.5
-    unsafe_tasks: Sequence[str] = ()
+    unsafe_tasks: Sequence[str] | None = None
     graders: Mapping[str, str] | None = None
     server: Mapping[str, Any] | None = None
 
@@ -92,12 +92,13 @@ class RewardSettings:
             raise ValueError(f"max_failed: must be a number, got {self.max_failed!r}")
         if not 0 <= self.max_failed <= 1:
             raise ValueError(f"max_failed: must be a share of the answers, from 0 to 1, got {self.max_failed!r}")
-        if isinstance(self.unsafe_tasks, str) or not isinstance(self.unsafe_tasks, Sequence):
-            raise ValueError(f"unsafe_tasks: must be a list of tasks, such as [countdown], got {self.unsafe_tasks!r}")
-        for task in self.unsafe_tasks:
+        tasks = [] if self.unsafe_tasks is None else self.unsafe_tasks
+        if isinstance(tasks, str) or not isinstance(tasks, Sequence):
+            raise ValueError(f"unsafe_tasks: must be a list of tasks, such as [countdown], got {tasks!r}")
+        for task in tasks:
             if task not in UNSAFE_TASKS:
                 raise ValueError(f"unsafe_tasks: {task!r} is unknown{nearest(task, UNSAFE_TASKS)}")
-        object.__setattr__(self, "unsafe_tasks", list(self.unsafe_tasks))
+        object.__setattr__(self, "unsafe_tasks", sorted(set(tasks)))
         if (self.kind == "server") != (self.server is not None):
             raise ValueError("server: the reward server's address, for kind: server and only there")
         for entry in dataclasses.fields(self) if self.kind == "server" else ():
