@@ -14,7 +14,7 @@ from nemo_aligner.utils.server_utils import FutureResult
 from nemo_fiberpo.aligner.generation import deterministic
 from nemo_fiberpo.aligner.inference_layout import generation_axis
 from nemo_fiberpo.aligner.prompts import PromptDataset, collate_prompts
-from nemo_fiberpo.aligner.rewards import OK, decode_responses
+from nemo_fiberpo.aligner.rewards import OK, decode_responses, stop_if_ungraded
 from nemo_fiberpo.aligner.rollout import padded_share
 
 
@@ -43,8 +43,11 @@ def evaluate(
     actor.finish_inference()
     gathered: list[Any] = [None] * ranks
     torch.distributed.all_gather_object(gathered, rows, group=group)
+    rows = [row for part in gathered for row in part]
+    failed = sum(row["reward"] is None for row in rows)
+    stop_if_ungraded(failed, len(rows), reward_model.max_failed, reward_model.reasons)
     order = {mode: place for place, mode in enumerate(modes)}
-    return sorted((row for part in gathered for row in part), key=lambda row: (order[row["mode"]], row["prompt_index"]))
+    return sorted(rows, key=lambda row: (order[row["mode"]], row["prompt_index"]))
 
 
 def _evaluate_batch(

@@ -1,18 +1,25 @@
-"""A pool of warm grading processes that can be killed: an answer that hangs or crashes a grader costs itself alone.
+"""A pool of warm grading processes: an answer that hangs, crashes or takes over a grader costs itself alone.
 
-The other end is `graders.py`. Answers travel in chunks and come back one by one, so each has its own time limit: the
-clock of an answer starts when the answer before it came back. No CUDA context, process group or open file of the
-trainer reaches a grading process, and none outlives the trainer, even after `kill -9`.
+The other end is `grader_process.py`. Answers travel in chunks and come back one by one, each by its number and with the
+token of the worker that read it; the worker keeps each to its time limit. No CUDA context, process group or open file
+of the trainer reaches a grading process, and none outlives the trainer, even after `kill -9`.
+
+Neither Pebble nor multiprocessing's pools and fork server would do: they take results as pickles, by which a process
+that ran a policy's code would run code in the trainer, and they know no namespaces.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing.connection
 import os
+import secrets
+import selectors
+import shutil
 import signal
+import struct
 import subprocess
 import sys
+import tempfile
 import time
 import weakref
 from collections import deque
@@ -25,13 +32,16 @@ from typing import Any, Literal
 from nemo_fiberpo.aligner.preemption import held_back
 
 Failure = Literal["timeout", "crash"]
-Item = tuple[str, dict[str, Any], str]  # grader's name, the prompt's grader fields, the response
+# grader's name, the prompt's grader fields, the response (or the line of data to check, see `grader_process`)
+Item = tuple[str, dict[str, Any], str | dict[str, Any]]
 
 _KEEP_ENV = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "COVERAGE_PROCESS_START")
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-_SCRIPT = Path(__file__).with_name("graders.py")
-_CHUNK = 64  # answers a message; large enough to hide the pipe, small enough to share among workers
-_IDLE_DEATHS = 3  # a worker that dies this often in a row without an answer in hand will not get better
+_SCRIPT = Path(__file__).with_name("grader_process.py")
+_CHUNK = 256  # answers a message; large enough to hide a fork and the pipe, small enough to share among workers
+_DEATHS = 3  # a worker that dies this often in a row, at its start or over answers, will not get better
+_PATIENCE = 120.0  # seconds beyond all time limits after which a silent worker is replaced: it was stopped, say
+_CLOSING = 5.0  # seconds for a worker to end what it started
 
 
 @dataclass(frozen=True)
@@ -44,12 +54,13 @@ class Outcome:
 
 
 class _Slot:
-    """One supervisor and its current worker, seen from the pool."""
+    """One supervisor and its worker, seen from the pool."""
 
-    def __init__(self, setup: bytes):
+    def __init__(self, setup: dict[str, Any], start_limit: float):
         inbox, to_worker = os.pipe()
         from_worker, outbox = os.pipe()
         env = {name: os.environ[name] for name in _KEEP_ENV if name in os.environ} | _ONE_THREAD
+        self.scratch = tempfile.mkdtemp(prefix="fiberpo-grader-")
         with held_back():  # a scheduler signals every process of a job; the grading process lets it pass
             self.process = subprocess.Popen(
                 [sys.executable, "-P", str(_SCRIPT), str(inbox), str(outbox), str(os.getpid())],
@@ -63,34 +74,46 @@ class _Slot:
         os.close(inbox)
         os.close(outbox)
         self.inbox = Connection(from_worker, writable=False)
-        self.outbox = Connection(to_worker, readable=False)
-        self.pid: int | None = None  # of the worker; None while there is none to send to
+        self.to_worker = to_worker
+        os.set_blocking(to_worker, False)  # a worker that does not read blocks nobody
+        self.token = secrets.token_hex(8)
+        self.pid: int | None = None  # of the worker
+        self.isolation: str | None = None  # in force; None until the worker is ready
+        self.unwritten = memoryview(b"")
         self.chunk: deque[int] = deque()  # items sent and not yet answered; the worker is on the first
         self.taken = False  # the worker has read the chunk
-        self.victim: int | None = None  # the item for which the worker was killed
-        self.killed = False
-        self.idle_deaths = 0
-        self.deadline = float("inf")
-        self.outbox.send_bytes(setup)
+        self.deaths = 0
+        self.deadline = time.monotonic() + start_limit
+        self.send(setup | {"token": self.token, "scratch": self.scratch})
 
-    def kill_worker(self) -> None:
-        self.victim, self.killed, self.deadline = self.chunk[0], True, float("inf")
-        if self.pid is not None:
-            try:
-                os.killpg(self.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass  # it died by itself meanwhile; the supervisor's message is on its way
+    def send(self, message: Any) -> bool:
+        """As `Connection.send_bytes` frames it; False if the worker is gone. `flush` sends what the pipe has no room
+        for."""
+        data = json.dumps(message).encode()
+        self.unwritten = memoryview(struct.pack("!i", len(data)) + data)
+        return self.flush()
+
+    def flush(self) -> bool:
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[os.write(self.to_worker, self.unwritten) :]
+        except BlockingIOError:
+            pass
+        except BrokenPipeError:
+            return False
+        return True
 
     def close(self) -> None:
+        """A worker that reads ends by itself, and ends what answers have started; one that does not is killed."""
         self.inbox.close()
-        self.outbox.close()
-        if self.pid is not None and self.process.poll() is None:
-            try:
-                os.killpg(self.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        self.process.kill()
+        os.close(self.to_worker)
+        try:
+            self.process.wait(_CLOSING if self.isolation is not None else 0)
+        except subprocess.TimeoutExpired:
+            pass
+        self.process.kill()  # its worker ends with it, see `die_with_parent`
         self.process.wait()
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 def _close_slots(slots: list[_Slot], owner: int) -> None:
@@ -100,12 +123,12 @@ def _close_slots(slots: list[_Slot], owner: int) -> None:
 
 
 class GraderPool:
-    """`workers` grading processes, started at once and kept.
+    """`workers` grading workers, started at once and kept.
 
     `graders` maps a name to "package.module:function" or to a name of `graders.py`; `samples` has one (name, grader
     fields) of each kind, with which a process warms up. `time_limit` is in seconds of wall clock per answer,
-    `memory_limit_mib` bounds a process's address space. Call from the thread that made it or from one that lives as
-    long: Linux ends a child when the thread that started it ends. `grade` is not reentrant.
+    `memory_limit_mib` bounds a grading process's address space. Call from the thread that made it or from one that
+    lives as long: Linux ends a child when the thread that started it ends. `grade` is not reentrant.
     """
 
     def __init__(
@@ -126,23 +149,17 @@ class GraderPool:
             if not 0 < value < float("inf"):
                 raise ValueError(f"{field} is {value}; it must be positive and finite")
         self.time_limit, self.start_limit = time_limit, start_limit
-        self._setup = json.dumps(
-            {
-                "sys_path": [str(Path(entry).absolute()) if entry else os.getcwd() for entry in sys.path],
-                "graders": graders,
-                "samples": list(samples),
-                "memory_limit": int(memory_limit_mib) * 2**20,
-            }
-        ).encode()
+        self._setup = {
+            "sys_path": [str(Path(entry).absolute()) if entry else os.getcwd() for entry in sys.path],
+            "graders": graders,
+            "samples": list(samples),
+            "memory_limit": int(memory_limit_mib) * 2**20,
+            "time_limit": time_limit,
+        }
         self._slots: list[_Slot] = []
         self._finalizer = weakref.finalize(self, _close_slots, self._slots, os.getpid())
         for _ in range(int(workers)):
-            self._slots.append(self._start())
-
-    def _start(self) -> _Slot:
-        slot = _Slot(self._setup)
-        slot.deadline = time.monotonic() + self.start_limit
-        return slot
+            self._slots.append(_Slot(self._setup, start_limit))
 
     def __enter__(self) -> GraderPool:
         return self
@@ -154,20 +171,22 @@ class GraderPool:
         """End every grading process. Closing twice is fine."""
         self._finalizer()
 
-    def wait_until_ready(self) -> None:
-        """Return when every worker can grade. RuntimeError if a grader cannot be loaded."""
+    def wait_until_ready(self) -> str:
+        """Return when every worker can grade: the isolation that is in force, see `grader_isolation`. RuntimeError if a
+        grader cannot be loaded."""
         try:
-            while self._finalizer.alive and any(slot.pid is None for slot in self._slots):
+            while self._finalizer.alive and any(slot.isolation is None for slot in self._slots):
                 self._collect(deque(), [])
         except BaseException:
             self.close()
             raise
+        return "; or ".join(sorted({slot.isolation or "" for slot in self._slots}))
 
     def grade(self, items: Sequence[Item]) -> list[Outcome]:
         """The outcome of each item, in order.
 
-        RuntimeError if the graders cannot be loaded, or if a worker dies again and again with nothing to grade; the
-        pool is closed then, as after any exception.
+        RuntimeError if the graders cannot be loaded, or if a worker dies again and again without an answer; the pool is
+        closed then, as after any exception.
         """
         if not self._finalizer.alive:
             raise RuntimeError("the grading pool is closed")
@@ -185,31 +204,33 @@ class GraderPool:
     def _distribute(self, items: Sequence[Item], todo: deque[int], outcomes: list[Outcome | None]) -> None:
         size = max(1, min(_CHUNK, -(-len(items) // len(self._slots))))
         for number, slot in enumerate(self._slots):
-            if todo and slot.pid is not None and not slot.chunk and not self._send(slot, items, todo, size):
-                self._replace(number, todo, outcomes)
+            if not todo or slot.isolation is None or slot.chunk:
+                continue
+            slot.chunk.extend(todo.popleft() for _ in range(min(size, len(todo))))
+            slot.taken = False
+            slot.deadline = time.monotonic() + self._patience()
+            if not slot.send([[index, *items[index]] for index in slot.chunk]):
+                self._replace(number, todo, outcomes, "it was killed")
+
+    def _patience(self) -> float:
+        return _PATIENCE + 4 * self.time_limit
 
     def _collect(self, todo: deque[int], outcomes: list[Outcome | None]) -> None:
-        """Wait for messages or a deadline, whichever is first, and act on them."""
+        """Wait for messages, for room in a pipe or for a deadline, whichever is first, and act on it."""
         wait = min(slot.deadline for slot in self._slots) - time.monotonic()
-        inboxes = [slot.inbox for slot in self._slots]
-        multiprocessing.connection.wait(inboxes, timeout=None if wait == float("inf") else max(wait, 0.0))
+        with selectors.DefaultSelector() as selector:
+            for slot in self._slots:
+                selector.register(slot.inbox, selectors.EVENT_READ)
+                if slot.unwritten:
+                    selector.register(slot.to_worker, selectors.EVENT_WRITE)
+            selector.select(None if wait == float("inf") else max(wait, 0.0))
         for number, slot in enumerate(self._slots):
             if slot.inbox.poll():  # also where the deadline has passed: an answer that is here counts
                 self._receive(number, todo, outcomes)
+            elif slot.unwritten and not slot.flush():
+                self._replace(number, todo, outcomes, "it was killed")
             elif time.monotonic() >= slot.deadline:
-                self._expire(slot)
-
-    def _send(self, slot: _Slot, items: Sequence[Item], todo: deque[int], size: int) -> bool:
-        chunk = [todo.popleft() for _ in range(min(size, len(todo)))]
-        try:
-            slot.outbox.send_bytes(json.dumps([items[i] for i in chunk]).encode())
-        except BrokenPipeError:
-            todo.extendleft(reversed(chunk))
-            return False
-        slot.chunk.extend(chunk)
-        slot.taken = False
-        slot.deadline = time.monotonic() + self.time_limit
-        return True
+                self._expire(number, todo, outcomes)
 
     def _receive(self, number: int, todo: deque[int], outcomes: list[Outcome | None]) -> None:
         """Take every message that this slot has ready."""
@@ -220,64 +241,60 @@ class GraderPool:
                     return
                 message = json.loads(slot.inbox.recv_bytes())
             except (EOFError, ConnectionError):
-                self._replace(number, todo, outcomes)
+                self._replace(number, todo, outcomes, "its supervisor was killed")
                 return
+            if message.pop("token") != slot.token:
+                continue
             if "pid" in message:
-                slot.pid, slot.deadline = message["pid"], float("inf")
+                slot.pid = message["pid"]
+            elif "ready" in message:
+                slot.isolation, slot.deadline = message["ready"], float("inf")
             elif "chunk" in message:
-                slot.taken = True
-                if not slot.killed:
-                    slot.deadline = time.monotonic() + self.time_limit
-            elif "died" in message and slot.chunk and not slot.taken:
-                self._replace(number, todo, outcomes)  # part of the chunk may still be in the pipe
-                return
-            elif "died" in message:
-                slot.pid = None
-                slot.deadline = time.monotonic() + self.start_limit
-                self._lose_worker(slot, todo, outcomes, message["died"])
+                slot.taken, slot.deadline = True, time.monotonic() + self._patience()
             elif "refused" in message:
                 raise RuntimeError(f"a grader cannot be used: {message['refused']}")
+            elif "died" in message:
+                self._replace(number, todo, outcomes, message["died"])
+                return
             else:
-                self._answer(slot, outcomes, message)
+                self._answer(slot, outcomes, **message)
 
-    def _answer(self, slot: _Slot, outcomes: list[Outcome | None], message: dict[str, Any]) -> None:
-        index = slot.chunk.popleft()
-        if index == slot.victim:
-            slot.victim = None  # it came in just before the kill
-        if "score" in message:
-            outcomes[index] = Outcome(message["score"])
-        else:
-            outcomes[index] = Outcome(0.0, "crash", message["error"])
-        slot.idle_deaths = 0
-        if not slot.killed:
-            slot.deadline = time.monotonic() + self.time_limit if slot.chunk else float("inf")
+    def _answer(
+        self,
+        slot: _Slot,
+        outcomes: list[Outcome | None],
+        item: int,
+        score: float = 0.0,
+        failure: Failure | None = None,
+        reason: str = "",
+    ) -> None:
+        if not slot.chunk or item != slot.chunk[0]:
+            raise RuntimeError(f"a grading worker sent a score of answer {item}, which it was not asked for")
+        outcomes[slot.chunk.popleft()] = Outcome(score, failure, reason)
+        slot.deaths = 0
+        slot.deadline = time.monotonic() + self._patience() if slot.chunk else float("inf")
 
-    def _lose_worker(self, slot: _Slot, todo: deque[int], outcomes: list[Outcome | None], cause: str) -> None:
-        """The worker is gone: settle the answer that it was on, give back the rest of its chunk."""
-        at_work = bool(slot.chunk) and slot.taken
-        if at_work and slot.victim is not None:
-            outcomes[slot.chunk.popleft()] = Outcome(0.0, "timeout", f"no score within {self.time_limit:g} s")
-        elif at_work and not slot.killed:
-            outcomes[slot.chunk.popleft()] = Outcome(0.0, "crash", f"the grading process died: {cause}")
-        elif not slot.killed or slot.victim is not None:
-            slot.idle_deaths += 1
-            if slot.idle_deaths >= _IDLE_DEATHS:
-                raise RuntimeError(f"grading processes die before they grade ({cause}); is memory_limit_mib too small?")
-        todo.extendleft(reversed(slot.chunk))
-        slot.chunk.clear()
-        slot.victim, slot.killed = None, False
-
-    def _replace(self, number: int, todo: deque[int], outcomes: list[Outcome | None]) -> None:
-        """Start over with a new supervisor: the old one died, or what its pipe holds is unknown."""
+    def _replace(self, number: int, todo: deque[int], outcomes: list[Outcome | None], cause: str) -> None:
+        """Start over with a new supervisor: the worker is gone. The answer that it was on is settled as a crash, the
+        rest of its chunk given back. One that dies idle, as of a signal to it, is counted against nobody."""
         old = self._slots[number]
-        self._lose_worker(old, todo, outcomes, "its supervisor was killed or replaced")
-        fresh = self._start()
-        fresh.idle_deaths = old.idle_deaths
-        self._slots[number] = fresh
+        deaths = old.deaths
+        if old.chunk and old.taken:
+            outcomes[old.chunk.popleft()] = Outcome(0.0, "crash", f"the grading worker died: {cause}")
+            deaths = 0
+        elif old.chunk or old.isolation is None:
+            deaths += 1
+            if deaths >= _DEATHS:
+                raise RuntimeError(f"grading workers die before they grade ({cause}); is memory_limit_mib too small?")
+        todo.extendleft(reversed(old.chunk))
+        old.chunk.clear()
+        self._slots[number] = _Slot(self._setup, self.start_limit)
+        self._slots[number].deaths = deaths
         old.close()
 
-    def _expire(self, slot: _Slot) -> None:
-        if slot.chunk:
-            slot.kill_worker()
-            return
-        raise RuntimeError(f"the graders were not ready within start_limit = {self.start_limit:g} s")
+    def _expire(self, number: int, todo: deque[int], outcomes: list[Outcome | None]) -> None:
+        slot = self._slots[number]
+        if slot.isolation is None:
+            raise RuntimeError(f"the graders were not ready within start_limit = {self.start_limit:g} s")
+        os.kill(slot.process.pid, signal.SIGKILL)  # closing waits for one that still reads
+        self._replace(number, todo, outcomes, "it did not answer")

@@ -1,20 +1,11 @@
-"""What runs in a grading process: the graders that ship, and the loop that calls them on a policy's answers.
-
-`grader_pool` starts this file as a script. It imports the standard library and the grading libraries that the data ask
-for, never this package: a grading process holds no torch, no CUDA context and no process group.
+"""The graders that ship.
 
 A grader is a function `(record, response) -> score`: `record` is the prompt's grader fields (a dict from the JSONL
-line), `response` the policy's text. An answer that is merely wrong or unreadable scores 0; an exception means that the
-grader failed on it. An own grader is named "package.module:function" in the config.
+line), `response` the policy's text. An answer that is wrong or unreadable scores 0. An exception means that the grader
+is defective, not the answer. An own grader is named "package.module:function" in the config.
 
-Two processes per worker: a supervisor imports the libraries once and forks the worker, which grades. A worker that
-hangs is killed by the pool, one that crashes has died by itself; either way the supervisor forks the next one in
-milliseconds. Messages are JSON, each shorter than PIPE_BUF from here to the pool, so a killed worker never leaves half
-of one:
-    pool -> supervisor   {"sys_path", "graders": {name: target}, "samples": [[name, record]], "memory_limit"}   once
-    supervisor -> pool   {"refused": text} | {"died": text}
-    worker -> pool       {"pid": n} once; per chunk {"chunk": length}, then per answer {"score": x} | {"error": text}
-    pool -> worker       a chunk: [[name, record, response], ...]
+Grading processes import this file by its path (see `grader_process.py`), and with it the standard library and the
+grading libraries that the data ask for, never this package: they hold no torch, no CUDA context and no process group.
 """
 
 from __future__ import annotations
@@ -23,16 +14,14 @@ import ctypes
 import difflib
 import functools
 import importlib
-import json
-import math
 import os
-import resource
+import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from fractions import Fraction
 from typing import Any
 
 Grader = Callable[[dict[str, Any], str], float]
@@ -40,11 +29,27 @@ Grader = Callable[[dict[str, Any], str], float]
 # name -> (fields that a record must have, fields that it may have), each with the type it has in JSON
 GRADER_FIELDS: dict[str, tuple[dict[str, type], dict[str, type]]] = {
     "reasoning_gym": ({"task": str, "entry": dict}, {"answer_form": str}),
-    "math_verify": ({"answer": str}, {}),
+    "math_verify": ({"answer": str}, {"answer_form": str}),
 }
-ANSWER_FORMS = ("text", "digit_list", "answer_tag")
-_OUT_OF_MEMORY = 86  # exit code of a worker that met its memory limit; any other number would do
-_TEXT_LIMIT = 800  # characters of an error text; keeps a message below PIPE_BUF (4096 bytes) even when escaped
+ANSWER_FORMS = {
+    "reasoning_gym": ("text", "digit_list", "answer_tag"),
+    "math_verify": ("expression", "literal"),
+}
+# Tasks of reasoning-gym that evaluate the answer as Python, by `eval` or by sympy's `parse_expr`.
+UNSAFE_TASKS = (
+    "binary_matrix",
+    "countdown",
+    "intermediate_integration",
+    "n_queens",
+    "polynomial_multiplication",
+    "puzzle24",
+    "simple_integration",
+    "spiral_matrix",
+    "string_insertion",
+)
+
+_NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?", re.ASCII)
+_FRACTION = re.compile(r"([+-]?)(?:\\[dt]?frac\{(\d+)\}\{(\d+)\}|(\d+)/(\d+))", re.ASCII)
 
 
 def reasoning_gym(record: dict[str, Any], response: str) -> float:
@@ -53,6 +58,8 @@ def reasoning_gym(record: dict[str, Any], response: str) -> float:
     `answer_form` says how the answer is read from the response: "text" (default) passes it unchanged; "answer_tag"
     takes what stands between the last <answer> and </answer>; "digit_list" reads `1579` as the list `[1,5,7,9]`, for
     tasks whose answer is a list of digits.
+
+    An answer on which the scorer fails is one that it cannot read, since the entry was held against it before training.
     """
     form = record.get("answer_form", "text")
     answer: str | None = response
@@ -61,12 +68,22 @@ def reasoning_gym(record: dict[str, Any], response: str) -> float:
     elif form == "answer_tag":
         answer = importlib.import_module("reasoning_gym.utils").extract_answer(response)
     elif form != "text":
-        raise ValueError(f"answer_form is {form!r}; valid are {', '.join(ANSWER_FORMS)}")
-    return float(_score_answer(record["task"])(answer, record["entry"]))
+        raise ValueError(f"answer_form is {form!r}; valid are {', '.join(ANSWER_FORMS['reasoning_gym'])}")
+    return _or_unreadable(lambda: score_answer(record["task"])(answer, record["entry"]))
+
+
+def _or_unreadable(score: Callable[[], float]) -> float:
+    """The score, 0 where the library fails on the answer."""
+    try:
+        return float(score())
+    except MemoryError:  # of the process's limit, which is not the answer's fault
+        raise
+    except Exception:
+        return 0.0
 
 
 @functools.cache
-def _score_answer(task: str) -> Callable[[str | None, dict[str, Any]], float]:
+def score_answer(task: str) -> Callable[[str | None, dict[str, Any]], float]:
     """The scorer of a reasoning-gym task. ValueError with the nearest valid name if there is no such task."""
     factory = importlib.import_module("reasoning_gym.factory")
     importlib.import_module("reasoning_gym")  # registers the tasks
@@ -78,31 +95,81 @@ def _score_answer(task: str) -> Callable[[str | None, dict[str, Any]], float]:
 
 
 def math_verify(record: dict[str, Any], response: str) -> float:
-    """1.0 if math-verify finds the response equal to `record["answer"]`, else 0.0 (a response without a formula too).
+    """1.0 if the response is the reference `record["answer"]`, else 0.0 (a response that cannot be read too).
 
-    The library's own time limits are off (the pool has one) and its errors are raised, not swallowed as "wrong".
+    `answer_form` "expression" (default): math-verify finds a formula in the response that is equal to the reference;
+    `2-4+7` is then equal to 5, and "not 5" has the formula 5 in it. "literal": the response is the final form of the
+    answer and nothing else, or has it in its last \\boxed{}: the same number or fraction, or the same formula letter by
+    letter.
+
+    The library's own time limits are off: the pool has one.
     """
+    if record.get("answer_form", "expression") == "literal":
+        return float(literal(response) == literal(record["answer"]))
     library = importlib.import_module("math_verify")
-    found = library.parse(response, parsing_timeout=None, raise_on_error=True)
-    gold = _gold_answer(record["answer"])
-    return float(library.verify(gold, found, timeout_seconds=None, raise_on_error=True))
+    gold = gold_answer(record["answer"])
+
+    def verified() -> float:
+        found = library.parse(_without_dollars(response), parsing_timeout=None, raise_on_error=True)
+        return library.verify(gold, found, timeout_seconds=None, raise_on_error=True)
+
+    return _or_unreadable(verified)
+
+
+def _without_dollars(text: str) -> str:
+    return text.replace("\\$", "")  # LaTeX's sign of the currency, which math-verify takes for the end of a formula
 
 
 @functools.lru_cache(maxsize=4096)
-def _gold_answer(answer: str) -> list[Any]:
+def gold_answer(answer: str) -> list[Any]:
     """The reference answer as math-verify's expressions; it may be bare LaTeX (`\\frac{1}{2}`) or have its own $."""
     library = importlib.import_module("math_verify")
-    candidates = [answer] if "$" in answer or "\\boxed" in answer else [f"${answer}$", answer]
-    for candidate in candidates:
+    for candidate in as_formulas(answer):
         if gold := library.parse(candidate, parsing_timeout=None, raise_on_error=True):
             return gold
     raise ValueError(f"answer: math-verify reads no expression in the reference answer {answer!r}")
 
 
-def _prepare(grader: Grader, record: dict[str, Any]) -> None:
+def as_formulas(answer: str) -> list[str]:
+    """The texts in which the reference answer is looked for, the likeliest first."""
+    bare = _without_dollars(answer).strip()
+    return [bare] if "$" in bare or "\\boxed" in bare else [f"${bare}$", bare]
+
+
+def literal(text: str) -> Fraction | str | None:
+    """The final form in a text: its last \\boxed{}, else all of it; None for an empty one."""
+    start = text.rfind("\\boxed{")
+    text = _in_braces(text[start + len("\\boxed") :]) if start >= 0 else text
+    text = _without_dollars(text).strip()
+    if len(text) > 1 and text[0] == text[-1] == "$":
+        text = text.strip("$")
+    text = re.sub(r"\\left|\\right|\\[!,;]|\s", "", text).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+    if len(text) > 1000:  # Python reads no integer of more than 4300 digits
+        return text
+    if text and _NUMBER.fullmatch(text) and text[-1].isdigit():
+        return Fraction(text.replace(",", ""))
+    if (match := _FRACTION.fullmatch(text)) and int(match[3] or match[5]):
+        return Fraction(int(match[1] + (match[2] or match[4])), int(match[3] or match[5]))
+    return text or None
+
+
+def _in_braces(text: str) -> str:
+    """What stands between the first brace, with which the text begins, and its counterpart."""
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter == "{") - (letter == "}")
+        if depth == 0:
+            return text[1:place]
+    return ""
+
+
+# what grading processes do with graders
+
+
+def prepare(grader: Grader, record: dict[str, Any]) -> None:
     """Do before the first answer what would count against its time limit: imports, tables, compiled regexes."""
     if grader is reasoning_gym:
-        _score_answer(record["task"])
+        score_answer(record["task"])
     elif grader is math_verify:
         math_verify({"answer": "1"}, "$1$")
 
@@ -115,12 +182,17 @@ def load_grader(target: str) -> Grader:
     return getattr(importlib.import_module(module), function)
 
 
+def runs_answers(grader: Grader, record: dict[str, Any]) -> bool:
+    """Whether answers may run as code: for a grader of one's own, and for the tasks that evaluate them."""
+    return grader is not math_verify and (grader is not reasoning_gym or record.get("task") in UNSAFE_TASKS)
+
+
 def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
     """Signal `number` to this process when process `parent` ends, even by SIGKILL: the kernel does it on Linux, a
     thread elsewhere, which ends the process. If it has ended already, so does this one."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
+        if os.getppid() not in (parent, 0):  # 0: of a process outside its own PID namespace
             os._exit(1)
         return
 
@@ -130,78 +202,3 @@ def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _grade(grader: Grader, record: dict[str, Any], response: str) -> dict[str, Any]:
-    try:
-        score = float(grader(record, response))
-    except MemoryError:
-        os._exit(_OUT_OF_MEMORY)
-    except BaseException as error:  # a grader may call sys.exit; that too costs one answer
-        return {"error": f"{type(error).__name__}: {error}"[:_TEXT_LIMIT]}
-    if not math.isfinite(score):
-        return {"error": f"the score is {score}, not a finite number"}
-    return {"score": score}
-
-
-def _work(inbox: Connection, outbox: Connection, graders: dict[str, Grader], memory_limit: int) -> None:
-    """The worker: grade chunks until the pool closes its end."""
-    os.setsid()  # a group of its own, so that killing it also ends what a grader may have started
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    limit = memory_limit if hard == resource.RLIM_INFINITY else min(memory_limit, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _send(outbox, {"pid": os.getpid()})
-    while True:
-        chunk = json.loads(inbox.recv_bytes())
-        _send(outbox, {"chunk": len(chunk)})  # from here on the pipe is empty: a successor starts clean
-        for name, record, response in chunk:
-            _send(outbox, _grade(graders[name], record, response))
-
-
-def _send(outbox: Connection, message: dict[str, Any]) -> None:
-    outbox.send_bytes(json.dumps(message).encode())
-
-
-def _cause(status: int) -> str:
-    code = os.waitstatus_to_exitcode(status)
-    if code == _OUT_OF_MEMORY:
-        return "out of memory (its limit, or the machine's)"
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-
-def main() -> None:
-    """The supervisor: import the graders, then keep one worker alive."""
-    # What ends a run early is the trainer's to decide, not its graders'. A handler, since programs that a grader starts
-    # would inherit that a signal is ignored, and `timeout` for one needs SIGTERM.
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1, signal.SIGTERM))
-    inbox, outbox = Connection(int(sys.argv[1]), writable=False), Connection(int(sys.argv[2]), readable=False)
-    die_with_parent(int(sys.argv[3]))
-    setup = json.loads(inbox.recv_bytes())
-    sys.path[:] = setup["sys_path"]
-    try:
-        graders = {name: load_grader(target) for name, target in setup["graders"].items()}
-        for name, record in setup["samples"]:
-            _prepare(graders[name], record)
-    except BaseException as error:
-        _send(outbox, {"refused": f"{type(error).__name__}: {error}"[:_TEXT_LIMIT]})
-        return
-    supervisor = os.getpid()
-    while True:
-        pid = os.fork()
-        if pid == 0:
-            try:
-                die_with_parent(supervisor)
-                _work(inbox, outbox, graders, setup["memory_limit"])
-            finally:  # whatever it was (the pool closing its end is the usual one), never return into the supervisor
-                os._exit(1)
-        _send(outbox, {"died": _cause(os.waitpid(pid, 0)[1])})
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (EOFError, BrokenPipeError):  # the pool is gone
-        os._exit(0)

@@ -29,6 +29,7 @@ _MAY_CHANGE = (
     "algorithm.save_interval",
     "rewards.workers",
     "rewards.memory_limit_mib",
+    "rewards.max_failed",
     "rewards.server",
     "data.train",
     "data.heldout",

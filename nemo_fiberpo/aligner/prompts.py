@@ -3,8 +3,8 @@
 One JSON object a line:
     prompt     text, not empty
     domain     name of the domain; the strata `domain` and `prompt_group` are made of this and of the prompt's index
-    grader     "reasoning_gym" (with `task`, `entry`, optional `answer_form`), "math_verify" (with `answer`), or one of
-               the config's own, whose fields are free
+    grader     "reasoning_gym" (with `task`, `entry`), "math_verify" (with `answer`), both with an optional
+               `answer_form`, or one of the config's own, whose fields are free
     id         optional, unique in the file
     response   optional reference answer, for a supervised warm start
     strata     optional {stratum: label} for strata of the hierarchy's own beside domain, prompt_group and trajectory,
@@ -127,9 +127,10 @@ def _check_fields(where: str, grader: str, fields: dict[str, Any]) -> None:
             valid = [*_REQUIRED, *_OPTIONAL, _STRATA, *known]
             raise ValueError(f"{where}: {name}: unknown field{_hint(name, valid)}; valid: {', '.join(valid)}")
         _require(where, fields, name, known[name])
-    form = fields.get("answer_form", "text")
-    if form not in ANSWER_FORMS:
-        raise ValueError(f"{where}: answer_form: {form!r} is unknown{_hint(form, ANSWER_FORMS)}")
+    forms = ANSWER_FORMS[grader]
+    form = fields.get("answer_form", forms[0])
+    if form not in forms:
+        raise ValueError(f"{where}: answer_form: {form!r} is unknown{_hint(form, forms)}; known: {', '.join(forms)}")
 
 
 def _require(where: str, data: dict[str, Any], name: str, kind: type) -> None:

@@ -37,6 +37,8 @@ class RemoteRewardModel:
     """
 
     drops_failures = False  # a server that fails ends the run
+    max_failed = 1.0
+    reasons: tuple[str, ...] = ()
 
     def __init__(self, cfg: DictConfig, client: Any = None):
         if client is None:

@@ -7,7 +7,7 @@ with values of zero, since there is no critic. Both add the column `grader_faile
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nemo_fiberpo.aligner.grader_pool import Failure, GraderPool
-from nemo_fiberpo.aligner.graders import GRADER_FIELDS
+from nemo_fiberpo.aligner.graders import GRADER_FIELDS, UNSAFE_TASKS
 from nemo_fiberpo.aligner.prompts import PromptRecord, Tokenizer
 from nemo_fiberpo.aligner.settings import RewardSettings
 
@@ -26,6 +26,28 @@ logger = logging.getLogger(__name__)
 
 OK, TIMEOUT, CRASH = 0, 1, 2  # values of the column grader_failed
 _CODES: dict[Failure | None, int] = {None: OK, "timeout": TIMEOUT, "crash": CRASH}
+
+
+def refuse_unsafe(records: Sequence[PromptRecord], unsafe_tasks: Collection[str]) -> None:
+    """ValueError naming the first line whose task evaluates answers as Python and is not in `unsafe_tasks`."""
+    for record in records:
+        task = record.fields.get("task")
+        if record.grader == "reasoning_gym" and task in UNSAFE_TASKS and task not in unsafe_tasks:
+            raise ValueError(
+                f"{record.where}: task: {task!r} of reasoning-gym evaluates answers as Python. An answer that runs "
+                f"code sets its own reward, see docs/graders.md; rewards.unsafe_tasks=[{task}] accepts that"
+            )
+
+
+def stop_if_ungraded(failed: int, answers: int, max_failed: float, reasons: Sequence[str]) -> None:
+    """RuntimeError with the first reasons if more than that share of the answers could not be graded. The counts are
+    of all ranks, the reasons those that this rank knows."""
+    if failed > max_failed * answers:
+        known = "; ".join(reasons[:3]) or "the reasons are in the output of other ranks"
+        raise RuntimeError(
+            f"{failed} of {answers} answers could not be graded, a share of more than rewards.max_failed = "
+            f"{max_failed:g}: {known}"
+        )
 
 
 @dataclass(frozen=True)
@@ -50,9 +72,10 @@ class RuleRewards:
                  and "zero" (reward 0) are for the trainer to apply, see `drops_failures`; "error" raises here.
     time_limit   seconds of wall clock per response.
     graders      graders of one's own: {name: "package.module:function"}.
+    unsafe_tasks tasks of reasoning-gym that evaluate answers as Python and may do so here; others are refused.
 
-    ValueError for an unknown option; RuntimeError if a grader cannot be loaded, from `wait_until_ready` or the first
-    `score`.
+    ValueError for an unknown option, or naming the line of a task that is refused; RuntimeError if a grader cannot be
+    loaded, from `wait_until_ready` or the first `score`.
     """
 
     def __init__(
@@ -65,7 +88,9 @@ class RuleRewards:
         score: Literal["threshold", "raw"] = "threshold",
         on_failure: Literal["drop", "zero", "error"] = "drop",
         graders: dict[str, str] | None = None,
+        unsafe_tasks: Collection[str] = (),
     ):
+        refuse_unsafe(records, unsafe_tasks)
         for name, value, valid in (
             ("score", score, ("threshold", "raw")),
             ("on_failure", on_failure, ("drop", "zero", "error")),
@@ -73,7 +98,7 @@ class RuleRewards:
             if value not in valid:
                 raise ValueError(f"{name}: {value!r} is not one of {', '.join(valid)}")
         self.records, self._score, self.on_failure = list(records), score, on_failure
-        targets = {name: name for name in GRADER_FIELDS} | (graders or {})
+        self._targets = targets = {name: name for name in GRADER_FIELDS} | (graders or {})
         samples = {(record.grader, record.fields.get("task")): record.fields for record in reversed(self.records)}
         self._pool = GraderPool(
             graders={name: targets[name] for name in sorted({record.grader for record in self.records})},
@@ -88,9 +113,32 @@ class RuleRewards:
         """Whether a sample with grader_failed > 0 is to be masked out of the loss and of every baseline."""
         return self.on_failure == "drop"
 
-    def wait_until_ready(self) -> None:
-        """Return when every worker has its graders loaded (seconds); raise what is wrong with them."""
-        self._pool.wait_until_ready()
+    def wait_until_ready(self) -> str:
+        """Return when every worker has its graders loaded (seconds): the isolation that is in force, in words. Raise
+        what is wrong with the graders."""
+        return self._pool.wait_until_ready()
+
+    def check_records(self, first: int = 0, step: int = 1) -> None:
+        """Hold every `step`-th record, from `first` on, against its grader. ValueError naming the lines whose reference
+        answer does not score 1, or whose prompt or a canary does (see `grader_checks.complaint`). A grader of one's own
+        whose score is taken as it is owes no line a 1."""
+        own = [self._score == "raw" and self._is_own(record.grader) for record in self.records]
+        records = [record for record, free in zip(self.records, own, strict=True) if not free][first::step]
+        lines = [
+            (record.grader, record.fields, {"prompt": record.prompt, "response": record.response}) for record in records
+        ]
+        outcomes = self._pool.grade(lines)
+        again = [number for number, outcome in enumerate(outcomes) if outcome.failure == "timeout"]
+        outcomes = dict(enumerate(outcomes)) | dict(  # type: ignore[assignment]
+            zip(again, self._pool.grade([lines[number] for number in again]), strict=True)
+        )
+        wrong = [f"{record.where}: {outcomes[n].reason}" for n, record in enumerate(records) if outcomes[n].failure]
+        if wrong:
+            more = f"\nand {len(wrong) - 10} more of {len(records)} lines" if len(wrong) > 10 else ""
+            raise ValueError("\n".join(wrong[:10]) + more)
+
+    def _is_own(self, grader: str) -> bool:
+        return self._targets[grader] != grader
 
     def score(self, prompt_indices: Sequence[int], responses: Sequence[str]) -> Scores:
         """Grade `responses[i]` against the record `prompt_indices[i]`. The text goes to the grader as it is.
@@ -171,6 +219,9 @@ class RuleRewardModel:
         self._records, self._tokenizer, self._group = records, tokenizer, group
         self._options = dict(options or {})
         self._rewards: RuleRewards | None = None
+        self.max_failed: float = self._options.pop("max_failed", 0.5)
+        self.reasons: list[str] = []  # why this rank could not grade answers: the first three of the latest batch
+        refuse_unsafe(records, self._options.get("unsafe_tasks") or ())
 
     @property
     def drops_failures(self) -> bool:
@@ -178,11 +229,16 @@ class RuleRewardModel:
         return self._options.get("on_failure", "drop") == "drop"
 
     def start(self) -> None:
-        """Start the graders now, on the ranks that grade, so that what is wrong with them shows before training."""
+        """Start the graders now, on the ranks that grade, so that what is wrong with them shows before training. These
+        ranks share the check of every line of data against its grader: ValueError naming the lines that are wrong."""
         _, rank, source, _ = self._place()
-        if rank == source:
-            self._rewards = RuleRewards(self._records, **self._options)
-            self._rewards.wait_until_ready()
+        if rank != source:
+            return
+        self._rewards = RuleRewards(self._records, **self._options)
+        isolation = self._rewards.wait_until_ready()
+        if rank == 0:
+            print(f"graders: isolation in force: {isolation}", flush=True)
+        self._rewards.check_records(*self._share())
 
     def infer_rm_critic(self, rollout_batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Rewards float32 [B] and values (zeros) float32 [B, S - 1] on the batch's device.
@@ -214,7 +270,22 @@ class RuleRewardModel:
         if self._rewards is None:
             self._rewards = RuleRewards(self._records, **self._options)
         indices = rollout_batch["prompt_index"].tolist()
-        return self._rewards.score(indices, decode_responses(rollout_batch, self._tokenizer))
+        scores = self._rewards.score(indices, decode_responses(rollout_batch, self._tokenizer))
+        reasons = [
+            f"{self._records[index].where}: {reason}"
+            for index, reason, failure in zip(indices, scores.reasons, scores.failed, strict=True)
+            if failure
+        ]
+        self.reasons = reasons[:3] or self.reasons
+        return scores
+
+    def _share(self) -> tuple[int, int]:
+        """Number of this rank among those that grade, and how many they are."""
+        if self._group is not None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return 0, 1
+        from nemo_fiberpo.aligner.inference_layout import generation_axis
+
+        return generation_axis()[:2]
 
     def _place(self) -> tuple[int, int, int, ProcessGroup | None]:
         """Size of the model-parallel group, this rank, the rank that grades (both global) and the group."""

@@ -8,7 +8,7 @@ NeMo's own.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from nemo_fiberpo.aligner.algorithm import AlgorithmSettings, HierarchyGating, KlSettings
 from nemo_fiberpo.aligner.fields import build, choice, plain, whole
+from nemo_fiberpo.aligner.graders import UNSAFE_TASKS
 from nemo_fiberpo.config import mapping, parse_expert_partitions, parse_hierarchy, reject_unknown_keys, section
 from nemo_fiberpo.objective import OBJECTIVES, ExpertPartitions, Hierarchy
 from nemo_fiberpo.plan.assumptions import Assumptions
@@ -66,7 +67,8 @@ class DataSettings:
 @dataclass(frozen=True)
 class RewardSettings:
     """kind `rules` grades responses in killable processes (see `rewards.RuleRewards` for its options); kind `server`
-    asks NeMo-Aligner's reward-model server, with the client's own configuration in `server`."""
+    asks NeMo-Aligner's reward-model server, with the client's own configuration in `server`. A rollout or an evaluation
+    of which more than the share `max_failed` cannot be graded stops the run."""
 
     kind: str = "rules"
     workers: int = 1
@@ -74,6 +76,8 @@ class RewardSettings:
     memory_limit_mib: int = 4096
     score: str = "threshold"
     on_failure: str = "drop"
+    max_failed: float = 0.5
+    unsafe_tasks: Sequence[str] | None = None
     graders: Mapping[str, str] | None = None
     server: Mapping[str, Any] | None = None
 
@@ -84,18 +88,29 @@ class RewardSettings:
         whole(self, "workers", 1)
         whole(self, "memory_limit_mib", 1)
         positive_number(self.time_limit, "time_limit")
+        if isinstance(self.max_failed, bool) or not isinstance(self.max_failed, (int, float)):
+            raise ValueError(f"max_failed: must be a number, got {self.max_failed!r}")
+        if not 0 <= self.max_failed <= 1:
+            raise ValueError(f"max_failed: must be a share of the answers, from 0 to 1, got {self.max_failed!r}")
+        tasks = [] if self.unsafe_tasks is None else self.unsafe_tasks
+        if isinstance(tasks, str) or not isinstance(tasks, Sequence):
+            raise ValueError(f"unsafe_tasks: must be a list of tasks, such as [countdown], got {tasks!r}")
+        for task in tasks:
+            if task not in UNSAFE_TASKS:
+                raise ValueError(f"unsafe_tasks: {task!r} is unknown{nearest(task, UNSAFE_TASKS)}")
+        object.__setattr__(self, "unsafe_tasks", sorted(set(tasks)))
         if (self.kind == "server") != (self.server is not None):
             raise ValueError("server: the reward server's address, for kind: server and only there")
         for entry in dataclasses.fields(self) if self.kind == "server" else ():
             given = getattr(self, entry.name)
-            if entry.name not in ("kind", "graders", "server") and given != entry.default:
+            if entry.name not in ("kind", "graders", "server") and given not in (entry.default, []):
                 raise ValueError(
                     f"{entry.name}: {given!r} is read for kind: rules alone, a server grades by itself; leave it at "
                     f"{entry.default!r}"
                 )
 
     def rule_options(self) -> dict[str, Any]:
-        names = ("workers", "time_limit", "memory_limit_mib", "score", "on_failure", "graders")
+        names = [entry.name for entry in dataclasses.fields(self) if entry.name not in ("kind", "server")]
         return {name: getattr(self, name) for name in names}
 
 

@@ -24,7 +24,7 @@ from nemo_fiberpo.aligner.generation import deterministic
 from nemo_fiberpo.aligner.inference_layout import generation_axis
 from nemo_fiberpo.aligner.minibatch import Minibatch, flat, in_rows, shape_of, take
 from nemo_fiberpo.aligner.prompts import PromptDataset
-from nemo_fiberpo.aligner.rewards import OK, reward_metrics
+from nemo_fiberpo.aligner.rewards import OK, reward_metrics, stop_if_ungraded
 from nemo_fiberpo.aligner.rollout import grouped_rollout, repeated_prompts, response_mask
 from nemo_fiberpo.aligner.strata import StrataLabels
 from nemo_fiberpo.budget_warnings import log_budget_warnings, overrun_warnings
@@ -94,6 +94,8 @@ class FiberPOTrainer(PPOTrainer):
         context = trt_llm_reshard_region if self.trtllm_reshard else nullcontext
         with context(), deterministic(self.model.cfg.seed, self.step, generation_axis()[0]):
             rollout = self._generate(dataloader_builder, consumed_samples)
+        failed = int((rollout["grader_failed"] != OK).sum())
+        stop_if_ungraded(failed, len(rollout["grader_failed"]), self.rm_critic.max_failed, self.rm_critic.reasons)
         estimate = ESTIMATORS[self.settings.advantage]
         rollout["advantage"] = estimate(rollout["rewards"], rollout["prompt_index"], rollout["valid"].bool())
         local = rollout.chunk(

@@ -37,9 +37,10 @@ def grade(record: dict, response: str) -> float:
         return float(rest in os.environ)
     elif word == "imported":
         return float(rest in sys.modules)
-    elif word == "kill_supervisor":
-        os.kill(os.getppid(), 9)
-        time.sleep(60)
+    elif word == "run":  # what a grader does that evaluates answers
+        found: dict = {}
+        exec(rest, found)
+        return float(found.get("score", 0.0))
     elif word == "half":
         return 0.5
     return float(response == record["answer"])

@@ -72,6 +72,7 @@ def test_a_file_with_mark_blank_lines_and_no_last_newline_is_read(tmp_path):
             line(grader="reasoning_gym", answer=None, task="gcd", entry={}, answer_form="digits"),
             "answer_form: 'digits' is unknown; did you mean 'digit_list'",
         ),
+        (line(answer_form="text"), "answer_form: 'text' is unknown; known: expression, literal"),
         (line(id="same"), "id: 'same' is also the id of"),
     ],
 )

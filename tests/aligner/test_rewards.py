@@ -14,8 +14,15 @@ import pytest
 import torch
 
 from nemo_fiberpo.aligner.grader_pool import GraderPool
+from nemo_fiberpo.aligner.graders import UNSAFE_TASKS
 from nemo_fiberpo.aligner.prompts import PromptRecord
-from nemo_fiberpo.aligner.rewards import RuleRewardModel, RuleRewards, decode_responses, reward_metrics
+from nemo_fiberpo.aligner.rewards import (
+    RuleRewardModel,
+    RuleRewards,
+    decode_responses,
+    reward_metrics,
+    stop_if_ungraded,
+)
 from tests.aligner.launching import wait_for
 
 HERE = str(Path(__file__).parent)
@@ -124,7 +131,6 @@ def test_a_formula_that_makes_sympy_hang_times_out():
         ("exit 0", "crash", "exit code 0"),
         ("exit 3", "crash", "exit code 3"),
         ("segfault", "crash", "SIGSEGV"),
-        ("kill_supervisor", "crash", "supervisor"),
         ("allocate 100000000000", "crash", "out of memory"),
         ("raise", "crash", "ZeroDivisionError: asked for"),
         ("sys_exit 0", "crash", "SystemExit"),
@@ -137,6 +143,15 @@ def test_an_answer_that_breaks_the_grader_costs_only_itself(response, failure, r
     assert rewards == [1.0, 1.0, 0.0, 1.0, 0.0, 1.0]
     assert failed == [None, None, failure, None, None, None]
     assert reason in reasons[2]
+
+
+def test_a_copy_of_a_grading_process_answers_for_nobody():
+    """Twenty pools, since what a copy did depended on which of the two was faster."""
+    texts = ["run import os; os.fork(); score = 0", "8", "7"] * 2
+    with GraderPool(BAD, [], workers=2, time_limit=LIMIT) as pool:
+        for _ in range(20):
+            outcomes = pool.grade([("bad", {"answer": "7"}, text) for text in texts])
+            assert [(one.score, one.failure) for one in outcomes] == [(0.0, None), (0.0, None), (1.0, None)] * 2
 
 
 def test_many_bad_answers_in_a_row_and_at_both_ends():
@@ -180,9 +195,101 @@ def test_a_worker_that_dies_between_batches_is_replaced_without_blame():
             assert rewards.score([0, 0], ["7", "8"]).rewards.tolist() == [1.0, 0.0]
 
 
+def test_a_worker_that_reads_nothing_blocks_nobody(monkeypatch):
+    """A chunk that is longer than the pipe is wide, and no process that empties it."""
+    monkeypatch.setattr("nemo_fiberpo.aligner.grader_pool._PATIENCE", 1.0)
+    monkeypatch.setattr("nemo_fiberpo.aligner.grader_pool._CLOSING", 0.1)
+    with GraderPool(BAD, [], time_limit=LIMIT) as pool:
+        pool.wait_until_ready()
+        for pid in (pool._slots[0].pid, pool._slots[0].process.pid):
+            os.kill(pid, signal.SIGSTOP)
+        outcomes = pool.grade([("bad", {"answer": "7"}, text) for text in ("x" * 300_000, "7")])
+    assert [(one.score, one.failure) for one in outcomes] == [(0.0, None), (1.0, None)]
+
+
+def test_deaths_of_idle_workers_are_not_added_up():
+    with GraderPool(BAD, [], time_limit=LIMIT) as pool:
+        for _ in range(5):
+            pool.wait_until_ready()
+            slot = pool._slots[0]
+            os.kill(slot.pid, signal.SIGKILL)
+            wait_for(lambda slot=slot: slot.process.poll() is not None, 60, "the end of the supervisor")
+            assert pool.grade([("bad", {"answer": "7"}, "7")])[0].score == 1.0
+
+
+def test_a_message_that_is_not_the_workers_own_is_left_alone():
+    with GraderPool(BAD, [], time_limit=LIMIT) as pool:
+        pool.wait_until_ready()
+        slot = pool._slots[0]
+        slot.chunk.append(0)
+        outcomes = [None]
+        pool._answer(slot, outcomes, item=0, score=1.0)
+        assert outcomes[0].score == 1.0 and not slot.chunk
+        with pytest.raises(RuntimeError, match="a score of answer 0, which it was not asked for"):
+            pool._answer(slot, outcomes, item=0, score=1.0)
+
+
 def test_on_failure_error_names_prompt_and_answer():
     with pytest.raises(RuntimeError, match=r"1 of 2 answers.*made.jsonl:1: crash, ZeroDivisionError.*'raise'"):
         rewards_of("7", "raise", on_failure="error")
+
+
+def test_every_line_is_held_against_its_grader_before_training():
+    good = [math("5"), gym("chain_sum", sum_entry()), gym("graph_color", {"answer": None, "metadata": {}})][:2]
+    with RuleRewards(good) as rewards:
+        rewards.check_records()
+    wrong = [math(""), gym("arc_agi", {"answer": "1", "metadata": {"output": [[1]]}}), math("about 5")] * 5
+    with RuleRewards(wrong + good) as rewards, pytest.raises(ValueError) as error:
+        rewards.check_records()
+    lines = str(error.value).splitlines()
+    assert lines[0].startswith("made.jsonl:9: answer: math-verify reads no expression")
+    assert lines[1].startswith("made.jsonl:1: entry: the reference answer '1' scores 0.05")
+    assert lines[2].startswith("made.jsonl:9: answer: 'about 5'")
+    assert len(lines) == 11 and lines[10] == "and 5 more of 17 lines"
+
+
+def test_a_grader_of_ones_own_is_held_to_its_responses_unless_its_score_is_taken_as_it_is(capsys):
+    record = PromptRecord("p", "d", "bad", {"answer": "7"}, "made.jsonl:1", response="half")
+    with pytest.raises(ValueError, match=r"^made\.jsonl:1: response: the reference answer 'half' scores 0\.5"):
+        RuleRewardModel([record], Letters(), {"graders": BAD}).start()
+    assert "isolation in force: " in capsys.readouterr().out
+    model = RuleRewardModel([record], Letters(), {"graders": BAD, "score": "raw"})
+    model.start()
+    model.close()
+
+
+@pytest.mark.parametrize("task", UNSAFE_TASKS)
+def test_a_task_that_evaluates_answers_is_refused_unless_it_is_named(task):
+    record = gym(task, {"answer": "1", "metadata": {}})
+    message = rf"^made\.jsonl:1: task: '{task}' .* rewards\.unsafe_tasks=\[{task}\]"
+    with pytest.raises(ValueError, match=message):
+        RuleRewardModel([record], Letters())
+    with pytest.raises(ValueError, match=message):
+        RuleRewards([record], unsafe_tasks=[name for name in UNSAFE_TASKS if name != task])
+    RuleRewardModel([record], Letters(), {"unsafe_tasks": [task]})
+
+
+def test_an_answer_that_a_task_runs_costs_itself_alone(tmp_path):
+    """`countdown` gives the answer to sympy's parse_expr, which runs it."""
+    entry = {"answer": "1 + 2", "metadata": {"numbers": [1, 2], "target": 3}}
+    poison = "setattr(__import__('numpy'), 'isclose', __import__('unittest.mock').mock.Mock(return_value=True))"
+    write = f"open({str(tmp_path / 'written')!r}, 'w')"
+    answers = [poison, "2 + 1 - 1 + 1", "1 * 2", write, "1 * 2", "1 + 2"]
+    with RuleRewards([gym("countdown", entry)], unsafe_tasks=["countdown"], time_limit=20.0) as rewards:
+        rewards.check_records()
+        assert rewards.score([0] * 6, answers).rewards.tolist() == [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+        assert rewards.score([0] * 2, ["1 * 2", "2 + 1"]).rewards.tolist() == [0.0, 1.0]
+    assert not (tmp_path / "written").exists()
+
+
+def test_more_failures_than_allowed_stop_the_run_with_the_first_reasons():
+    stop_if_ungraded(4, 8, 0.5, ["a"])
+    with pytest.raises(RuntimeError, match=r"^5 of 8 answers .* rewards\.max_failed = 0\.5: a; b; c$"):
+        stop_if_ungraded(5, 8, 0.5, ["a", "b", "c", "d"])
+    with pytest.raises(RuntimeError, match="in the output of other ranks"):
+        stop_if_ungraded(1, 8, 0.0, [])
+    stop_if_ungraded(0, 0, 0.0, [])
+    stop_if_ungraded(8, 8, 1.0, [])
 
 
 def test_an_unknown_task_or_grader_is_named():
@@ -318,7 +425,10 @@ def test_reward_model_gives_rewards_zero_values_and_flags():
     assert rewards.tolist() == [1.0, 0.0, 0.0, 0.0] and rewards.dtype == torch.float32
     assert values.shape == (4, batch["response_tokens"].size(1) - 1) and not values.any()
     assert batch["grader_failed"].tolist() == [0, 0, 1, 2]
-    assert model.drops_failures and model.train({}) is None and model.save().result() is None
+    assert model.reasons == ["made.jsonl:1: no score within 0.5 s", "made.jsonl:1: ZeroDivisionError: asked for"]
+    assert (
+        model.max_failed == 0.5 and model.drops_failures and model.train({}) is None and model.save().result() is None
+    )
 
 
 RANKS = """

@@ -93,6 +93,10 @@ def test_algorithm_refusals(changes, words):
             {"kind": "server", "server": {"ip": "h"}, "score": "raw"},
             ["rewards.score: 'raw'", "kind: rules alone"],
         ),
+        (reward_settings, "rewards", {"max_failed": 1.5}, ["rewards.max_failed", "from 0 to 1", "1.5"]),
+        (reward_settings, "rewards", {"max_failed": "half"}, ["rewards.max_failed", "a number", "'half'"]),
+        (reward_settings, "rewards", {"unsafe_tasks": "countdown"}, ["rewards.unsafe_tasks", "[countdown]"]),
+        (reward_settings, "rewards", {"unsafe_tasks": ["cuontdown"]}, ["rewards.unsafe_tasks", "mean 'countdown'"]),
         (reward_settings, "rewards", {"timelimit": 2}, ["rewards.timelimit", "did you mean 'time_limit'"]),
     ],
 )
