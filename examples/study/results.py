@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from numpy.typing import NDArray
-from runs import Run, read_study
+from study_runs import Run, read_study
 
 STUDY = Path(__file__).resolve().parents[2] / "docs" / "study"
 BASELINES = ("grpo", "clip_higher", "ppo", "gspo")

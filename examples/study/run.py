@@ -24,8 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from result import read_result
-from runs import Run, read_study
+from study_result import read_result
+from study_runs import Run, read_study
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "study" / "results"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import Run
+from study_runs import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 # Metrics of an optimizer step, and how an RL step's value follows from those of its optimizer steps.
