@@ -26,6 +26,7 @@ from study_runs import Run, read_study
 STUDY = Path(__file__).resolve().parents[2] / "docs" / "study"
 BASELINES = ("grpo", "clip_higher", "ppo", "gspo")
 MARGIN = -0.03  # "not inferior": the lower bound of the difference to the best baseline is above this
+SEEDS = 5  # with fewer there is no verdict: their intervals are hardly more than those of the prompts
 RESAMPLES = 10_000
 Result = dict[str, Any]
 Arm = tuple[str, str, float]  # setting, objective, learning rate
@@ -98,7 +99,7 @@ def table(arms: Mapping[Arm, Mapping[int, Result]]) -> list[str]:
         after = {arm: float(np.mean([np.nanmean(final(r)) for r in of_seed.values()])) for arm, of_seed in here.items()}
         ordered = sorted(here, key=lambda arm: -after[arm])
         best = next((arm for arm in ordered if arm[1] in BASELINES), None)
-        out += ["", f"### {setting}, learning rate {lr:g}", "", f"| {head}|", "|---" * 9 + "|"]
+        out += ["", f"### {setting}, learning rate {lr:.0e}", "", f"| {head}|", "|---" * 9 + "|"]
         for arm in ordered:
             of_seed = here[arm]
             before = np.mean([np.nanmean(rewards(result, "before")) for result in of_seed.values()])
@@ -110,7 +111,8 @@ def table(arms: Mapping[Arm, Mapping[int, Result]]) -> list[str]:
             if differences:
                 low, high = interval(differences, np.random.default_rng(0))
                 mean = np.mean([np.nanmean(values) for values in differences])
-                cells += [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", verdict(low, high)]
+                told = verdict(low, high) if len(differences) >= SEEDS else ""
+                cells += [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", told]
             else:
                 cells += ["", "best baseline" if arm == best else ""]
             out.append(f"| {' | '.join(cells)} |")
@@ -118,7 +120,7 @@ def table(arms: Mapping[Arm, Mapping[int, Result]]) -> list[str]:
 
 
 def picture(arms: Mapping[Arm, Mapping[int, Result]], path: Path) -> None:
-    """Reward of the sampled responses over RL steps: the mean over seeds, and their range."""
+    """Reward of the sampled responses over RL steps, the mean of five: the mean over seeds, and their range."""
     panels = sorted({(setting, lr) for setting, _, lr in arms})
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), squeeze=False, sharey=True)
     objectives = sorted({objective for _, objective, _ in arms})
@@ -130,17 +132,25 @@ def picture(arms: Mapping[Arm, Mapping[int, Result]], path: Path) -> None:
             if not curves:
                 continue
             length = max(map(len, curves))
-            values = np.array([[*curve, *[np.nan] * (length - len(curve))] for curve in curves], dtype=float)
+            values = np.array([[*smooth(curve), *[np.nan] * (length - len(curve))] for curve in curves], dtype=float)
             steps = np.arange(1, length + 1)
             style = "-" if objective not in BASELINES else "--"
             axis.plot(steps, np.nanmean(values, axis=0), style, color=colours[objective], label=objective)
             axis.fill_between(steps, np.nanmin(values, 0), np.nanmax(values, 0), color=colours[objective], alpha=0.1)
-        axis.set(title=f"{setting}, learning rate {lr:g}", xlabel="RL step")
+        axis.set(title=f"{setting}, learning rate {lr:.0e}", xlabel="RL step")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("reward of the sampled responses")
-    axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    entries = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    shown = sorted(entries)
+    figure.legend([entries[label] for label in shown], shown, fontsize=8, loc="center left", bbox_to_anchor=(0.91, 0.5))
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
+
+
+def smooth(curve: Sequence[float | None], width: int = 5) -> list[float]:
+    """The mean of each value and those before it, at most `width`; null values left out."""
+    values = np.array(curve, dtype=float)
+    return [float(np.nanmean(values[max(0, at + 1 - width) : at + 1])) for at in range(len(values))]
 
 
 def read_results(folder: Path) -> dict[str, Result]:
