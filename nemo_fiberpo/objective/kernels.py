@@ -225,7 +225,7 @@ def weigh(
     passed, value = y - saturated, total.sum(1)
     if free is not None:
         passed, value = passed + free, value + _sum(free, entries)
-    clipped = _sum(_live(outside, entries), entries)
+    clipped = _sum(_live(outside, entries).to(y.dtype), entries)
     return Weighed(passed, total, _by_channel(saturated, negative, entries), value, clipped)
 
 
