@@ -3,7 +3,7 @@
     python examples/study/results.py
 
 Reads docs/study/results/*.json; writes docs/study/tables.md and docs/study/<stage>.png, a table and a picture for each
-stage of study.yaml that has results. Every run that there is is in them.
+stage of study.yaml that has results. They cover every run that was made.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from study_runs import Run, read_study
 STUDY = Path(__file__).resolve().parents[2] / "docs" / "study"
 BASELINES = ("grpo", "clip_higher", "ppo", "gspo")
 MARGIN = -0.03  # "not inferior": the lower bound of the difference to the best baseline is above this
-SEEDS = 5  # with fewer there is no verdict: their intervals are hardly more than those of the prompts
+SEEDS = 5  # fewer get no verdict: their intervals cover little but the spread of prompts
 RESAMPLES = 10_000
 Result = dict[str, Any]
 Arm = tuple[str, str, float]  # setting, objective, learning rate
@@ -39,7 +39,7 @@ def rewards(result: Result, moment: str) -> NDArray[np.float64]:
 
 
 def final(result: Result) -> NDArray[np.float64]:
-    """`rewards` after training; 0 everywhere for a run that ended with an error, which no weights survive."""
+    """`rewards` after training; all 0 for a run that ended with an error."""
     return rewards(result, "after") if result["heldout"]["after"] else np.zeros_like(rewards(result, "before"))
 
 

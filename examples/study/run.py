@@ -1,12 +1,11 @@
-"""Run what is missing of the study.
+"""Make the study's missing runs.
 
     python examples/study/run.py                        every stage of study.yaml, one run on each core
     python examples/study/run.py first_look --cores 1   one stage, on one core
     python examples/study/run.py --list                 the runs, and which are done
 
-Runs are made in runs/study/, results are written to docs/study/results/, one file each. A run that is stopped is made
-again from its start. Several of these commands can be at work at once, also from copies of the repository that share
-runs/study/ and docs/study/results/.
+Runs are kept in runs/study/, results in docs/study/results/, one file each. An interrupted run starts over. Several of
+these commands can run at once, also from copies of the repository that share both folders.
 """
 
 from __future__ import annotations
@@ -95,7 +94,7 @@ def make(run: Run, folder: Path, results: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Run what is missing of the study.")
+    parser = argparse.ArgumentParser(description="Make the study's missing runs.")
     parser.add_argument("stages", nargs="*", help="stages of study.yaml; all without any")
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "study", help="folder of the runs")

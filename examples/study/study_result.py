@@ -1,8 +1,7 @@
-"""What is kept of a run: everything that the tables and pictures of the study are made from, and what it ran on."""
+"""What the study keeps of a run: all that its tables and pictures are made from, and what the run was made on."""
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 import subprocess
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 from study_runs import Run
+
+from nemo_fiberpo.analysis.runs import json_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 # Metrics of an optimizer step, and how an RL step's value follows from those of its optimizer steps.
@@ -51,8 +52,7 @@ def read_result(run: Run, run_dir: Path, status: int, seconds: int) -> dict[str,
 
 def answers(path: Path) -> dict[str, str]:
     digits: dict[str, str] = defaultdict(str)
-    for line in path.read_text().splitlines() if path.exists() else ():
-        row = json.loads(line)
+    for row in json_lines(path) if path.exists() else ():
         if row["mode"] == "sampled":
             digits[row["domain"]] += "-" if row["reward"] is None else str(int(row["reward"]))
     return dict(digits)
@@ -66,8 +66,7 @@ def mean(digits: dict[str, str]) -> float | None:
 
 def curves(path: Path) -> dict[str, list[float | None]]:
     found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for line in path.read_text().splitlines() if path.exists() else ():
-        row = json.loads(line)
+    for row in json_lines(path) if path.exists() else ():
         for name, value in row.items():
             if isinstance(value, float) and any(re.fullmatch(pattern, name) for pattern in CURVES):
                 found[name][row["rl_step"]].append(value)

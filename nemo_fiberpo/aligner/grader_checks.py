@@ -39,14 +39,14 @@ def complaint(grader: Grader, name: str, fields: dict[str, Any], prompt: str, re
 
 
 def _wrongly_right(grader: Grader, fields: dict[str, Any], prompt: str, references: set[str]) -> str:
-    literal = '; "answer_form": "literal" asks for the final form of the answer' if grader is math_verify else ""
+    remedy = '; "answer_form": "literal" asks for the final form of the answer' if grader is math_verify else ""
     for text in dict.fromkeys((prompt, prompt.rstrip(" \n=?:."), CANARY)):
         if text.strip() in references:
             continue
         score = _score(grader, fields, text)
         if isinstance(score, float) and score >= 1.0:
             what = "any text, such as" if text == CANARY else "the text of the prompt,"
-            return f"prompt: {what} {text[-200:]!r}, scores {score:g} as an answer{'' if text == CANARY else literal}"
+            return f"prompt: {what} {text[-200:]!r}, scores {score:g} as an answer{'' if text == CANARY else remedy}"
     return ""
 
 
@@ -66,16 +66,20 @@ def _gym_references(fields: dict[str, Any], response: str | None) -> tuple[str, 
     task, entry, form = fields["task"], fields["entry"], fields.get("answer_form", "text")
     references = {} if response is None else {"response": response}
     own = entry.get("answer")
+
+    def by_task(record: dict[str, Any], answer: str) -> float:
+        return score_answer(task)(answer, entry)
+
     if problem := _evaluated_entry(task, entry):
         return problem, references
     if form == "digit_list" and isinstance(own, str):
-        score = _score(lambda record, answer: score_answer(task)(answer, entry), fields, own)
+        score = _score(by_task, fields, own)
         if score != 1.0:
             return f"entry: its own answer {own[:200]!r} scores {score}; it must score 1{_hint_for(fields)}", references
     elif isinstance(own, str):
         references["entry"] = f"<answer>{own}</answer>" if form == "answer_tag" else own
     elif not references:
-        score = _score(lambda record, answer: score_answer(task)(answer, entry), fields, CANARY)
+        score = _score(by_task, fields, CANARY)
         if isinstance(score, str):
             return f"entry: the task {task!r} cannot score with it ({score})", references
     return "", references

@@ -54,15 +54,18 @@ def main() -> None:
     inbox, outbox = Connection(int(sys.argv[1]), writable=False), Connection(int(sys.argv[2]), readable=False)
     graders.die_with_parent(int(sys.argv[3]))
     setup = json.loads(inbox.recv_bytes())
+
+    def refuse(error: BaseException) -> None:
+        text = f"{type(error).__name__}: {error}"[: grader_worker.TEXT_LIMIT]
+        grader_worker.send(outbox, setup["token"], {"refused": text})
+
     sys.path[:] = setup["sys_path"]
     try:
         loaded = {name: graders.load_grader(target) for name, target in setup["graders"].items()}
         for name, record in setup["samples"]:
             graders.prepare(loaded[name], record)
     except BaseException as error:
-        grader_worker.send(
-            outbox, setup["token"], {"refused": f"{type(error).__name__}: {error}"[: grader_worker.TEXT_LIMIT]}
-        )
+        refuse(error)
         return
     jail = grader_isolation.Isolation(setup["scratch"], setup["memory_limit"])
     jail.enter()
@@ -78,9 +81,7 @@ def main() -> None:
         except (EOFError, BrokenPipeError):  # the pool is gone
             os._exit(0)
         except BaseException as error:
-            grader_worker.send(
-                outbox, setup["token"], {"refused": f"{type(error).__name__}: {error}"[: grader_worker.TEXT_LIMIT]}
-            )
+            refuse(error)
         finally:
             os._exit(1)
     grader_worker.send(outbox, setup["token"], {"pid": pid})

@@ -73,8 +73,8 @@ class PromptsFile:
 
 
 def _rewind(path: Path, rl_step: int) -> None:
-    """Keep the whole lines of RL steps before `rl_step`. What is no line of a run any more, by a damaged disk say, is
-    put into a file beside it, and said; half a line at the end is what a kill leaves."""
+    """Keep the whole lines of RL steps before `rl_step`. Lines that cannot be read, as after damage to the disk, are
+    moved to a file beside it, with a message. A half-written last line, which a kill leaves, is dropped."""
     if not path.exists():
         return
     kept: list[bytes] = []

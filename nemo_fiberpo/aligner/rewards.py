@@ -129,9 +129,8 @@ class RuleRewards:
         ]
         outcomes = self._pool.grade(lines)
         again = [number for number, outcome in enumerate(outcomes) if outcome.failure == "timeout"]
-        outcomes = dict(enumerate(outcomes)) | dict(  # type: ignore[assignment]
-            zip(again, self._pool.grade([lines[number] for number in again]), strict=True)
-        )
+        for number, outcome in zip(again, self._pool.grade([lines[number] for number in again]), strict=True):
+            outcomes[number] = outcome
         wrong = [f"{record.where}: {outcomes[n].reason}" for n, record in enumerate(records) if outcomes[n].failure]
         if wrong:
             more = f"\nand {len(wrong) - 10} more of {len(records)} lines" if len(wrong) > 10 else ""

@@ -243,7 +243,7 @@ class FiberPOTrainer(PPOTrainer):
         return metrics.get("loss"), metrics
 
     def _warn_of_overrun(self, result: StepResult) -> None:
-        """Once for each stratum whose gates are closed from the second optimizer step of a rollout on."""
+        """Warn once about each stratum whose gates are closed by the second optimizer step of a rollout."""
         if result.report is None or self.settings.gating_map is not None:
             return
         found = overrun_warnings(result.report)

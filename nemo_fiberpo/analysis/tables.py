@@ -33,9 +33,9 @@ class Table:
 
     def as_html(self) -> str:
         def line(tag: str, row: Sequence[str]) -> str:
-            cells = zip(self.columns, row, strict=True)
-            kind = ("" if column in LEFT else ' class="number"' for column in self.columns)
-            return "<tr>" + "".join(f"<{tag}{next(kind)}>{html.escape(cell)}</{tag}>" for _, cell in cells) + "</tr>"
+            kinds = ("" if column in LEFT else ' class="number"' for column in self.columns)
+            cells = zip(kinds, row, strict=True)
+            return "<tr>" + "".join(f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for kind, cell in cells) + "</tr>"
 
         note = f"<p>{html.escape(self.note)}</p>" if self.note else ""
         body = "".join(line("td", row) for row in self.rows)

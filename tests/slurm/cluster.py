@@ -203,7 +203,7 @@ class Cluster:
         raise SlurmError(f"{' '.join(arguments)}: {done.stdout.strip()}")
 
     def clear(self) -> None:
-        """End every job and wait until the nodes are idle, so that what a failed test leaves holds up no other."""
+        """End every job and wait until the nodes are idle, so that a failed test does not block the next one."""
         with contextlib.suppress(SlurmError):
             self.command("scancel", "--user=root")
         try:
@@ -215,11 +215,10 @@ class Cluster:
         """Nodes, jobs, their processes and the end of slurmctld's log, for the report of a failure."""
         said = []
         for command in ("sinfo --long --Node", "sinfo --list-reasons", "squeue --all --long", "scontrol show job"):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                try:
-                    said.append(f"$ {command}\n{self.command(*command.split())}")
-                except SlurmError as error:
-                    said.append(f"$ {error}")
+            try:
+                said.append(f"$ {command}\n{self.command(*command.split())}")
+            except (SlurmError, subprocess.TimeoutExpired) as error:
+                said.append(f"$ {error}")
         said.append("processes of jobs: " + "\n".join(f"{pid} {name}" for pid, name in self.job_processes().items()))
         logs = ((log.name, log.read_text(errors="replace")) for log in sorted(self.folder.glob("slurm*.log")))
         said += [f"{name}:\n" + "\n".join(text.splitlines()[-40:]) for name, text in logs]

@@ -71,8 +71,8 @@ run_tests() {
     FIBERPO_SLURM="$folder/$1" FIBERPO_PYTRITON="$PWD/$pytriton/bin/python" \
         python -m pytest tests/slurm --timeout 1200 "${@:2}"
 }
-# Where the machine is so busy that SLURM's daemons miss their own time limits, a test can fail that is well. So all of
-# them have a second chance: together, on a new cluster, after the report of what failed.
+# On a very busy machine SLURM's daemons can miss their own timeouts, and a good test fails. So a failed run is reported
+# and then repeated once, in full, on a new cluster.
 run_tests cluster --maxfail 3 "$@" && exit 0
-echo "== failed; all again on a new cluster"
+echo "== failed; running all of it once more on a new cluster"
 run_tests again --maxfail 1 "$@"
