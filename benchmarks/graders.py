@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from nemo_fiberpo.aligner.graders import reasoning_gym
 from nemo_fiberpo.aligner.prompts import PromptRecord
-from nemo_fiberpo.aligner.rewards import RuleRewards
+from nemo_fiberpo.aligner.rule_rewards import RuleRewards
 
 ENTRY = {"answer": "5", "metadata": {}, "question": "2 - 4 + 7 ="}
 RECORD = PromptRecord("p", "d", "reasoning_gym", {"task": "chain_sum", "entry": ENTRY}, "benchmark:1")

@@ -14,8 +14,9 @@ from nemo_aligner.utils.server_utils import FutureResult
 from nemo_fiberpo.aligner.generation import deterministic
 from nemo_fiberpo.aligner.inference_layout import generation_axis
 from nemo_fiberpo.aligner.prompts import PromptDataset, collate_prompts
-from nemo_fiberpo.aligner.rewards import OK, decode_responses, stop_if_ungraded
+from nemo_fiberpo.aligner.rewards import decode_responses, stop_if_ungraded
 from nemo_fiberpo.aligner.rollout import padded_share
+from nemo_fiberpo.aligner.rule_rewards import OK
 
 
 @torch.no_grad()

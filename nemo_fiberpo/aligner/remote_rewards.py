@@ -9,7 +9,8 @@ from nemo_aligner.utils.server_utils import FutureResult
 from omegaconf import DictConfig
 from torch import Tensor
 
-from nemo_fiberpo.aligner.rewards import OK, NoFuture
+from nemo_fiberpo.aligner.rewards import NoFuture
+from nemo_fiberpo.aligner.rule_rewards import OK
 
 
 class _RewardsOnly(FutureResult):

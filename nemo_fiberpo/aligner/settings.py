@@ -66,9 +66,9 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """kind `rules` grades responses in killable processes (see `rewards.RuleRewards` for its options); kind `server`
-    asks NeMo-Aligner's reward-model server, with the client's own configuration in `server`. A rollout or an evaluation
-    of which more than the share `max_failed` cannot be graded stops the run."""
+    """kind `rules` grades responses in killable processes (see `rule_rewards.RuleRewards` for its options); kind
+    `server` asks NeMo-Aligner's reward-model server, with the client's own configuration in `server`. A rollout or an
+    evaluation of which more than the share `max_failed` cannot be graded stops the run."""
 
     kind: str = "rules"
     workers: int = 1

@@ -24,8 +24,9 @@ from nemo_fiberpo.aligner.generation import deterministic
 from nemo_fiberpo.aligner.inference_layout import generation_axis
 from nemo_fiberpo.aligner.minibatch import Minibatch, flat, in_rows, shape_of, take
 from nemo_fiberpo.aligner.prompts import PromptDataset
-from nemo_fiberpo.aligner.rewards import OK, reward_metrics, stop_if_ungraded
+from nemo_fiberpo.aligner.rewards import reward_metrics, stop_if_ungraded
 from nemo_fiberpo.aligner.rollout import grouped_rollout, repeated_prompts, response_mask
+from nemo_fiberpo.aligner.rule_rewards import OK
 from nemo_fiberpo.aligner.strata import StrataLabels
 from nemo_fiberpo.budget_warnings import log_budget_warnings, overrun_warnings
 from nemo_fiberpo.labelling.expert_partitions import COLUMN

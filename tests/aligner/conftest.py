@@ -70,3 +70,9 @@ def checkpoints(tmp_path) -> Path:
     save(directory, 2)
     save(directory, 4)
     return directory
+
+
+@pytest.fixture
+def find_bad_graders(monkeypatch) -> None:
+    """bad_graders.py can be imported by its name, as a user's own graders can."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))

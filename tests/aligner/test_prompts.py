@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nemo_fiberpo.aligner.prompts import PromptDataset, load_prompts, make_collate
-from nemo_fiberpo.aligner.rewards import RuleRewards
+from nemo_fiberpo.aligner.rule_rewards import RuleRewards
 
 
 class Letters:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from nemo_fiberpo.aligner.experts import routing_metrics
-from nemo_fiberpo.aligner.rewards import OK, reward_metrics
+from nemo_fiberpo.aligner.rewards import reward_metrics
+from nemo_fiberpo.aligner.rule_rewards import OK
 from nemo_fiberpo.cli import main
 from nemo_fiberpo.config import load_hierarchy
 from tests.aligner.launching import ROOT, optimizer_steps
