@@ -25,8 +25,8 @@ def positive_number(value: object, where: str) -> float:
 
 
 def cell_name(name: object, where: str, of: str) -> str:
-    """`name` if it can stand in the keys of metrics and overrides, else a ValueError that names `where`; `of` is what it
-    would name."""
+    """`name` if it can stand in the keys of metrics and overrides, else a ValueError that names `where`; `of` is what
+    it would name."""
     text = str(name)
     if not text or set(text) & set("./= \t\n"):
         raise ValueError(
