@@ -106,7 +106,7 @@ def test_patterns_have_the_tokens_that_they_match_a_part_of(source):
             chars = of_chars[start : start + len(tokenizer.pieces[token])]
             ranks = [source.cells.index(name) for name in chars]
             matched = [name for name in chars if name != "no"]
-            wanted.append((source.cells[min(ranks)] if isinstance(source.regex, dict) else (matched or ["no"])[0]))
+            wanted.append(source.cells[min(ranks)] if isinstance(source.regex, dict) else (matched or ["no"])[0])
             start += len(chars)
         found = named(source, Response(ids, Speller(tokenizer)))
         assert found == wanted
