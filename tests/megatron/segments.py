@@ -14,8 +14,8 @@ from tests.megatron.tiny import VOCAB
 
 SEGMENT = "segment"
 SEGMENTS = ("think", "code", "answer")
-_TEXTS = {0: "<t>", 3: "</t>", 1: "`", 7: "("}
-_PIECES = [")" if token == 15 else _TEXTS.get(token % 8, chr(97 + token % 26)) for token in range(VOCAB)]
+_TEXTS = {0: "<t>", 1: "`", 3: "</t>", 6: ")"}
+_PIECES = ["(" if token == 15 else _TEXTS.get(token % 8, chr(97 + token % 26)) for token in range(VOCAB)]
 _MARKERS = {"think": ("<t>", "</t>"), "code": ("`", "`")}
 
 
