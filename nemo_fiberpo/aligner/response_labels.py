@@ -11,6 +11,7 @@ from torch import Tensor
 from nemo_fiberpo.aligner.prompts import PromptDataset
 from nemo_fiberpo.labelling.spelling import Speller, Tokenizer
 from nemo_fiberpo.labelling.token_labels import PREFIX, TokenLabels, merged, renumbered
+from nemo_fiberpo.values import at
 
 Names = dict[str, list[str]]
 
@@ -30,14 +31,16 @@ class ResponseLabels:
                         "one of the two"
                     )
         with_response = next((record for record in prompts.records if record.response), prompts.records[0])
-        labels.check(self._speller, with_response)
+        with at("hierarchy."):
+            labels.check(self._speller, with_response)
 
     def add_to(self, sample: dict[str, Tensor]) -> None:
         """The columns of a batch of samples, and the names of their labels kept for `names`."""
         index = (sample["prompt_index"] - self._prompts.first_index).tolist()
         records = [self._prompts.records[place] for place in index]
         lengths = sample["prompt_lengths"], sample["response_lengths"]
-        columns, names = self._labels.columns(sample["response_tokens"], *lengths, self._speller, records)
+        with at("hierarchy."):
+            columns, names = self._labels.columns(sample["response_tokens"], *lengths, self._speller, records)
         sample.update(columns)
         self._found.append(names)
 

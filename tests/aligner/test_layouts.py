@@ -41,11 +41,16 @@ SEGMENTS = [
 SOFT = ["hierarchy.expert_partitions.membership=soft"]
 
 
+def graded_by_checksum(run_dir: Path) -> None:
+    """Rewards that differ from response to response, whatever the policy has learned."""
+    prompts = run_dir / "data" / "train.jsonl"
+    prompts.write_text(prompts.read_text().replace('"grader": "reasoning_gym"', '"grader": "checksum"'))
+
+
 def rollout_and_steps(start: Path, tmp_path: Path, name: str, processes: int, *overrides: str):
     """Reward metrics of the rollout, and the rows of its two optimizer steps."""
     run_dir = fresh(start, tmp_path, name)
-    prompts = run_dir / "data" / "train.jsonl"
-    prompts.write_text(prompts.read_text().replace('"grader": "reasoning_gym"', '"grader": "checksum"'))
+    graded_by_checksum(run_dir)
     forked.launch("train_gpt_fiberpo.py", run_dir, *ONE_ROLLOUT, *GRADED, *overrides, processes=processes)
     (rollout,) = [row for row in metrics(run_dir) if "train_rollouts/rewards" in row]
     steps = optimizer_steps(run_dir)

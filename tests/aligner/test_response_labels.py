@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +12,12 @@ from omegaconf import OmegaConf
 from nemo_fiberpo.aligner.entropy import entropy_metrics
 from nemo_fiberpo.aligner.identity import hierarchy_of_record, identity_of, identity_of_record
 from nemo_fiberpo.aligner.response_labels import ResponseLabels
+from nemo_fiberpo.aligner.settings import token_labels_section
 from nemo_fiberpo.aligner.strata import StrataLabels
 from nemo_fiberpo.cli.compose import compose
 from nemo_fiberpo.config import load_hierarchy, load_token_labels
 from nemo_fiberpo.labelling.token_labels import IGNORED, PREFIX
+from tests.aligner.launching import ROOT
 from tests.labelling.tokenizers import Bytes
 
 BUDGET = {"pos": 0.1, "neg": 0.1}
@@ -59,7 +62,7 @@ def hierarchy(source, **strata):
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_ready_hierarchies_are_checked_against_the_prompts(name):
-    strata = strata_of(f"conf/hierarchy/{name}.yaml")
+    strata = strata_of(ROOT / f"conf/hierarchy/{name}.yaml")
     strata.check()
     [column] = strata.of_tokens
     assert strata.names[column] == strata.of_tokens[column]
@@ -95,7 +98,9 @@ def test_a_column_has_one_origin():
 
 def test_a_function_of_the_wrong_length_is_refused_before_training():
     labels = load_token_labels(hierarchy("tests.aligner.own_labels:too_few"))
-    with pytest.raises(ValueError, match=r"^token_labels\.own\.function: .* 1 labels for the 2 tokens .* to f:0"):
+    with pytest.raises(
+        ValueError, match=r"^hierarchy\.token_labels\.own\.function: .* 1 labels for the 2 tokens .* to f:0"
+    ):
         ResponseLabels(labels, Bytes(), Prompts())
 
 
@@ -150,7 +155,7 @@ def test_a_run_goes_on_only_with_the_same_labels(name):
     assert any(key.startswith("hierarchy.token_labels.") for key in identity)
     assert identity_of_record(identity) == identity
     again = load_token_labels(hierarchy_of_record(identity))
-    assert again == load_token_labels(f"conf/hierarchy/{name}.yaml")
+    assert again == load_token_labels(ROOT / f"conf/hierarchy/{name}.yaml")
 
 
 def test_another_marker_is_another_run():
@@ -164,3 +169,41 @@ def test_another_marker_is_another_run():
 
     one, other = of("<t>"), of("<u>")
     assert {key for key in one if one[key] != other[key]} == {"hierarchy.token_labels.segment.markers.think"}
+
+
+SECTION = re.search(r"\n## Strata within a response\n(.*?)\n## ", (ROOT / "docs/hierarchy.md").read_text(), re.S)
+assert SECTION is not None
+
+
+def test_the_hierarchy_of_the_documentation_is_read_and_checked(tmp_path):
+    [text] = re.findall(r"```yaml\n# conf/hierarchy/my_segments\.yaml\n(.*?)```", SECTION[1], re.S)
+    (tmp_path / "my_segments.yaml").write_text(text)
+    strata_of(tmp_path / "my_segments.yaml").check()
+    assert strata_of(tmp_path / "my_segments.yaml").names["segment"] == ("think", "answer")
+    ready = re.findall(r"^\| `(\w+)` \| domain, group", SECTION[1], re.M)
+    assert set(ready) == set(FILES)
+
+
+def test_the_override_of_the_documentation_changes_the_markers():
+    [given] = re.findall(r"'(hierarchy\.token_labels\.segment\.markers=.*)'", SECTION[1])
+    cfg = compose("quickstart", ["run_dir=/nowhere", "hierarchy=think_answer", given])
+    labels = token_labels_section(cfg)
+    assert labels is not None
+    assert labels.written()["token_labels"]["segment"]["markers"] == {"think": ("<reason>", "</reason>")}
+
+
+def test_the_function_of_the_documentation_is_one():
+    [text] = re.findall(r"```python\n(.*?)```", SECTION[1], re.S)
+    of: dict = {}
+    exec(text, of)
+    assert of["labels"]([7, 8, 9], "abc", None) == ([0, 1, 1], ["first_half", "second_half"])
+
+
+def test_every_source_of_the_documentation_is_read():
+    rows = re.findall(r"^\| `((?:markers|bins|split|regex):.*?)` \| (.*?) \|", SECTION[1], re.M)
+    assert len(rows) == 5
+    for source, keys in rows:
+        names = "names: [search, python]" if "names:" in keys else ""
+        cfg = OmegaConf.create("{" + ", ".join(filter(None, [source.replace("\\|", "|"), names])) + "}")
+        labels = load_token_labels(hierarchy(OmegaConf.to_container(cfg)))
+        assert labels is not None and len(labels.cells["own"] or ()) > 1
