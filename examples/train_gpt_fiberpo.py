@@ -27,7 +27,13 @@ from nemo_fiberpo.aligner.ending import explain
 from nemo_fiberpo.aligner.model_checks import first_token, partition_table
 from nemo_fiberpo.aligner.resume import RunRecord
 from nemo_fiberpo.aligner.resumption import find_checkpoint
-from nemo_fiberpo.aligner.settings import algorithm_settings, check_precision, data_settings, reward_settings
+from nemo_fiberpo.aligner.settings import (
+    algorithm_settings,
+    check_precision,
+    data_settings,
+    reward_settings,
+    token_labels_section,
+)
 from nemo_fiberpo.aligner.stopping import stop_before_training, stop_in_training
 from nemo_fiberpo.objective import check_gating
 
@@ -131,6 +137,7 @@ def make_trainer(cfg, trainer, actor, hierarchy, settings, data, train, heldout,
         prompts=train,
         heldout=heldout,
         heldout_modes=("sampled", "greedy") if data.heldout_greedy else ("sampled",),
+        token_labels=token_labels_section(cfg),
         cfg=cfg.trainer.ppo,
         model=actor,
         optimizer=optimizer,

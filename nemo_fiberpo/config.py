@@ -14,6 +14,8 @@ branches:
   modality: {beside: domain, budget: {pos: 0.02, neg: 0.015}}
 sweeps: 2
 expert_partitions: {by: {cold: [0, 3], hot: [1, 2]}, layers: all, membership: hard, agreement: true}
+token_labels: {segment: {markers: {think: ["<think>", "</think>"]}, rest: answer}}
+ignore: ["<tool_result>", "</tool_result>"]
 
 `strata` and `branches` may be lists too: `- {name: domain, budget: {pos: 0.02, neg: 0.015}}`. A key whose value is null
 is as if it were left out.
@@ -34,8 +36,9 @@ from yaml import YAMLError
 
 from .budget_warnings import budget_warnings, log_budget_warnings
 from .labelling.expert_partitions import COLUMN
+from .labelling.token_labels import TokenLabels
 from .objective import Budget, ExpertPartitions, Hierarchy, SlopeCap, Stratum
-from .values import nearest, positive_number
+from .values import at, nearest, positive_number
 
 NAMED = ("strata", "branches")
 """The keys of a hierarchy that hold strata, by name or as a list."""
@@ -84,7 +87,7 @@ def parse_expert_partitions(cfg: Mapping[str, Any], hierarchy: Hierarchy) -> Exp
         return None
     block = mapping(block, "expert_partitions")
     reject_unknown_keys(block, ["by", "layers", "membership", "agreement"], "expert_partitions")
-    with _at("expert_partitions."):
+    with at("expert_partitions."):
         partitions = ExpertPartitions(**block)
     if not any(COLUMN in stratum.columns for stratum in (*hierarchy.strata, *hierarchy.branches)):
         raise ValueError(
@@ -92,6 +95,22 @@ def parse_expert_partitions(cfg: Mapping[str, Any], hierarchy: Hierarchy) -> Exp
             "add one, or leave the block out"
         )
     return partitions if COLUMN in hierarchy.columns else None
+
+
+def load_token_labels(cfg: Source) -> TokenLabels | None:
+    """`token_labels` and `ignore` of a hierarchy, None where it has neither; `cfg` as for `load_hierarchy`. Raises
+    ValueError naming the field, for a source whose labels no stratum uses too."""
+    with section(cfg) as plain:
+        return parse_token_labels(plain, parse_hierarchy(plain))
+
+
+def parse_token_labels(cfg: Mapping[str, Any], hierarchy: Hierarchy) -> TokenLabels | None:
+    """`load_token_labels` of plain values, whose hierarchy is parsed already."""
+    found = TokenLabels.parse(cfg.get("token_labels"), cfg.get("ignore"))
+    if found is not None:
+        everywhere = (*hierarchy.strata, *hierarchy.branches)
+        found.check_columns([column for stratum in everywhere for column in stratum.columns])
+    return found
 
 
 def strata_by_name(value: Any) -> Any:
@@ -114,7 +133,7 @@ def section(cfg: Source) -> Iterator[Any]:
     """`cfg` as plain dicts and lists; for a file's path, errors of the block begin with it."""
     if isinstance(cfg, str | os.PathLike):
         path = os.fspath(cfg)
-        with _at(f"{path}: "):
+        with at(f"{path}: "):
             yield _read(path)
         return
     if not isinstance(cfg, Mapping | DictConfig):
@@ -129,15 +148,6 @@ def reject_unknown_keys(cfg: Mapping[Any, Any], valid: Iterable[str], where: str
         if key not in valid:
             path = f"{where}.{key}" if where else str(key)
             raise ValueError(f"{path}: unknown key{nearest(key, valid)}")
-
-
-@contextmanager
-def _at(prefix: str) -> Iterator[None]:
-    """Put `prefix` before the message of a ValueError from below."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{prefix}{error}") from error.__cause__
 
 
 def _read(path: str) -> Any:
@@ -178,7 +188,7 @@ def _required(cfg: dict[str, Any], key: str, where: str) -> Any:
 def parse_hierarchy(cfg: Any) -> Hierarchy:
     """`load_hierarchy` of plain values, without warnings."""
     cfg = mapping(cfg, "hierarchy")
-    reject_unknown_keys(cfg, [*_HIERARCHY, "expert_partitions"])
+    reject_unknown_keys(cfg, [*_HIERARCHY, "expert_partitions", "token_labels", "ignore"])
     for key in ("token_clip", "strata"):
         _required(cfg, key, "")
     fields = {key: read(cfg[key], key) for key, read in _HIERARCHY.items() if cfg.get(key) is not None}
@@ -233,7 +243,7 @@ def _stratum(cfg: Any, where: str) -> Stratum:
     for key in ("name", "budget"):
         _required(cfg, key, where)
     fields = {key: read(cfg[key], f"{where}.{key}") for key, read in _STRATUM.items() if cfg.get(key) is not None}
-    with _at(f"{where}."):
+    with at(f"{where}."):
         return Stratum(cfg["name"], **fields)
 
 
@@ -241,7 +251,7 @@ def _budget(cfg: Any, where: str) -> Budget:
     cfg = mapping(cfg, where)
     reject_unknown_keys(cfg, ["pos", "neg"], where)
     pos, neg = (_required(cfg, key, where) for key in ("pos", "neg"))
-    with _at(f"{where}."):
+    with at(f"{where}."):
         return Budget(pos, neg)
 
 

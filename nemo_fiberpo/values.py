@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 def nearest(given: object, valid: Iterable[object]) -> str:
@@ -21,3 +22,23 @@ def positive_number(value: object, where: str) -> float:
     if not math.isfinite(value) or value <= 0:
         raise ValueError(f"{where}: must be finite and greater than 0, got {value!r}")
     return float(value)
+
+
+def cell_name(name: object, where: str, of: str) -> str:
+    """`name` if it can stand in the keys of metrics and overrides, else a ValueError that names `where`; `of` is what
+    it would name."""
+    text = str(name)
+    if not text or set(text) & set("./= \t\n"):
+        raise ValueError(
+            f"{where}: {text!r} is no name for {of}: metrics and overrides need one without . / = or space"
+        )
+    return text
+
+
+@contextmanager
+def at(prefix: str) -> Iterator[None]:
+    """Put `prefix` before the message of a ValueError from below."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from error.__cause__

@@ -38,7 +38,7 @@ _MAY_CHANGE = (
 _OF_NO_EFFECT = ("model.optim.check_for_nan_in_grad", "model.ppo.length_params.min_length")
 _TRAINER = ("precision", "gradient_clip_val", "max_steps")
 _PARSED: dict[str, Callable[[DictConfig], Any]] = {
-    "hierarchy": settings.hierarchy_section,
+    "hierarchy": lambda cfg: (*settings.hierarchy_section(cfg), settings.token_labels_section(cfg)),
     "algorithm": settings.algorithm_settings,
     "data": settings.data_settings,
     "rewards": settings.reward_settings,
@@ -107,8 +107,9 @@ def _parsed(section: str, cfg: DictConfig) -> dict[str, Any]:
     """The leaves of a section as it is parsed, without what may change."""
     value = _PARSED[section](cfg)
     if section == "hierarchy":
-        hierarchy, partitions = value
+        hierarchy, partitions, labels = value
         leaves = _flat(section, hierarchy) | _flat(f"{section}.expert_partitions", partitions)
+        leaves |= {} if labels is None else _flat(section, labels.written())
     else:
         leaves = _flat(section, value)
     return {key: leaf for key, leaf in leaves.items() if not under(key, _MAY_CHANGE)}

@@ -22,7 +22,13 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_fiberpo.aligner import named_strata, pickles
 from nemo_fiberpo.aligner.policy_file import read_config
 from nemo_fiberpo.aligner.preemption import shield_resource_tracker
-from nemo_fiberpo.aligner.settings import SECTIONS, check_resume, cluster_settings, hierarchy_section
+from nemo_fiberpo.aligner.settings import (
+    SECTIONS,
+    check_resume,
+    cluster_settings,
+    hierarchy_section,
+    token_labels_section,
+)
 from nemo_fiberpo.budget_warnings import budget_warnings, log_budget_warnings
 from nemo_fiberpo.config import reject_unknown_keys
 from nemo_fiberpo.megatron.timeouts import limit_collectives
@@ -70,6 +76,7 @@ def check_sections(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None]
             "exp_manager.max_time_per_run"
         )
     hierarchy, partitions = hierarchy_section(cfg)
+    token_labels_section(cfg)
     log_budget_warnings(budget_warnings(hierarchy), "hierarchy: ")
     return hierarchy, partitions
 

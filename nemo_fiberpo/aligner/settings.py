@@ -17,10 +17,18 @@ from omegaconf import DictConfig
 from nemo_fiberpo.aligner.algorithm import AlgorithmSettings, HierarchyGating, KlSettings
 from nemo_fiberpo.aligner.fields import build, choice, plain, whole
 from nemo_fiberpo.aligner.graders import UNSAFE_TASKS
-from nemo_fiberpo.config import mapping, parse_expert_partitions, parse_hierarchy, reject_unknown_keys, section
+from nemo_fiberpo.config import (
+    mapping,
+    parse_expert_partitions,
+    parse_hierarchy,
+    parse_token_labels,
+    reject_unknown_keys,
+    section,
+)
+from nemo_fiberpo.labelling.token_labels import TokenLabels
 from nemo_fiberpo.objective import OBJECTIVES, ExpertPartitions, Hierarchy
 from nemo_fiberpo.plan.assumptions import Assumptions
-from nemo_fiberpo.values import nearest, positive_number
+from nemo_fiberpo.values import at, nearest, positive_number
 
 TOO_LONG = ("error", "drop")
 REWARD_KINDS = ("rules", "server")
@@ -140,12 +148,15 @@ class WarmStartSettings:
 
 def hierarchy_section(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None]:
     """The `hierarchy` section, and how it partitions experts, if it does. Raises ValueError naming the field."""
-    try:
-        with section(cfg.hierarchy) as plain:
-            hierarchy = parse_hierarchy(plain)
-            return hierarchy, parse_expert_partitions(plain, hierarchy)
-    except ValueError as error:
-        raise ValueError(f"hierarchy.{error}") from error
+    with at("hierarchy."), section(cfg.hierarchy) as plain:
+        hierarchy = parse_hierarchy(plain)
+        return hierarchy, parse_expert_partitions(plain, hierarchy)
+
+
+def token_labels_section(cfg: DictConfig) -> TokenLabels | None:
+    """`token_labels` and `ignore` of the `hierarchy` section. Raises ValueError naming the field."""
+    with at("hierarchy."), section(cfg.hierarchy) as plain:
+        return parse_token_labels(plain, parse_hierarchy(plain))
 
 
 def algorithm_settings(cfg: DictConfig) -> AlgorithmSettings:

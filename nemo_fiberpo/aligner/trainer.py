@@ -18,20 +18,23 @@ from torch import Tensor
 from nemo_fiberpo.aligner import finite
 from nemo_fiberpo.aligner.advantages import ESTIMATORS
 from nemo_fiberpo.aligner.algorithm import AlgorithmSettings
+from nemo_fiberpo.aligner.entropy import entropy_metrics
 from nemo_fiberpo.aligner.evaluation import evaluate, mean_rewards
 from nemo_fiberpo.aligner.experts import routing_metrics
 from nemo_fiberpo.aligner.generation import deterministic
 from nemo_fiberpo.aligner.inference_layout import generation_axis
 from nemo_fiberpo.aligner.minibatch import Minibatch, flat, in_rows, shape_of, take
 from nemo_fiberpo.aligner.prompts import PromptDataset
+from nemo_fiberpo.aligner.response_labels import ResponseLabels
 from nemo_fiberpo.aligner.rewards import reward_metrics, stop_if_ungraded
 from nemo_fiberpo.aligner.rollout import grouped_rollout, repeated_prompts, response_mask
 from nemo_fiberpo.aligner.rule_rewards import OK
 from nemo_fiberpo.aligner.strata import StrataLabels
 from nemo_fiberpo.budget_warnings import log_budget_warnings, overrun_warnings
 from nemo_fiberpo.labelling.expert_partitions import COLUMN
+from nemo_fiberpo.labelling.token_labels import IGNORED, TokenLabels
 from nemo_fiberpo.megatron import cpu
-from nemo_fiberpo.megatron.groups import exchange, non_finite
+from nemo_fiberpo.megatron.groups import exchange, exchange_notes, non_finite
 from nemo_fiberpo.megatron.one_pass import one_pass_cells
 from nemo_fiberpo.megatron.sequences import Rows
 from nemo_fiberpo.megatron.step import StepResult
@@ -58,6 +61,7 @@ class FiberPOTrainer(PPOTrainer):
         prompts: PromptDataset,
         heldout: PromptDataset | None = None,
         heldout_modes: Sequence[str] = ("sampled",),
+        token_labels: TokenLabels | None = None,
         **parent: Any,
     ):
         self.settings, self.hierarchy, self.prompts = settings, hierarchy, prompts
@@ -77,8 +81,12 @@ class FiberPOTrainer(PPOTrainer):
                 data.check_tokens(parent["model"].tokenizer.vocab_size)
         experts = parent["model"].experts
         check_gating(settings.gating_map, hierarchy, () if experts is None else experts.partitions.soft_columns)
-        self.strata = StrataLabels(hierarchy, prompts, () if experts is None else experts.names)
+        of_tokens = None if token_labels is None else token_labels.cells
+        self.strata = StrataLabels(hierarchy, prompts, () if experts is None else experts.names, of_tokens)
         self.strata.check()
+        self._response_labels: ResponseLabels | None = None
+        if token_labels is not None:
+            self._response_labels = ResponseLabels(token_labels, parent["model"].tokenizer, prompts)
         super().__init__(**parent, batch_iterator_cls=repeated_prompts(settings.samples_per_prompt))
         if settings.packing and not self.model.cfg.get("transformer_engine", True) and not cpu.installed():
             raise ValueError("algorithm.packing: true needs model.transformer_engine: true on a GPU")
@@ -125,20 +133,25 @@ class FiberPOTrainer(PPOTrainer):
         )
         samples: list[Any] = []
         futures: list[Any] = []
-        problem = None
+        problem, names = None, None
         try:
             with self.timer("generate"):
                 for batch in batches:
                     samples.append(self.model.infer(batch))
                     futures.append(self.rm_critic.infer_rm_critic(samples[-1]))
+                    if self._response_labels is not None:
+                        self._response_labels.add_to(samples[-1])
             with self.timer("reward_wait"):
                 for sample, future in zip(samples, futures, strict=True):
                     self._add_rewards(sample, future)
+            names = self._response_labels.names if self._response_labels is not None else None
         except Exception as error:  # told to the others: they are about to gather the rollout
             traceback.print_exc()
             problem = f"{type(error).__name__}: {error}"
         facts = {"prompts in data.train": len(self.prompts), "batches of prompts": len(samples)}
-        exchange([], self.model.reducer.axes, facts, problem)
+        of_ranks = exchange_notes(names, self.model.reducer.axes, facts, problem)
+        if self._response_labels is not None:
+            self.strata.of_rollout = self._response_labels.agree(samples, of_ranks)
         return self._rollout_cls.from_rollout_batches(
             samples, eos_id=self.model.tokenizer.eos_id, rollout_batch_seq_length=self.cfg.rollout_batch_seq_length
         ).gather_and_balance_globally()
@@ -160,20 +173,15 @@ class FiberPOTrainer(PPOTrainer):
         if self.settings.truncated == "mask":
             keep = keep & rollout_batch["is_end"].bool()
         mask = mask & keep[:, None]
+        if IGNORED in rollout_batch:
+            mask = mask & (rollout_batch[IGNORED] == 0)
         advantage = rollout_batch["advantage"][:, None].expand(mask.shape)
         problem = non_finite("old log-probs", log_probs, mask) or non_finite("advantage", advantage, mask)
         if "init_logprobs" in rollout_batch:
             problem = problem or non_finite("initial policy's log-probs", rollout_batch["init_logprobs"], mask)
         columns = dict(rollout_batch) | {"mask": mask}
         self._minibatches = self._agree(split_columns(columns, self.settings.optimizer_steps), problem)
-        return {"response_tokens": tokens}, {"entropy": self._entropy(log_probs, mask)}
-
-    def _entropy(self, log_probs: Tensor, mask: Tensor) -> Tensor:
-        """Estimate of the old policy's entropy, nats per token: the mean of -log pi_old over the live tokens of all
-        ranks, which it sampled itself."""
-        sums = torch.stack([-torch.where(mask, log_probs, 0.0).sum(dtype=torch.float64), mask.sum().double()])
-        total, count = self.model.reducer(sums)
-        return total / count.clamp_min(1.0)
+        return {"response_tokens": tokens}, entropy_metrics(columns, self.strata.names, self.model.reducer)
 
     def _agree(self, samples: Sequence[Mapping[str, Tensor]], problem: str | None) -> list[Minibatch]:
         """The minibatches with cells that are shared between the ranks, and weights with global denominators."""

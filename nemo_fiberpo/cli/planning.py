@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from nemo_fiberpo.aligner.settings import (
     cluster_settings,
     data_settings,
     reward_settings,
+    token_labels_section,
 )
 from nemo_fiberpo.labelling.expert_partitions import COLUMN
 from nemo_fiberpo.objective import ExpertPartitions, Hierarchy, check_gating
@@ -164,12 +165,11 @@ def _request(
     table = tried(lambda: _partitions(partitions, cfg.model)) if partitions is not None else None
     if partitions is not None and table is None:
         hierarchy = None
-    prompts = None
+    prompts, of_tokens = None, {}
     if settings is not None and hierarchy is not None:
-        known = hierarchy
-        prompts = tried(
-            lambda: _labels(cfg, known, assumptions, settings.prompts_per_rollout // settings.optimizer_steps)
-        )
+        known, of_tokens = hierarchy, _of_tokens(cfg, assumptions)
+        per_step = settings.prompts_per_rollout // settings.optimizer_steps
+        prompts = tried(lambda: _labels(cfg, known, assumptions, per_step, of_tokens))
     return Request(
         name=name,
         model={str(key): value for key, value in model.items()},
@@ -180,6 +180,7 @@ def _request(
         hierarchy=hierarchy,
         prompts=prompts,
         partitions=table,
+        of_tokens=of_tokens,
         gating=settings.gating_map if settings is not None else None,
         kl=settings is not None and settings.kl.coefficient > 0,
         epochs=settings.epochs if settings is not None else 1,
@@ -200,15 +201,27 @@ def _partitions(partitions: ExpertPartitions, model: DictConfig) -> Partitions:
     return Partitions(partition_table(partitions, model)[1], partitions.membership == "soft")
 
 
-def _labels(cfg: DictConfig, hierarchy: Hierarchy, assumptions: Assumptions, prompts: int) -> PromptLabels:
+def _of_tokens(cfg: DictConfig, assumptions: Assumptions) -> dict[str, list[str]]:
+    """Names of the labels of `token_labels` by column; as many as are assumed where a rollout decides them."""
+    labels = token_labels_section(cfg)
+    cells = labels.cells if labels is not None else {}
+    return {
+        name: list(known or (f"{name} {number}" for number in range(assumptions.labels.get(name, 8))))
+        for name, known in cells.items()
+    }
+
+
+def _labels(
+    cfg: DictConfig, hierarchy: Hierarchy, assumptions: Assumptions, prompts: int, of_tokens: Collection[str]
+) -> PromptLabels:
     """Labels of data.train, where it is there; else assumed ones."""
     path = None if OmegaConf.is_missing(cfg.data, "train") else Path(cfg.data.train)
     if path is None or not path.is_file():
-        return PromptLabels.assumed(hierarchy, prompts, assumptions.labels)
+        return PromptLabels.assumed(hierarchy, prompts, assumptions.labels, of_tokens)
     records = load_prompts(path, tuple(reward_settings(cfg).graders or ()))
     labels, names = {}, {}
     for column in hierarchy.columns:
-        if column in (*OF_ROLLOUT, COLUMN):
+        if column in (*OF_ROLLOUT, COLUMN, *of_tokens):
             continue
         values = [record.domain if column == "domain" else record.strata.get(column) for record in records]
         names[column] = sorted({value for value in values if value is not None})

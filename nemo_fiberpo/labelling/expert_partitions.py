@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..values import nearest
+from ..values import cell_name, nearest
 
 COLUMN = "expert_partition"
 """The column of the data, and the name of the stratum, that holds the partition of each token."""
@@ -108,11 +108,7 @@ def _checked_map(by: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
     checked: dict[str, tuple[int, ...]] = {}
     place: dict[int, str] = {}
     for key, value in by.items():
-        name = str(key)
-        if not name or set(name) & set("./= "):
-            raise ValueError(
-                f"by: {name!r} is no name for a partition: metrics and overrides need one without . / = or space"
-            )
+        name = cell_name(key, "by", "a partition")
         checked[name] = _integers(value, f"by.{name}", "a list of experts, numbered from 0")
         if not checked[name]:
             raise ValueError(f"by.{name}: names no expert; leave the partition out")

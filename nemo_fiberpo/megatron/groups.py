@@ -264,6 +264,24 @@ def gather_censuses(
 
     SPMD: every rank of `axes.group` calls this. One all_gather_object.
     """
+    entries = _gather(cells, axes, facts, problem)
+    return {shard: entry["censuses"] for shard, entry in _representatives(entries).items()}
+
+
+def exchange_notes(
+    note: Any, axes: TokenAxes, facts: Mapping[str, Any] | None = None, problem: str | None = None
+) -> list[Any]:
+    """What every rank has to tell the others, such as the names that it found in its data, in the order of the ranks;
+    `facts`, `problem` and errors as in `exchange`.
+
+    SPMD: every rank of `axes.group` calls this. One all_gather_object.
+    """
+    return [entry["note"] for entry in _gather([], axes, facts, problem, note)]
+
+
+def _gather(
+    cells: Sequence[Cells], axes: TokenAxes, facts: Mapping[str, Any] | None, problem: str | None, note: Any = None
+) -> list[dict[str, Any]]:
     censuses = [entry.census().cpu() for entry in cells]
     own = {
         "shard": axes.shard,
@@ -271,6 +289,7 @@ def gather_censuses(
         "digest": _digest(censuses),
         "facts": {"number of cells exchanged": len(censuses), **(facts or {})},
         "problem": problem,
+        "note": note,
     }
     entries: list[Any] = [own]
     if dist.is_available() and dist.is_initialized() and dist.get_world_size(axes.group) > 1:
@@ -278,7 +297,7 @@ def gather_censuses(
         with named_failure("the exchange of cells"):
             dist.all_gather_object(entries, own, group=axes.group)
     _agree(entries)
-    return {shard: entry["censuses"] for shard, entry in _representatives(entries).items()}
+    return entries
 
 
 def exchange(

@@ -1,14 +1,17 @@
 """The cells of an optimizer step and the bytes of its reductions, by running the objective on stand-in tokens.
 
-Every sample is one token (or one for each partition of experts, or each position where states are a stratum) on every
-context-parallel rank. That is enough for cells, censuses and the sizes of buffers to be those of a run; how many cells
-there are is the most that there can be, where data decide.
+Every sample is one token (or one for each combination of a partition of experts and labels of `token_labels`, or each
+position where states are a stratum) on every context-parallel rank. That is enough for cells, censuses and the sizes of
+buffers to be those of a run; how many cells there are is the most that there can be, where data decide.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -31,10 +34,13 @@ class PromptLabels:
     counted: bool
 
     @classmethod
-    def assumed(cls, hierarchy: Hierarchy, prompts: int, counts: Mapping[str, int]) -> PromptLabels:
+    def assumed(
+        cls, hierarchy: Hierarchy, prompts: int, counts: Mapping[str, int], of_tokens: Collection[str] = ()
+    ) -> PromptLabels:
         """Of `prompts` prompts with `counts` label values per column, 8 where it says nothing: every column of the
-        chain nests in the one before it, and those of joins and branches meet every combination there is room for."""
-        own = [name for name in hierarchy.columns if name not in (*OF_ROLLOUT, COLUMN)]
+        chain nests in the one before it, and those of joins and branches meet every combination there is room for.
+        `of_tokens` are columns that prompts have no label in."""
+        own = [name for name in hierarchy.columns if name not in (*OF_ROLLOUT, COLUMN, *of_tokens)]
         chain = [stratum.name for stratum in hierarchy.active if not stratum.join and stratum not in hierarchy.branches]
         labels: dict[str, list[int]] = {}
         names: dict[str, list[str]] = {}
@@ -109,18 +115,23 @@ def step_cells(
     cp: int,
     positions: int,
     partitions: Partitions | None = None,
+    of_tokens: Mapping[str, Sequence[str]] | None = None,
     gating: RatioGating | None = None,
     passes: int = 2,
 ) -> StepCells:
     """Of one optimizer step of whole prompt groups, dealt to the ranks as `aligner.rollout.deal_groups` deals them.
 
     positions   tokens of a response, where states are a stratum
+    of_tokens   names of the labels of `token_labels` by column
     """
     chosen = prompts.most_varied(prompts_per_step)
     samples = torch.arange(prompts_per_step * group)
     of_ranks = [samples.chunk(dp)[rank] if passes == 1 else samples[rank::dp] for rank in range(dp)]
     shards = [own for own in of_ranks for _ in range(cp)]
-    made = [_cells(hierarchy, prompts, chosen, own, group, positions, partitions) for own in shards[:: max(1, cp)]]
+    made = [
+        _cells(hierarchy, prompts, chosen, own, group, positions, partitions, of_tokens or {})
+        for own in shards[:: max(1, cp)]
+    ]
     censuses = [cells.census() for cells in made for _ in range(cp)]
     cells = made[0].share(censuses, 0)
     table = torch.cat(censuses)
@@ -141,24 +152,27 @@ def _cells(
     group: int,
     positions: int,
     partitions: Partitions | None,
+    of_tokens: Mapping[str, Sequence[str]],
 ) -> Cells:
     """The cells of one rank's samples."""
-    repeats = 1
-    if "state" in hierarchy.columns:
-        repeats = positions
-    elif partitions is not None and not partitions.soft:
-        repeats = len(partitions.names)
+    sizes = {name: len(found) for name, found in of_tokens.items() if name in hierarchy.columns}
+    if partitions is not None and not partitions.soft:
+        sizes[COLUMN] = len(partitions.names)
+    strides = dict(zip(sizes, itertools.accumulate(sizes.values(), mul, initial=1), strict=False))
+    repeats = positions if "state" in hierarchy.columns else math.prod(sizes.values())
     sample = samples.repeat_interleave(repeats)
     within = torch.arange(repeats).repeat(len(samples))
     prompt = sample // group
     known = {"prompt_group": prompt, "trajectory": sample, "state": prompt * repeats + within}
-    labels, names = {}, dict(prompts.names)
+    labels, names = {}, {**prompts.names, **of_tokens}
     for name in hierarchy.columns:
         if name == COLUMN:
             assert partitions is not None
             names[name] = list(partitions.names)
             even = torch.ones(len(sample), len(partitions.names))
-            labels[name] = soft_membership(even) if partitions.soft else within % len(partitions.names)
+            labels[name] = soft_membership(even) if partitions.soft else within // strides[name] % sizes[name]
+        elif name in of_tokens:
+            labels[name] = within // strides[name] % sizes[name]
         elif name in known:
             labels[name] = known[name]
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from .shape import ModelShape
 class Request:
     """The parts of a run's configuration, resolved; what could not be read is None and said in the problems already.
 
+    of_tokens  names of the labels of `token_labels` by column
     kl  whether the initial policy is needed;  epochs: passes over a rollout;  passes: forward passes of a step
     cpu  a run without GPUs: neither its memory nor its network is what `assumptions` say, so that the one is compared
          with nothing and no times are estimated
@@ -38,6 +39,7 @@ class Request:
     hierarchy: Hierarchy | None
     prompts: PromptLabels | None = None
     partitions: Partitions | None = None
+    of_tokens: Mapping[str, Sequence[str]] = field(default_factory=dict)
     gating: RatioGating | None = None
     kl: bool = False
     epochs: int = 1
@@ -211,6 +213,7 @@ def _add_cells(
             cp=layout.cp,
             positions=request.response_length,
             partitions=request.partitions,
+            of_tokens=request.of_tokens,
             gating=request.gating,
             passes=request.passes,
         ),

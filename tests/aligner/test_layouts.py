@@ -28,19 +28,35 @@ EXPERTS = [
     "hierarchy.expert_partitions.by=expert",
     "hierarchy.strata.trajectory_expert.min_tokens=2",
 ]
+# Labels that the sampled tokens give: segments in trajectories, a user's function as a branch, and masked spans.
+SEGMENTS = [
+    "hierarchy=think_answer",
+    "hierarchy.token_clip=0.2",
+    "hierarchy.token_labels.segment.markers={think: ['1', '2'], word: ['a', 'e']}",
+    "hierarchy.strata.segment_in_trajectory.min_tokens=2",
+    "hierarchy.token_labels.kind=tests.aligner.own_labels:kinds",
+    "hierarchy.branches={kind: {budget: {pos: 0.01, neg: 0.005}}}",
+    "hierarchy.ignore=['3', '4']",
+]
 SOFT = ["hierarchy.expert_partitions.membership=soft"]
+
+
+def graded_by_checksum(run_dir: Path) -> None:
+    """Rewards that differ from response to response, whatever the policy has learned."""
+    prompts = run_dir / "data" / "train.jsonl"
+    prompts.write_text(prompts.read_text().replace('"grader": "reasoning_gym"', '"grader": "checksum"'))
 
 
 def rollout_and_steps(start: Path, tmp_path: Path, name: str, processes: int, *overrides: str):
     """Reward metrics of the rollout, and the rows of its two optimizer steps."""
     run_dir = fresh(start, tmp_path, name)
-    prompts = run_dir / "data" / "train.jsonl"
-    prompts.write_text(prompts.read_text().replace('"grader": "reasoning_gym"', '"grader": "checksum"'))
+    graded_by_checksum(run_dir)
     forked.launch("train_gpt_fiberpo.py", run_dir, *ONE_ROLLOUT, *GRADED, *overrides, processes=processes)
     (rollout,) = [row for row in metrics(run_dir) if "train_rollouts/rewards" in row]
     steps = optimizer_steps(run_dir)
     assert len(steps) == 2
-    return {key: value for key, value in rollout.items() if "reward" in key or "length" in key}, steps
+    kept = "reward", "length", "token_share", "entropy/"
+    return {key: value for key, value in rollout.items() if any(part in key for part in kept)}, steps
 
 
 @pytest.mark.parametrize(
@@ -99,3 +115,41 @@ def test_one_pass_is_two_passes_where_cells_allow_it(start, tmp_path):
 def test_one_pass_refuses_a_domain_that_is_everywhere(start, tmp_path):
     with pytest.raises(AssertionError, match=r"one pass: domain 0 \('algorithms'\) has tokens in micro-batch \d of dp"):
         rollout_and_steps(start, tmp_path, "domain", 2, "algorithm.passes=1")
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        {"one process": (1, []), "packed, tensor and sequence parallel": (2, [*PACKED, *TENSOR])},
+        {"data parallel": (2, []), "packed, context parallel": (2, [*PACKED, *CONTEXT])},
+    ],
+)
+def test_labels_of_sampled_tokens_are_the_same_on_every_layout(start, tmp_path, layouts):
+    results = {
+        name: rollout_and_steps(
+            start, tmp_path, name.replace(",", "").replace(" ", "-"), processes, *SEGMENTS, *overrides
+        )
+        for name, (processes, overrides) in layouts.items()
+    }
+    (first_rollout, first_steps), *_ = results.values()
+    shares = {key.partition("/")[2]: value for key, value in first_rollout.items() if "token_share" in key}
+    segments = {name: shares.pop(f"token_share/segment.{name}") for name in ("think", "word", "answer")}
+    assert all(segments.values()) and sum(segments.values()) == pytest.approx(1.0)
+    assert {name.rpartition(".")[2] for name in shares} == {"digit", "arithmetic", "strings", "algorithms"}
+    assert sum(shares.values()) == pytest.approx(1.0)
+    for name, (rollout, steps) in results.items():
+        entropies = {key for key in rollout if "entropy/" in key}
+        assert len(entropies) == 7, name
+        for key, value in rollout.items():
+            assert value == pytest.approx(first_rollout[key], rel=1e-5), f"{name}: {key}"
+        assert steps[0]["train_optim/on_policy"] == 1.0 and steps[1]["train_optim/gate_all_reduces"] == 4.0, name
+        for step, other in zip(steps, first_steps, strict=True):
+            assert step["train_optim/grad_norm"] == pytest.approx(other["train_optim/grad_norm"], rel=2e-5), name
+            assert step["train_optim/recompute_error"] < 1e-5, name
+        named = {key: value for key, value in first_steps[1].items() if key.endswith(("token_share", "merged_tokens"))}
+        assert {key: steps[1][key] for key in named} == named, name
+        assert "train_optim/gates/segment_in_trajectory.segment.think/token_share" in named
+        assert "train_optim/gates/kind.digit/token_share" in named
+        for key, value in first_steps[1].items():
+            if "/drift" in key or key.endswith("/loss"):
+                assert steps[1][key] == pytest.approx(value, rel=1e-2, abs=1e-6), f"{name}: {key}"

@@ -21,12 +21,14 @@ from nemo_fiberpo.megatron.schedule import Policy
 from nemo_fiberpo.megatron.sequences import Rows, gather_rows, length_multiple, packed_rows, packed_spans, padded_rows
 from nemo_fiberpo.megatron.step import StepTokens
 from nemo_fiberpo.objective import Budget, Hierarchy, SharedCells, Stratum, build_cells, token_weights
+from tests.megatron import segments
 from tests.megatron.partitions import MEMBERSHIP, PARTITIONS
+from tests.megatron.segments import SEGMENT, SEGMENTS
 from tests.megatron.tiny import VOCAB, Layout
 
 LENGTH, SAMPLES = 12, 16
 STRATA = ("domain", "prompt_group", "trajectory")
-NAMES = {"domain": ["math", "code"], COLUMN: list(PARTITIONS)}
+NAMES = {"domain": ["math", "code"], COLUMN: list(PARTITIONS), SEGMENT: list(SEGMENTS)}
 Batch = dict[str, torch.Tensor]
 
 
@@ -34,12 +36,15 @@ def hierarchy(strata: Sequence[str] = STRATA) -> Hierarchy:
     """Budgets so tight, and slopes so flat, that every regime occurs."""
     every = (
         Stratum(COLUMN, Budget(0.03, 0.02), {"warm": Budget(0.01, 0.04)}, slope=0.6),
+        Stratum(SEGMENT, Budget(0.03, 0.02), {"code": Budget(0.01, 0.04)}, slope=0.6),
         Stratum("domain", Budget(0.02, 0.03), {"code": Budget(0.05, 0.09)}, slope=0.5),
         Stratum("domain_expert", Budget(0.02, 0.03), {"math/hot": Budget(0.05, 0.01)}, join=("domain", COLUMN)),
+        Stratum("domain_segment", Budget(0.02, 0.03), {"math/think": Budget(0.05, 0.01)}, join=("domain", SEGMENT)),
         Stratum("prompt_group", Budget(0.05, 0.04), slope=0.7),
         Stratum("group_expert", Budget(0.04, 0.05), slope=0.9, join=("prompt_group", COLUMN)),
         Stratum("trajectory", Budget(0.06, 0.05)),
         Stratum("trajectory_expert", Budget(0.04, 0.05), join=("trajectory", COLUMN)),
+        Stratum("trajectory_segment", Budget(0.04, 0.05), slope=0.8, join=("trajectory", SEGMENT), min_tokens=2),
         Stratum("floored_expert", Budget(0.04, 0.05), join=("trajectory", COLUMN), min_tokens=3),
     )
     return Hierarchy(tuple(stratum for stratum in every if stratum.name in strata), token_clip=0.08)
@@ -58,6 +63,7 @@ def make_batch(case: str = "uneven") -> Batch:
     masked_half    the second half of the samples has no live token at all
     on_policy      as uneven, with log-ratios of exactly 0
     groups_in_two  as uneven, the samples of a prompt two and two together
+    segments       as uneven, with segments of the responses, some of them masked
     """
     generator = torch.Generator().manual_seed(7)
     order = torch.tensor([0, 9, 5, 14, 1, 7, 12, 4, 11, 2, 15, 8, 3, 10, 6, 13])
@@ -77,10 +83,13 @@ def make_batch(case: str = "uneven") -> Batch:
     noise = torch.randn(SAMPLES, LENGTH - 1, generator=generator, dtype=torch.float64) * 0.12
     log_ratio = torch.zeros_like(noise) if case == "on_policy" else drift + noise
     advantage = torch.randn(SAMPLES, 1, generator=generator, dtype=torch.float64).expand(-1, LENGTH - 1)
-    return {
+    made = {
         "tokens": tokens, "lengths": start + lengths + 1, "mask": mask, "advantage": advantage,
         "log_ratio": log_ratio, "domain": domain, "prompt_group": prompt_group, "trajectory": order + 100,
     }  # fmt: skip
+    if case == "segments":
+        segments.add_to(made)
+    return made
 
 
 def share_of(batch: Batch, rank: int, ranks: int) -> Batch:
@@ -245,7 +254,7 @@ def slow_objective(log_ratio: torch.Tensor, batch: Batch, chain: Hierarchy) -> t
     parts = {stratum.name: stratum.columns for stratum in chain.strata}
     shares = {(place, expert): q for place in live for expert, q in shares_of(batch, place).items()}
     ids = {
-        (stratum, place, expert): tuple(expert if part == COLUMN else int(batch[part][place[0]]) for part in of)
+        (stratum, place, expert): tuple(expert if part == COLUMN else int(labels_of(batch, part)[place]) for part in of)
         for stratum, of in parts.items()
         for place, expert in shares
     }

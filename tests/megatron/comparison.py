@@ -17,7 +17,7 @@ from nemo_fiberpo.megatron.one_pass import one_pass_step
 from nemo_fiberpo.megatron.step import exact_step
 from nemo_fiberpo.objective import build_cells, surrogate, token_weights
 from tests import distributed
-from tests.megatron import batches, partitions, tiny
+from tests.megatron import batches, partitions, segments, tiny
 from tests.megatron.batches import STRATA, Batch
 from tests.megatron.partitions import MEMBERSHIP
 from tests.megatron.tiny import Gradient, Layout
@@ -52,6 +52,8 @@ CASES = {
     "experts_first": Case(strata=("expert_partition", "domain_expert", "group_expert", "trajectory_expert")),
     "experts_floor": Case(strata=(*STRATA, "floored_expert")),
     "experts_soft": Case(strata=(*STRATA, "trajectory_expert"), soft=True),
+    "segments": Case("segments", ("segment", "domain_segment", "trajectory_segment")),
+    "segments_inside": Case("segments", (*STRATA, "trajectory_segment")),
     "trajectory_experts": Case(strata=("trajectory", "trajectory_expert")),
 }
 
@@ -77,7 +79,7 @@ class Outcome:
 
     reductions     (ranks, bytes) of the all-reduces that its gates issued
     mass_error     largest |difference| of the router masses that this rank read from those of one process
-    same_labels    whether the expert partitions that it made of them are those of one process
+    same_labels    whether the expert partitions that it made of them, or its segments, are those of one process
     """
 
     loss: float | None
@@ -184,6 +186,9 @@ def take_step(
     if COLUMN in batches.columns(strata):
         rows = batches.rows_of(layout, batch, axes)
         batch, *read = partitions.label_batch(batches.make_policy(layout, model, rows), rows, batch, axes)
+    if segments.SEGMENT in batches.columns(strata):
+        batch, same = segments.label_batch(batch, axes)
+        read = (0.0, same)
     step = batches.make_step(layout, batch, strata, axes)
     policy = batches.make_policy(layout, model, step.rows)
     chain, reducer = batches.hierarchy(strata), make_reducer(axes)

@@ -166,3 +166,15 @@ def test_one_pass_has_one_reduction_without_cells():
     hierarchy, prompts, _ = labels_and_case("trajectory")
     sizes = {"prompts_per_step": PROMPTS, "group": GROUP, "dp": 2, "cp": 1, "positions": 1}
     assert step_cells(hierarchy, prompts, passes=1, **sizes).calls == 1
+
+
+def test_labels_of_tokens_make_cells_in_every_combination():
+    budget = {"budget": {"pos": 0.1, "neg": 0.1}}
+    strata = {"trajectory": budget, "inside": {"join": ["trajectory", "segment", "time"], **budget}}
+    hierarchy = load_hierarchy({"token_clip": 0.1, "strata": strata, "branches": {"tool": budget}})
+    of_tokens = {"segment": ["think", "answer"], "time": ["0-7", "8-end"], "tool": ["a", "b", "c"], "unused": ["x"]}
+    prompts = PromptLabels.assumed(hierarchy, 4, {}, of_tokens)
+    sizes = {"prompts_per_step": 4, "group": 2, "dp": 2, "cp": 1, "positions": 1}
+    planned = step_cells(hierarchy, prompts, of_tokens=of_tokens, **sizes)
+    assert planned.strata == {"trajectory": (8, 0), "inside": (32, 0), "tool": (3, 3)}
+    assert planned.calls == hierarchy.num_reductions == 4

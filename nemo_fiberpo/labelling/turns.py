@@ -1,0 +1,45 @@
+"""Turns of a response of several, each begun by a marker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .markers import Marker, as_marker, check_marker, occurrences
+from .spelling import Response, Speller
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Turns of a response: the first from its beginning, each further one from a marker, which belongs to it.
+
+    split  a text, or a list of token ids
+    most   turns told apart; later ones count with the last. Bounds the number of cells and metrics
+
+    Raises ValueError naming the field.
+    """
+
+    split: Marker
+    most: int = 8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "split", as_marker(self.split, "split"))
+        if isinstance(self.most, bool) or not isinstance(self.most, int) or self.most < 2:
+            raise ValueError(f"most: must be a whole number of turns, at least 2, got {self.most!r}")
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """turn_1, turn_2 and so on; the last has all later ones too."""
+        return (*(f"turn_{number}" for number in range(1, self.most)), f"turn_{self.most}-end")
+
+    def check(self, speller: Speller) -> None:
+        """ValueError for a marker that the tokenizer cannot make."""
+        check_marker(self.split, speller, "split")
+
+    def label(self, response: Response) -> list[int]:
+        """Turn of each token, from 0."""
+        out: list[int] = []
+        turn = 0
+        for mark in occurrences([self.split], response):
+            out += [min(turn, self.most - 1)] * (mark.first - len(out))
+            turn += 1
+        return out + [min(turn, self.most - 1)] * (len(response.ids) - len(out))
