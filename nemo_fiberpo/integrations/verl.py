@@ -29,6 +29,9 @@ import torch
 import torch.distributed as dist
 from tensordict import TensorDict
 from torch import Tensor
+
+# First: verl asks for the platform once, when its engines are imported.
+import nemo_fiberpo.integrations.verl_cpu  # noqa: F401  isort:skip
 from verl.trainer.ppo.core_algos import register_policy_loss
 from verl.utils.metric.utils import Metric
 from verl.workers.config.actor import PolicyLossConfig
@@ -69,7 +72,7 @@ class FiberPOConfig(PolicyLossConfig):
 
     def __post_init__(self) -> None:
         if self.loss_mode == LOSS_MODE:
-            self.parse()
+            self.parsed = self.parse()
 
     def parse(self) -> tuple[Hierarchy, RatioGating | None, bool]:
         """The hierarchy, the map that gates in its place, and whether a minimum is taken. Raises ValueError."""
@@ -148,7 +151,7 @@ class FiberPOEngine:
         first = self.step is None
         if self.step is None:
             self.refuse_inexact()
-            self.step = Step(*config.policy_loss.parse(), Reducer(self.token_axes()))
+            self.step = Step(*config.policy_loss.parsed, Reducer(self.token_axes()))
         with self.without_trace():
             output = self.infer_batch(data, None)
         batch = ResponseBatch.of(data, output.get("model_output", {}).get("log_probs"))
@@ -267,5 +270,5 @@ def describe(engine: Any, config: FiberPOConfig) -> str:
     )
 
 
-for _vendor in ("nvidia", "amd"):
-    register("cuda", _vendor)
+for _device, _vendor in (("cuda", "nvidia"), ("cuda", "amd"), ("cpu", None)):
+    register(_device, _vendor)

@@ -115,5 +115,3 @@ class Step:
         weighted = token_weights_of(config, trajectories, batch.mask) * batch.advantage.flatten()
         log_ratio = (batch.log_prob - batch.old).flatten()
         return surrogate(log_ratio, weighted, cells, self.hierarchy, self.reducer, self.gating, self.use_min)
-
-

@@ -1,7 +1,7 @@
-"""verl's trainer side on CPUs over gloo, for tests and first steps: `VERL_PLATFORM=cpu` and `install()`.
+"""verl's trainer side on CPUs over gloo, for tests and first steps: set VERL_PLATFORM=cpu.
 
-verl has platforms for GPUs and NPUs only, and no engine for CPUs. What it lacks is registered through its own
-registries; nothing is patched. Rollouts are not part of it: vLLM, SGLang and TRT-LLM need a GPU.
+verl has platforms for GPUs and NPUs only. This one is registered through verl's own registry, so nothing is patched.
+Rollouts are not part of it: vLLM, SGLang and TRT-LLM need a GPU.
 """
 
 from __future__ import annotations
@@ -15,11 +15,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from verl.plugin.platform.platform_base import PlatformBase
-from verl.plugin.platform.platform_manager import PlatformRegistry, set_platform
+from verl.plugin.platform.platform_manager import PlatformRegistry
 
-from nemo_fiberpo.integrations import verl as host
+# `torch.cpu`, and the figures of memory that verl logs of every device.
+_DEVICE = ModuleType("torch.cpu")
+_DEVICE.__dict__.update(vars(torch.cpu))
+for _figure in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):
+    setattr(_DEVICE, _figure, lambda *_: 0)
+_DEVICE.mem_get_info = lambda *_: (0, 0)  # type: ignore[attr-defined]
+_DEVICE.empty_cache = lambda: None  # type: ignore[attr-defined]
 
 
+@PlatformRegistry.register("cpu")
 class PlatformCPU(PlatformBase):
     """The CPU as a platform of verl."""
 
@@ -28,10 +35,13 @@ class PlatformCPU(PlatformBase):
 
     @property
     def device_module(self) -> ModuleType:
-        return torch.cpu
+        return _DEVICE
 
     def is_available(self) -> bool:
         return True
+
+    def is_platform_available(self, use_smi_check: bool = False) -> bool:
+        return False  # never chosen unless VERL_PLATFORM names it: a Ray driver may have no GPU of its own
 
     def current_device(self) -> Any:
         return "cpu"
@@ -90,14 +100,6 @@ class PlatformCPU(PlatformBase):
 
     def cudart(self) -> Any:
         return None
-
-
-def install() -> None:
-    """Make this process's platform the CPU, and the engines here those of CPUs."""
-    if PlatformRegistry.get("cpu") is not PlatformCPU:
-        PlatformRegistry.register("cpu")(PlatformCPU)
-        set_platform(PlatformCPU())
-        host.register("cpu", None)
 
 
 def init_process_group() -> None:
