@@ -48,6 +48,7 @@ class Batch:
     uid: list[str]
     data_source: list[str]
     extra_info: list[dict[str, str]]
+    ref_log_prob: Tensor
 
     def rows(self, index: list[int]) -> Batch:
         return Batch(
@@ -69,12 +70,11 @@ class Batch:
             "response_mask": self.response_mask,
             "old_log_probs": self.old_log_probs,
             "advantages": self.advantages,
+            "ref_log_prob": self.ref_log_prob,
         }
         columns = {"uid": self.uid, "data_source": self.data_source, "extra_info": self.extra_info}
         data = tu.get_tensordict({name: value.clone() for name, value in tensors.items()} | columns)
-        return tu.assign_non_tensor(
-            left_right_2_no_padding(data), temperature=1.0, global_batch_size=len(self.uid), **settings
-        )
+        return tu.assign_non_tensor(left_right_2_no_padding(data), temperature=1.0, **settings)
 
 
 def make_batch(folder: Any, drift: float = 0.1) -> Batch:
@@ -100,10 +100,12 @@ def make_batch(folder: Any, drift: float = 0.1) -> Batch:
         uid=[f"prompt-{index}" for index in group.tolist()],
         data_source=[DOMAINS[index % 2] for index in group.tolist()],
         extra_info=[{"language": ("en", "de", "fr")[row % 3]} for row in range(rows)],
+        ref_log_prob=torch.zeros(rows, RESPONSE),
     )
     log_probs = log_probs_of(load_model(folder), batch).detach()
     # Domains and prompt groups drift as a whole, and every token a little.
     shift = 0.3 * drift * torch.randn(GROUPS, 1, generator=g)[group] + drift * torch.randn(rows, RESPONSE, generator=g)
+    batch.ref_log_prob = ((log_probs.float() + 0.1) * live).float()
     batch.old_log_probs = ((log_probs.float() - shift) * live).float()
     return batch
 
@@ -171,8 +173,13 @@ def make_worker(folder: Any, micro_batch_size: int, policy_loss: dict[str, Any],
     return worker
 
 
-def one_step(worker: Any, batch: Batch, rank: int, world_size: int, **settings: Any) -> dict[str, Any]:
-    """verl's `train_mini_batch` of this rank's rows: gradients before the optimizer, parameters after, metrics."""
+def one_step(
+    worker: Any, batch: Batch, rank: int, world_size: int, without: str | None = None, **settings: Any
+) -> dict[str, Any]:
+    """verl's `train_mini_batch` of this rank's rows: gradients before the optimizer, parameters after, metrics.
+
+    without   a column that is taken out of the rows
+    """
     gradients: dict[str, Tensor] = {}
     engine, step = worker.engine, worker.engine.optimizer_step
 
@@ -186,7 +193,10 @@ def one_step(worker: Any, batch: Batch, rank: int, world_size: int, **settings: 
     engine.optimizer_step = recording
     rows = len(batch.uid)
     part = batch.rows(list(range(rank, rows, world_size)))
-    data = part.tensordict(mini_batch_size=rows, epochs=1, seed=0, dataloader_kwargs={"shuffle": False}, **settings)
+    sizes = {"mini_batch_size": rows, "global_batch_size": rows}
+    data = part.tensordict(**sizes, epochs=1, seed=0, dataloader_kwargs={"shuffle": False}, **settings)
+    if without:
+        del data[without]
     output = worker.train_mini_batch(data)
     parameters = {name: full(p) for name, p in engine.module.named_parameters()}
     return {"gradients": gradients, "parameters": parameters, "metrics": output["metrics"]}
