@@ -151,7 +151,8 @@ class FiberPOEngine:
         first = self.step is None
         if self.step is None:
             self.refuse_inexact()
-            self.step = Step(*config.policy_loss.parsed, Reducer(self.token_axes()))
+            hierarchy, gating, use_min = config.policy_loss.parsed
+            self.step = Step(hierarchy, gating, use_min, Reducer(self.token_axes()))
         with self.without_trace():
             output = self.infer_batch(data, None)
         batch = ResponseBatch.of(data, output.get("model_output", {}).get("log_probs"))

@@ -30,8 +30,8 @@ _DEVICE.empty_cache = lambda: None  # type: ignore[attr-defined]
 class PlatformCPU(PlatformBase):
     """The CPU as a platform of verl."""
 
-    device_name = "cpu"  # type: ignore[assignment]
-    vendor_name = "cpu"  # type: ignore[assignment]
+    device_name = "cpu"
+    vendor_name = "cpu"
 
     @property
     def device_module(self) -> ModuleType:

@@ -7,13 +7,19 @@ import os
 
 from tests import distributed
 
-collect_ignore_glob: list[str] = []
-if importlib.util.find_spec("verl") is None:
-    collect_ignore_glob = ["test_*.py"]
-else:
+
+def prepare() -> None:
+    """Before verl is imported: CPUs, and processes that begin with its imports done."""
     os.environ["VERL_PLATFORM"] = "cpu"
     distributed.PRELOAD[:] = [
         "nemo_fiberpo.integrations.verl",
         "verl.workers.engine_workers",
         "transformers.models.qwen3_moe.modeling_qwen3_moe",
     ]
+
+
+collect_ignore_glob: list[str] = []
+if importlib.util.find_spec("verl") is None:
+    collect_ignore_glob = ["test_*.py"]
+else:
+    prepare()
