@@ -15,6 +15,8 @@ def prepare() -> None:
         "nemo_fiberpo.integrations.verl",
         "verl.workers.engine_workers",
         "transformers.models.qwen3_moe.modeling_qwen3_moe",
+        "mbridge",
+        "verl.workers.engine.megatron",
     ]
 
 

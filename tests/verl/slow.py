@@ -26,16 +26,7 @@ def expected(folder: Any, batch: Batch, hierarchy: Any, weights: str = "seq-mean
     live = batch.response_mask.bool()
     ell = torch.where(live, log_probs.detach() - batch.old_log_probs.double(), 0.0)
     weight = token_weight(live, weights) * batch.advantages.double()
-    labels, names = {}, {}
-    texts = {
-        "domain": batch.data_source,
-        "prompt_group": batch.uid,
-        "language": [row["language"] for row in batch.extra_info],
-        "trajectory": [str(row) for row in range(len(batch.uid))],
-    }
-    for column, of_rows in texts.items():
-        names[column] = sorted(set(of_rows))
-        labels[column] = [names[column].index(text) for text in of_rows for _ in range(live.shape[1])]
+    labels, names = label_lists(batch)
     outcome = evaluate(
         load_hierarchy(hierarchy),
         labels,
@@ -47,6 +38,23 @@ def expected(folder: Any, batch: Batch, hierarchy: Any, weights: str = "seq-mean
     coefficients = torch.tensor(outcome.coefficients, dtype=torch.float64).view(live.shape)
     (-(coefficients * log_probs).sum()).backward()
     return Expected(outcome.value, {name: p.grad for name, p in model.named_parameters()})
+
+
+def label_lists(batch: Batch) -> tuple[dict[str, list[int]], dict[str, list[str]]]:
+    """A label of every token, and the names of the labels, by column."""
+    texts = {
+        "domain": batch.data_source,
+        "prompt_group": batch.uid,
+        "language": [row["language"] for row in batch.extra_info],
+        "trajectory": [str(row) for row in range(len(batch.uid))],
+    }
+    names = {column: sorted(set(of_rows)) for column, of_rows in texts.items()}
+    width = batch.response_mask.shape[1]
+    labels = {
+        column: [names[column].index(text) for text in of_rows for _ in range(width)]
+        for column, of_rows in texts.items()
+    }
+    return labels, names
 
 
 def token_weight(live: Tensor, kind: str) -> Tensor:
