@@ -12,12 +12,20 @@ import torch
 from torch import Tensor
 
 from nemo_fiberpo import load_hierarchy
+from tests.distributed import run
 from tests.megatron import tiny
 from tests.objective.reference import evaluate
-from tests.verl.host import RESPONSE, SAMPLES, VOCABULARY, Batch
+from tests.verl.host import GROUPS, RESPONSE, SAMPLES, VOCABULARY, Batch
 from tests.verl.slow import label_lists, token_weight
 
-LAYERS = 2
+LAYERS, MICRO_BATCHES = 2, 4
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one rank": {},
+    "DP 2": {},
+    "TP 2 and SP": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "CP 2": {"context_parallel_size": 2},
+    "PP 2": {"pipeline_model_parallel_size": 2},
+}
 
 
 def save_model(folder: Any) -> None:
@@ -197,7 +205,12 @@ def step_on_layout(
     return one_step(worker, batch)
 
 
-def largest_error(results: list[dict[str, Any]], expected: Expected, tp: int) -> tuple[float, str]:
-    """Of all parameters and ranks."""
-    wanted = {name: by_halves(name, value, tp) for name, value in expected.gradients.items()}
-    return tiny.largest_gradient_error([result["gradients"] for result in results], wanted)
+def compare(folder: Any, expected: Expected, hierarchy: Any, layout: str) -> tuple[float, str, dict[str, Any]]:
+    """Largest relative error of any gradient on a layout, whose it is, and verl's metrics."""
+    axes, ranks = LAYOUTS[layout], 1 if layout == "one rank" else 2
+    size = GROUPS * SAMPLES // MICRO_BATCHES // (2 if layout == "DP 2" else 1)
+    results = run(step_on_layout, ranks, folder, expected.batch, size, axes, hierarchy, timeout=240)
+    number = axes.get("tensor_model_parallel_size", 1)
+    wanted = {name: by_halves(name, value, number) for name, value in expected.gradients.items()}
+    error, name = tiny.largest_gradient_error([result["gradients"] for result in results], wanted)
+    return error, name, next(result["metrics"] for result in results if result["metrics"] is not None)

@@ -9,18 +9,11 @@ import pytest
 from nemo_fiberpo import load_hierarchy
 from tests.distributed import run
 from tests.verl import host
-from tests.verl.host import GROUPS, HIERARCHY, SAMPLES
-from tests.verl.megatron_host import Expected, largest_error, reference, save_model, step_on_layout
+from tests.verl.host import HIERARCHY
+from tests.verl.megatron_host import LAYOUTS, Expected, compare, reference, save_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 FLOAT32 = 1e-5
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "one rank": {},
-    "DP 2": {},
-    "TP 2 and SP": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-    "CP 2": {"context_parallel_size": 2},
-    "PP 2": {"pipeline_model_parallel_size": 2},
-}
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +32,8 @@ def expected(folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Expected:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradient_of_every_layout_is_that_of_the_slow_loops(folder: Any, expected: Expected, layout: str):
-    axes = LAYOUTS[layout]
-    ranks = 1 if layout == "one rank" else 2
-    micro_batch_size = GROUPS * SAMPLES // (8 if layout == "DP 2" else 4)
-    results = run(step_on_layout, ranks, folder, expected.batch, micro_batch_size, axes, HIERARCHY, timeout=240)
-    error, name = largest_error(results, expected, axes.get("tensor_model_parallel_size", 1))
+    error, name, metrics = compare(folder, expected, HIERARCHY, layout)
     assert error < FLOAT32, name
-    metrics = next(result["metrics"] for result in results if result["metrics"] is not None)
     assert metrics["actor/pg_loss"][0] == pytest.approx(-expected.value, rel=1e-6)
     assert metrics["recompute_error"][0] < 1e-5
     assert metrics["gate_all_reduces"][0] == load_hierarchy(HIERARCHY).num_reductions
