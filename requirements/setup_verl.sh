@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv-verl: verl, the CPU build of torch, and this package (editable). A second call returns at once.
 #   bash requirements/setup_verl.sh
-# About 2 minutes and 1.7 GB of disk. On GPUs use verl's own images instead and `pip install -e '.[verl]'` there.
+# About 2 minutes and 2.5 GB of disk. On GPUs use verl's own images instead and `pip install -e '.[verl]'` there.
 # PYTHON and TORCH_INDEX_URL are read as by setup.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,7 +18,7 @@ if [ -e "$venv" ] && [ ! -e "$venv/setup-begun" ]; then
     echo "error: $PWD/$venv exists and was not made by this script. Move it away and run this again." >&2
     exit 1
 fi
-echo "[setup] $PWD/$venv: about 2 minutes, 1.7 GB on disk"
+echo "[setup] $PWD/$venv: about 2 minutes, 2.5 GB on disk"
 rm -rf "$venv"
 mkdir "$venv"
 touch "$venv/setup-begun"
