@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Sets everything up and runs the tests.
 #   bash tests/run.sh                    lint, types, unit, mcore and slurm, in order; stops at the first that fails
-#   bash tests/run.sh lint types         only these stages: lint, types, unit, mcore, slurm, matrix
+#   bash tests/run.sh lint types         only these stages: lint, types, unit, mcore, slurm, matrix, verl
 #   bash tests/run.sh unit -- -k gates   what follows -- goes to pytest
 # unit is all of tests/ on the main environment; mcore is the Megatron seam again, on the newest megatron-core.
 # slurm is tests/slurm/run.sh, which starts a SLURM where it is root on Debian, and says so if it cannot.
 # Only where it is named: matrix compares every layout of up to 8 ranks with one process on both versions of megatron-core
-# (about an hour on two cores) and writes docs/layouts.md.
+# (about an hour on two cores) and writes docs/layouts.md; verl is tests/verl on the real verl, in .venv-verl, which
+# requirements/setup_verl.sh makes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 lint() {
@@ -28,24 +29,28 @@ matrix() {
     python -m tests.megatron.layouts --write docs/layouts.md
     PYTHONPATH="$PWD/.venv/mcore-newest" python -m tests.megatron.layouts --write docs/layouts.md
 }
+verl() {
+    bash requirements/setup_verl.sh
+    .venv-verl/bin/python -m pytest tests/verl "$@"
+}
 
 stages=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case "$1" in
-        lint | types | unit | mcore | slurm | matrix) stages+=("$1") ;;
-        *) echo "error: unknown stage '$1'; there are: lint types unit mcore slurm matrix" >&2; exit 2 ;;
+        lint | types | unit | mcore | slurm | matrix | verl) stages+=("$1") ;;
+        *) echo "error: unknown stage '$1'; there are: lint types unit mcore slurm matrix verl" >&2; exit 2 ;;
     esac
     shift
 done
 [ $# -eq 0 ] || shift
 [ ${#stages[@]} -gt 0 ] || stages=(lint types unit mcore slurm)
-bash requirements/setup.sh test
+[ "${stages[*]}" = verl ] || bash requirements/setup.sh test
 source requirements/env.sh
 
 for stage in "${stages[@]}"; do
     begun=$SECONDS
     echo "== $stage"
-    case "$stage" in unit | mcore) arguments=("$@") ;; *) arguments=() ;; esac
+    case "$stage" in unit | mcore | verl) arguments=("$@") ;; *) arguments=() ;; esac
     "$stage" "${arguments[@]}" || { echo "== $stage failed after $((SECONDS - begun)) s"; exit 1; }
     echo "== $stage passed in $((SECONDS - begun)) s"
 done

@@ -115,5 +115,8 @@ def local_block_spec(config: Any, num_layers: int) -> TransformerBlockSubmodules
     norm = norms[config.normalization]
     spec = get_gpt_layer_local_spec(config.num_moe_experts, config.moe_grouped_gemm, config.qk_layernorm)
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
-    spec.submodules.self_attention.submodules.core_attention = AllGatherAttention
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = AllGatherAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = norm
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=norm)

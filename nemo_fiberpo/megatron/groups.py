@@ -156,7 +156,7 @@ class TokenAxes:
 
 
 def _collective_device(group: dist.ProcessGroup | None) -> torch.device:
-    if dist.get_backend(group) == "nccl":
+    if "nccl" in dist.get_backend(group):  # a group of several is called "cpu:gloo,cuda:nccl"
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 

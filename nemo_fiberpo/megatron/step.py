@@ -165,7 +165,7 @@ def current_log_probs(policy: Policy, microbatches: Sequence[Any]) -> list[Tenso
         output = policy.forward(batch, module)
         return output, lambda output, non_loss_data=True: policy.log_probs(output, batch).detach()
 
-    with torch.no_grad(), without_trace(policy):
+    with torch.no_grad(), without_trace(policy.chunks):
         return list(run(policy, forward_step, microbatches, forward_only=True, collect_non_loss_data=True))
 
 

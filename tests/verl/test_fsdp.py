@@ -1,0 +1,117 @@
+"""verl's FSDP2 engine takes the exact step: the gradient of the whole mini-batch, whatever its split."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_fiberpo import load_hierarchy
+from tests.verl.host import GROUPS, HIERARCHY, SAMPLES, Batch, make_batch, save_model
+from tests.verl.ranks import steps
+from tests.verl.slow import expected, relative_error
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+ROWS = GROUPS * SAMPLES
+MICRO_BATCHES = (1, 2, 8)
+FLOAT32 = 1e-5
+FIBERPO = {"loss_mode": "fiberpo", "hierarchy": HIERARCHY}
+MEAN = {"loss_agg_mode": "seq-mean-token-mean"}
+GSPO = {**FIBERPO, "objective": "gspo", "gating": {"low": 0.02, "high": 0.03}}
+PENALTIES = {"entropy_coeff": 0.05, "use_kl_loss": True, "kl_loss_coef": 0.1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    path = tmp_path_factory.mktemp("qwen3_moe")
+    save_model(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def batch(folder: Any) -> Batch:
+    return make_batch(folder)
+
+
+def cases(world_size: int) -> dict[str, dict[str, Any]]:
+    """By name, what `steps` runs on so many ranks."""
+    rows = ROWS // world_size
+    whole = {"micro_batch_size": rows, "policy_loss": FIBERPO, **MEAN}
+    split = {**whole, "micro_batch_size": rows // 8}
+    out = {f"micro {m}": {**whole, "micro_batch_size": rows // m} for m in MICRO_BATCHES}
+    out["token-mean"] = {**split, "loss_agg_mode": "token-mean"}
+    out["dynamic"] = {**split, "use_dynamic_bsz": True, "ppo_max_token_len_per_gpu": 48}
+    out["gspo"] = {**(whole if world_size == 1 else split), "policy_loss": GSPO}
+    entropy = {"settings": {"calculate_entropy": True}}
+    out["penalties"] = {**split, **PENALTIES, **entropy}
+    return out
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Any, batch: Batch) -> Any:
+    @cache
+    def on(world_size: int) -> dict[str, dict[str, Any]]:
+        named = cases(world_size)
+        return dict(zip(named, steps(world_size, folder, batch, list(named.values())), strict=True))
+
+    return on
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("case", [*(f"micro {m}" for m in MICRO_BATCHES), "dynamic"])
+def test_gradient_of_every_split_is_that_of_the_slow_loops(
+    outcomes: Any, folder: Any, batch: Batch, world_size: int, case: str
+):
+    wanted, found = expected(folder, batch, HIERARCHY), outcomes(world_size)[case]
+    assert relative_error(found["gradients"], wanted.gradients) < FLOAT32
+    metrics = found["metrics"]
+    assert metrics["actor/pg_loss"][0] == pytest.approx(-wanted.value, rel=1e-6)
+    assert metrics["gate_all_reduces"][0] == load_hierarchy(HIERARCHY).num_reductions
+    assert metrics["recompute_error"][0] < 1e-5
+    assert metrics["gates/token/live"][0] == int(batch.response_mask.sum())
+    assert metrics["gates/domain.code/token_share"][0] + metrics["gates/domain.math/token_share"][0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_parameters_after_a_step_do_not_depend_on_the_split(outcomes: Any, world_size: int):
+    first = outcomes(1)["micro 1"]["parameters"]
+    for m in MICRO_BATCHES:
+        found = outcomes(world_size)[f"micro {m}"]["parameters"]
+        assert max(float((found[name] - first[name]).abs().max()) for name in first) < 1e-5
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_tokens_weigh_as_verl_aggregates_losses(outcomes: Any, folder: Any, batch: Batch, world_size: int):
+    wanted = expected(folder, batch, HIERARCHY, "token-mean")
+    assert relative_error(outcomes(world_size)["token-mean"]["gradients"], wanted.gradients) < FLOAT32
+
+
+def test_gates_of_the_parts_would_give_another_gradient(folder: Any, batch: Batch):
+    """What the tests above would find if every micro-batch had gates of its own."""
+    whole = expected(folder, batch, HIERARCHY).gradients
+    halves = [expected(folder, batch.rows(list(range(at, ROWS, 2))), HIERARCHY).gradients for at in (0, 1)]
+    summed = {name: (halves[0][name] + halves[1][name]) / 2 for name in whole}
+    assert relative_error(summed, whole) > 0.05
+
+
+def test_another_objective_needs_whole_cells_too(outcomes: Any):
+    one, split = outcomes(1)["gspo"], outcomes(2)["gspo"]
+    assert relative_error(split["gradients"], {k: v.double() for k, v in one["gradients"].items()}) < FLOAT32
+    assert split["metrics"]["gate_all_reduces"][0] == load_hierarchy(HIERARCHY).num_reductions / 2 + 1
+    assert 0 < split["metrics"]["gates/token/clipped"][0] < 1
+
+
+def test_entropy_and_kl_of_verl_come_on_top(outcomes: Any, folder: Any, batch: Batch):
+    """The loss is linear in its parts: without advantages, verl's own loss has the penalties alone."""
+    alone = Batch(**{**vars(batch), "advantages": torch.zeros_like(batch.advantages)})
+    case = {**cases(1)["penalties"], "policy_loss": {"loss_mode": "vanilla"}}
+    penalties = steps(1, folder, alone, [case])[0]["gradients"]
+    for world_size in (1, 2):
+        found = outcomes(world_size)["penalties"]
+        gates = outcomes(world_size)["micro 8"]["gradients"]
+        summed = {name: (gates[name] + penalties[name]).double() for name in gates}
+        assert relative_error(found["gradients"], summed) < 2 * FLOAT32
+        assert relative_error(found["gradients"], {k: v.double() for k, v in gates.items()}) > 1e-3
+        assert found["metrics"]["kl_loss"][0] > 0
