@@ -22,18 +22,19 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_fiberpo.aligner import launch, preemption
-from nemo_fiberpo.aligner.ending import explain
-from nemo_fiberpo.aligner.model_checks import first_token, partition_table
-from nemo_fiberpo.aligner.resume import RunRecord
-from nemo_fiberpo.aligner.resumption import find_checkpoint
-from nemo_fiberpo.aligner.settings import (
+from nemo_fiberpo.aligner import launch
+from nemo_fiberpo.aligner.checkpoint.resume import find_checkpoint
+from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
+from nemo_fiberpo.aligner.config.model_checks import first_token, partition_table
+from nemo_fiberpo.aligner.config.settings import (
     algorithm_settings,
     check_precision,
     data_settings,
     reward_settings,
     token_labels_section,
 )
+from nemo_fiberpo.aligner.lifecycle import preemption
+from nemo_fiberpo.aligner.lifecycle.ending import explain
 from nemo_fiberpo.aligner.stopping import stop_before_training, stop_in_training
 from nemo_fiberpo.objective import check_gating
 
@@ -65,7 +66,7 @@ def run(cfg: DictConfig) -> None:
     from nemo_aligner.utils.train_script_utils import init_distributed, init_peft
     from nemo_aligner.utils.utils import retrieve_model_state_dict_in_cpu
 
-    from nemo_fiberpo.aligner.rewards import make_reward_model
+    from nemo_fiberpo.aligner.rewards.reward_model import make_reward_model
 
     # The policy, as NeMo-Aligner's scripts build it.
     trainer = launch.build_lightning_trainer(cfg, found[0] if found else None)
@@ -96,7 +97,7 @@ def run(cfg: DictConfig) -> None:
 
 def read_prompts(data, tokenizer, own_graders, bos_id):
     """The prompts to train on, and the held-out ones or None; all begin with `bos_id`, if any."""
-    from nemo_fiberpo.aligner.prompts import PromptDataset
+    from nemo_fiberpo.aligner.data.prompts import PromptDataset
 
     options: dict[str, Any] = {"too_long": data.too_long, "own_graders": own_graders, "bos_id": bos_id}
     train = PromptDataset(data.train, tokenizer, data.max_prompt_length, **options)
@@ -124,7 +125,7 @@ def make_trainer(cfg, trainer, actor, hierarchy, settings, data, train, heldout,
     None where there is no such callback."""
     from nemo_aligner.utils.train_script_utils import CustomLoggerWrapper
 
-    from nemo_fiberpo.aligner.prompts import make_collate
+    from nemo_fiberpo.aligner.data.prompts import make_collate
     from nemo_fiberpo.aligner.trainer import FiberPOTrainer
 
     optimizer, scheduler, checkpoints = launch.initialise(cfg, trainer, actor, train, settings.total_steps(len(train)))
@@ -157,8 +158,8 @@ def train_and_evaluate(
     cfg, trainer, actor, restored, hierarchy, settings, data, train, heldout, reward_model, record
 ) -> None:
     """Logs and checkpoint; then held-out reward before, training, held-out reward after."""
-    from nemo_fiberpo.aligner.evaluation import mean_rewards, write_rows
     from nemo_fiberpo.aligner.loggers import MetricsFile, Progress, PromptsFile
+    from nemo_fiberpo.aligner.rollout.evaluation import mean_rewards, write_rows
     from nemo_fiberpo.analysis.heldout import format_table
     from nemo_fiberpo.analysis.report import make_report
 

@@ -21,11 +21,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_fiberpo.aligner import launch
-from nemo_fiberpo.aligner.ending import explain
-from nemo_fiberpo.aligner.first_rank import decided
-from nemo_fiberpo.aligner.resume import RunRecord
-from nemo_fiberpo.aligner.resumption import take_directory
-from nemo_fiberpo.aligner.settings import check_precision, data_settings, reward_settings, warm_start_settings
+from nemo_fiberpo.aligner.checkpoint.resume import take_directory
+from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
+from nemo_fiberpo.aligner.config.settings import check_precision, data_settings, reward_settings, warm_start_settings
+from nemo_fiberpo.aligner.lifecycle.ending import explain
+from nemo_fiberpo.aligner.lifecycle.first_rank import decided
 
 launch.prepare_hydra()
 
@@ -54,9 +54,9 @@ def run(cfg: DictConfig) -> None:
     from nemo_aligner.utils.train_script_utils import init_distributed
 
     from nemo_fiberpo.aligner.actor import FiberPOActor
-    from nemo_fiberpo.aligner.model_checks import first_token
-    from nemo_fiberpo.aligner.prompts import PromptDataset, load_prompts
-    from nemo_fiberpo.aligner.rewards import make_reward_model
+    from nemo_fiberpo.aligner.config.model_checks import first_token
+    from nemo_fiberpo.aligner.data.prompts import PromptDataset, load_prompts
+    from nemo_fiberpo.aligner.rewards.reward_model import make_reward_model
 
     with open_dict(cfg):
         cfg.model.optim.lr = cfg.model.optim.sched.min_lr = settings.lr
@@ -101,7 +101,7 @@ def teach(settings, step, examples, actor, grader, checks, ranks: int, generator
     """
     from nemo_aligner.utils import parallel_state
 
-    from nemo_fiberpo.aligner.evaluation import evaluate, mean_rewards
+    from nemo_fiberpo.aligner.rollout.evaluation import evaluate, mean_rewards
 
     sample = first_of_each_domain(checks, settings.check_prompts)
     share = dict.fromkeys(checks.domains, 1.0)
@@ -154,7 +154,7 @@ def supervised_step(actor, hierarchy, optimizer, scheduler, examples, global_bat
     """One optimizer step on -mean log-likelihood of the answers, each answer weighing the same; `where` it is, for an
     error."""
     from nemo_fiberpo.aligner import finite
-    from nemo_fiberpo.aligner.minibatch import flat, in_rows, shape_of, take
+    from nemo_fiberpo.aligner.rollout.minibatch import flat, in_rows, shape_of, take
     from nemo_fiberpo.objective import build_cells
 
     width = max(len(prompt) + len(answer) for prompt, answer in examples)
@@ -182,7 +182,8 @@ def supervised_step(actor, hierarchy, optimizer, scheduler, examples, global_bat
 
 def save(actor, optimizer, target: Path) -> None:
     """Write the .nemo file whole or not at all, and only if its weights are finite."""
-    from nemo_fiberpo.aligner import finite, manifest, policy_file
+    from nemo_fiberpo.aligner import finite
+    from nemo_fiberpo.storage import manifest, policy_file
 
     finite.check_weights(actor, optimizer, str(target))
     scratch = target.with_suffix(".partial")

@@ -20,11 +20,11 @@ from nemo_aligner.utils.utils import adapter_control, cpu_weight_swap
 from omegaconf import DictConfig
 from torch import Tensor
 
-from nemo_fiberpo.aligner.experts import ExpertLabels
-from nemo_fiberpo.aligner.generation import GUARD_ROWS, Lockstep, add_guard_rows, expert_group, generate_tokens
-from nemo_fiberpo.aligner.inference_layout import whole_sequences
-from nemo_fiberpo.aligner.minibatch import Minibatch
-from nemo_fiberpo.aligner.model_checks import check_model, check_vocabulary
+from nemo_fiberpo.aligner.config.model_checks import check_model, check_vocabulary
+from nemo_fiberpo.aligner.generation.inference_layout import whole_sequences
+from nemo_fiberpo.aligner.generation.lockstep import GUARD_ROWS, Lockstep, add_guard_rows, expert_group, generate_tokens
+from nemo_fiberpo.aligner.rollout.experts import ExpertLabels
+from nemo_fiberpo.aligner.rollout.minibatch import Minibatch
 from nemo_fiberpo.megatron.gpt import gpt_policy
 from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.megatron.one_pass import one_pass_step

@@ -19,22 +19,23 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_fiberpo.aligner import named_strata, pickles
-from nemo_fiberpo.aligner.policy_file import read_config
-from nemo_fiberpo.aligner.preemption import shield_resource_tracker
-from nemo_fiberpo.aligner.settings import (
+from nemo_fiberpo.aligner.config import named_strata
+from nemo_fiberpo.aligner.config.settings import (
     SECTIONS,
     check_resume,
     cluster_settings,
     hierarchy_section,
     token_labels_section,
 )
+from nemo_fiberpo.aligner.lifecycle.preemption import shield_resource_tracker
 from nemo_fiberpo.budget_warnings import budget_warnings, log_budget_warnings
 from nemo_fiberpo.config import reject_unknown_keys
 from nemo_fiberpo.megatron.timeouts import limit_collectives
 from nemo_fiberpo.objective import ExpertPartitions, Hierarchy
 from nemo_fiberpo.plan.batches import Batches
 from nemo_fiberpo.plan.lengths import too_long
+from nemo_fiberpo.storage import pickles
+from nemo_fiberpo.storage.policy_file import read_config
 from nemo_fiberpo.values import positive_number
 
 _NEMO = ("model", "trainer", "exp_manager", "hydra")  # sections whose unknown keys Hydra refuses
@@ -160,7 +161,7 @@ def build_lightning_trainer(cfg: DictConfig, checkpoint: Path | None) -> Any:
     """
     from nemo.utils.exp_manager import exp_manager
 
-    from nemo_fiberpo.aligner.checkpoints import make_callback
+    from nemo_fiberpo.aligner.checkpoint.callback import make_callback
 
     trainer = create_trainer(cfg)
     given = OmegaConf.to_container(cfg.exp_manager, resolve=True)
@@ -234,8 +235,8 @@ def prompt_loader(cfg: DictConfig, dataset: Any, collate: Callable) -> Callable:
 
 
 def _build_loader(dataset: Any, collate: Callable, micro: int, total: int, seed: int, consumed_samples: int) -> Any:
-    from nemo_fiberpo.aligner.inference_layout import generation_axis
-    from nemo_fiberpo.aligner.rollout import PromptSampler
+    from nemo_fiberpo.aligner.generation.inference_layout import generation_axis
+    from nemo_fiberpo.aligner.rollout.dealing import PromptSampler
 
     rank, ranks, _ = generation_axis()
     sampler = PromptSampler(

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from nemo_fiberpo.aligner.manifest import write_atomically
+from nemo_fiberpo.storage.manifest import write_atomically
 
 DAMAGED = ".damaged"  # beside the file: lines of it that could not be read on a resume
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from nemo_fiberpo.aligner import launch, preemption
+from nemo_fiberpo.aligner import launch
+from nemo_fiberpo.aligner.lifecycle import preemption
 
 
 def stop_before_training(restored: Mapping[str, int] | None) -> None:

@@ -16,20 +16,20 @@ from nemo_aligner.utils.utils import cpu_dict
 from torch import Tensor
 
 from nemo_fiberpo.aligner import finite
-from nemo_fiberpo.aligner.advantages import ESTIMATORS
-from nemo_fiberpo.aligner.algorithm import AlgorithmSettings
-from nemo_fiberpo.aligner.entropy import entropy_metrics
-from nemo_fiberpo.aligner.evaluation import evaluate, mean_rewards
-from nemo_fiberpo.aligner.experts import routing_metrics
-from nemo_fiberpo.aligner.generation import deterministic
-from nemo_fiberpo.aligner.inference_layout import generation_axis
-from nemo_fiberpo.aligner.minibatch import Minibatch, flat, in_rows, shape_of, take
-from nemo_fiberpo.aligner.prompts import PromptDataset
-from nemo_fiberpo.aligner.response_labels import ResponseLabels
-from nemo_fiberpo.aligner.rewards import reward_metrics, stop_if_ungraded
-from nemo_fiberpo.aligner.rollout import grouped_rollout, repeated_prompts, response_mask
-from nemo_fiberpo.aligner.rule_rewards import OK
-from nemo_fiberpo.aligner.strata import StrataLabels
+from nemo_fiberpo.aligner.config.algorithm import AlgorithmSettings
+from nemo_fiberpo.aligner.data.prompts import PromptDataset
+from nemo_fiberpo.aligner.generation.inference_layout import generation_axis
+from nemo_fiberpo.aligner.generation.lockstep import deterministic
+from nemo_fiberpo.aligner.rewards.reward_model import reward_metrics, stop_if_ungraded
+from nemo_fiberpo.aligner.rewards.rules import OK
+from nemo_fiberpo.aligner.rollout.advantages import ESTIMATORS
+from nemo_fiberpo.aligner.rollout.dealing import grouped_rollout, repeated_prompts, response_mask
+from nemo_fiberpo.aligner.rollout.entropy import entropy_metrics
+from nemo_fiberpo.aligner.rollout.evaluation import evaluate, mean_rewards
+from nemo_fiberpo.aligner.rollout.experts import routing_metrics
+from nemo_fiberpo.aligner.rollout.minibatch import Minibatch, flat, in_rows, shape_of, take
+from nemo_fiberpo.aligner.rollout.response_labels import ResponseLabels
+from nemo_fiberpo.aligner.rollout.strata import StrataLabels
 from nemo_fiberpo.budget_warnings import log_budget_warnings, overrun_warnings
 from nemo_fiberpo.labelling.expert_partitions import COLUMN
 from nemo_fiberpo.labelling.token_labels import IGNORED, TokenLabels

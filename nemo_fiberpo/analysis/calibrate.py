@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_fiberpo.aligner.identity import hierarchy_of_record
+from nemo_fiberpo.aligner.checkpoint.identity import hierarchy_of_record
 from nemo_fiberpo.analysis.drifts import Drifts, Values, drifts_of, share_beyond
 from nemo_fiberpo.analysis.runs import GATES, Run
 from nemo_fiberpo.objective import Budget

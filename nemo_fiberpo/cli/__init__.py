@@ -114,7 +114,7 @@ def _plan(config: str, overrides: Sequence[str], as_json: bool) -> int:
 
 
 def _convert(command: str, source: Path, target: Path) -> int:
-    from nemo_fiberpo.aligner.huggingface_files import export_huggingface, import_huggingface
+    from nemo_fiberpo.conversion.files import export_huggingface, import_huggingface
 
     for line in (import_huggingface if command == "import-hf" else export_huggingface)(source, target):
         _say(f"warning: {line}\n", sys.stderr)

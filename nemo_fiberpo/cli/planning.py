@@ -13,12 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_fiberpo.aligner import launch
-from nemo_fiberpo.aligner.algorithm import AlgorithmSettings
-from nemo_fiberpo.aligner.model_checks import model_problems, partition_table
-from nemo_fiberpo.aligner.policy_file import read_config
-from nemo_fiberpo.aligner.prompts import load_prompts
-from nemo_fiberpo.aligner.resume import RunRecord
-from nemo_fiberpo.aligner.settings import (
+from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
+from nemo_fiberpo.aligner.config.algorithm import AlgorithmSettings
+from nemo_fiberpo.aligner.config.model_checks import model_problems, partition_table
+from nemo_fiberpo.aligner.config.settings import (
     DataSettings,
     algorithm_settings,
     check_precision,
@@ -27,11 +25,13 @@ from nemo_fiberpo.aligner.settings import (
     reward_settings,
     token_labels_section,
 )
+from nemo_fiberpo.aligner.data.prompts import load_prompts
 from nemo_fiberpo.labelling.expert_partitions import COLUMN
 from nemo_fiberpo.objective import ExpertPartitions, Hierarchy, check_gating
 from nemo_fiberpo.plan.assumptions import Assumptions
 from nemo_fiberpo.plan.cells import OF_ROLLOUT, Partitions, PromptLabels
 from nemo_fiberpo.plan.plan import Plan, Request, make_plan
+from nemo_fiberpo.storage.policy_file import read_config
 
 SECTIONS = ("model", "trainer", "algorithm", "hierarchy", "data", "rewards", "pretrained_checkpoint")
 """What a configuration must have for anything to be said about it."""

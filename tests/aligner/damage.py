@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_fiberpo.aligner import manifest
-from nemo_fiberpo.aligner.manifest import Manifest
+from nemo_fiberpo.storage import manifest
+from nemo_fiberpo.storage.manifest import Manifest
 
 # The files of one of Megatron's checkpoints on two ranks, and one of an older format that has folders.
 FILES = [".metadata", "__0_0.distcp", "__0_1.distcp", "__1_0.distcp", "common.pt", "metadata.json", "model/shard_0.pt"]

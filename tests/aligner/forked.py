@@ -26,7 +26,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
-from nemo_fiberpo.aligner.graders import die_with_parent
+from nemo_fiberpo.graders.signals import die_with_parent
 from tests.aligner.launching import ROOT, arguments, environment, free_ports
 
 IMPORTED = (
@@ -35,12 +35,12 @@ IMPORTED = (
     "nemo_aligner.algorithms.ppo",
     "nemo_aligner.utils.train_script_utils",
     "nemo_fiberpo.aligner.actor",
-    "nemo_fiberpo.aligner.checkpoints",
+    "nemo_fiberpo.aligner.checkpoint.callback",
     "nemo_fiberpo.aligner.launch",
     "nemo_fiberpo.aligner.loggers",
-    "nemo_fiberpo.aligner.model_checks",
-    "nemo_fiberpo.aligner.remote_rewards",
-    "nemo_fiberpo.aligner.resume",
+    "nemo_fiberpo.aligner.config.model_checks",
+    "nemo_fiberpo.aligner.rewards.server",
+    "nemo_fiberpo.aligner.checkpoint.run_record",
     "nemo_fiberpo.aligner.trainer",
     "nemo_fiberpo.analysis.report",
     "torch.utils.tensorboard",

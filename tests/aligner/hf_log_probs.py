@@ -11,7 +11,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from nemo_fiberpo.aligner import ending, launch
+from nemo_fiberpo.aligner import launch
+from nemo_fiberpo.aligner.lifecycle import ending
 
 TOKENS = torch.arange(20).reshape(2, 10) % 45
 

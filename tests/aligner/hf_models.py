@@ -10,14 +10,14 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from nemo_fiberpo.aligner import huggingface
+from nemo_fiberpo.conversion import tensors
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
     "rope_theta": 5000.0, "attn_implementation": "eager", "bos_token_id": 3, "eos_token_id": 7,
 }  # fmt: skip
-LLAMA31 = {"rope_type": "llama3", **huggingface.LLAMA3_SCALING}
+LLAMA31 = {"rope_type": "llama3", **tensors.LLAMA3_SCALING}
 LLAMA32 = LLAMA31 | {"factor": 32.0}
 MODELS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),

@@ -5,7 +5,7 @@ import statistics
 import pytest
 import torch
 
-from nemo_fiberpo.aligner.advantages import ESTIMATORS, given, group_normalized, rloo
+from nemo_fiberpo.aligner.rollout.advantages import ESTIMATORS, given, group_normalized, rloo
 
 
 def test_group_normalized_by_hand():

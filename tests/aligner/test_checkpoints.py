@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nemo_fiberpo.aligner import checkpoint_choice, manifest
-from nemo_fiberpo.aligner.checkpoint_choice import DAMAGED, choose, clear_away
-from nemo_fiberpo.aligner.manifest import Manifest
+from nemo_fiberpo.aligner.checkpoint import candidates
+from nemo_fiberpo.aligner.checkpoint.candidates import DAMAGED, choose, clear_away
+from nemo_fiberpo.storage import manifest
+from nemo_fiberpo.storage.manifest import Manifest
 from tests import distributed
 from tests.aligner.damage import DAMAGES, FILES, flip_middle, name_of, save, state_of, truncate
 from tests.aligner.launching import ROOT
@@ -40,17 +41,17 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(checkpoints, 
 
 def test_an_unfinished_checkpoint_is_named_and_removed(checkpoints):
     path = save(checkpoints, 6, finished=False)
-    checkpoint_choice.marker_of(path).touch()
+    candidates.marker_of(path).touch()
     choice = choose(checkpoints, None)
     assert choice.checkpoint == checkpoints / name_of(4)
     assert path.exists(), "choosing changes nothing"
     assert clear_away(choice) == [f"{path.name}: unfinished: manifest.json: missing", f"{path.name}: removed"]
-    assert not path.exists() and not checkpoint_choice.marker_of(path).exists()
+    assert not path.exists() and not candidates.marker_of(path).exists()
 
 
 def test_a_half_removed_older_checkpoint_is_removed_to_its_end(checkpoints):
     old = checkpoints / name_of(2)
-    checkpoint_choice.marker_of(old).touch()
+    candidates.marker_of(old).touch()
     (old / "common.pt").unlink()
     clear_away(choose(checkpoints, None))
     assert [path.name for path in checkpoints.iterdir()] == [name_of(4)]
@@ -58,23 +59,23 @@ def test_a_half_removed_older_checkpoint_is_removed_to_its_end(checkpoints):
 
 def test_a_whole_checkpoint_whose_marker_was_left_is_used_and_kept(checkpoints):
     newest = checkpoints / name_of(4)
-    checkpoint_choice.marker_of(newest).touch()
+    candidates.marker_of(newest).touch()
     choice = choose(checkpoints, None)
     clear_away(choice)
     # NeMo removes what has a marker
-    assert choice.checkpoint == newest and newest.exists() and not checkpoint_choice.marker_of(newest).exists()
+    assert choice.checkpoint == newest and newest.exists() and not candidates.marker_of(newest).exists()
 
 
 def test_a_checkpoint_that_was_once_whole_is_never_deleted_unless_a_newer_one_is_whole(checkpoints):
     """It has a manifest and a marker: killed between the two, and then read badly."""
     newest = checkpoints / name_of(4)
-    checkpoint_choice.marker_of(newest).touch()
+    candidates.marker_of(newest).touch()
     truncate(newest / "common.pt")
     choice = choose(checkpoints, None)
     clear_away(choice)
     assert choice.checkpoint == checkpoints / name_of(2) and choice.unfinished == []
     assert (checkpoints.parent / DAMAGED / newest.name / "common.pt").exists()
-    assert not checkpoint_choice.marker_of(newest).exists()
+    assert not candidates.marker_of(newest).exists()
 
 
 def test_a_newer_checkpoint_that_is_not_there_any_more_is_named(checkpoints):
@@ -96,7 +97,7 @@ def test_what_is_damaged_stays_on_the_file_system_of_the_checkpoints(checkpoints
 
 def test_a_run_that_was_killed_in_its_first_save_begins_again(tmp_path):
     path = save(tmp_path, 2, finished=False)
-    checkpoint_choice.marker_of(path).touch()
+    candidates.marker_of(path).touch()
     choice = choose(tmp_path, None)
     assert choice.checkpoint is None
     clear_away(choice)
@@ -171,7 +172,7 @@ def test_numbers_in_the_path_of_a_run_say_nothing_about_its_checkpoints(tmp_path
     directory = tmp_path / "lr_step=9-step=7"
     save(directory, 3)
     choice = choose(directory, None)
-    assert checkpoint_choice.step_of(choice.checkpoint) == choice.manifest.state["step"] == 3
+    assert candidates.step_of(choice.checkpoint) == choice.manifest.state["step"] == 3
 
 
 def test_a_second_damaged_checkpoint_of_the_same_name_is_kept_too(checkpoints):
@@ -184,7 +185,7 @@ def test_a_second_damaged_checkpoint_of_the_same_name_is_kept_too(checkpoints):
 
 def adopting(rank: int, world: int, directory: str) -> tuple:
     """What a rank counts as the best checkpoints, where only the first sees the directory as it is."""
-    from nemo_fiberpo.aligner.checkpoints import WholeCheckpoints
+    from nemo_fiberpo.aligner.checkpoint.callback import WholeCheckpoints
 
     def broadcast(value):
         held = [value]
@@ -193,9 +194,9 @@ def adopting(rank: int, world: int, directory: str) -> tuple:
 
     callback = WholeCheckpoints(dirpath=directory, monitor="step", mode="max", save_top_k=2, filename="fiberpo")
     if rank:
-        really = checkpoint_choice.checkpoints_in
-        checkpoint_choice.checkpoints_in = lambda directory: really(directory)[1:]
-        checkpoint_choice.step_of = lambda checkpoint: -1
+        really = candidates.checkpoints_in
+        candidates.checkpoints_in = lambda directory: really(directory)[1:]
+        candidates.step_of = lambda checkpoint: -1
     trainer = SimpleNamespace(is_global_zero=rank == 0, strategy=SimpleNamespace(broadcast=broadcast))
     callback.adopt(trainer)
     best = {Path(path).stem: int(step) for path, step in callback.best_k_models.items()}

@@ -14,9 +14,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from nemo_fiberpo.aligner import huggingface_files, huggingface_gpt
-from nemo_fiberpo.aligner.huggingface import huggingface_config, model_config, to_huggingface, to_megatron
-from nemo_fiberpo.aligner.huggingface_weights import Weights
+from nemo_fiberpo.conversion import files, gpt
+from nemo_fiberpo.conversion.tensors import huggingface_config, model_config, to_huggingface, to_megatron
+from nemo_fiberpo.conversion.weights import Weights
 from tests.aligner.hf_models import LLAMA31, MODELS, SIZES, make, stored, write_tokenizer
 from tests.aligner.launching import ROOT, environment
 
@@ -37,11 +37,11 @@ def test_logits_are_those_of_transformers(name: str):
 def logits(config: dict[str, Any], model: Any, tokens: torch.Tensor) -> torch.Tensor:
     """Of Megatron's GPT with the weights of a transformers model."""
     length = tokens.shape[1]
-    with huggingface_gpt.megatron_alone(), torch.no_grad():
-        gpt = huggingface_gpt.build_gpt(config, torch.float32).eval()
-        huggingface_gpt.load_into(gpt, to_megatron(dict(model.state_dict()).__getitem__, config))
+    with gpt.megatron_alone(), torch.no_grad():
+        built = gpt.build_gpt(config, torch.float32).eval()
+        gpt.load_into(built, to_megatron(dict(model.state_dict()).__getitem__, config))
         causal = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
-        return gpt(tokens, torch.arange(length).expand(len(tokens), -1), causal)
+        return built(tokens, torch.arange(length).expand(len(tokens), -1), causal)
 
 
 @pytest.mark.parametrize("factors", [{"factor": 32.0}, {"low_freq_factor": 2.0, "high_freq_factor": 8.0}])
@@ -95,8 +95,8 @@ def test_newer_spelling_of_positions_means_the_same(scaling: dict[str, Any]):
 def test_files_there_and_back_have_the_same_bits(name: str, dtype: torch.dtype, tmp_path: Path):
     model = make(name, dtype)
     model.save_pretrained(tmp_path / "hf")
-    huggingface_files.import_huggingface(tmp_path / "hf", tmp_path / "policy.nemo")
-    huggingface_files.export_huggingface(tmp_path / "policy.nemo", tmp_path / "back")
+    files.import_huggingface(tmp_path / "hf", tmp_path / "policy.nemo")
+    files.export_huggingface(tmp_path / "policy.nemo", tmp_path / "back")
     before, after = stored(tmp_path / "hf"), stored(tmp_path / "back")
     assert before.keys() == after.keys()
     for key, tensor in before.items():
@@ -199,7 +199,7 @@ def test_pickles_missing_superfluous_and_misshapen_tensors_are_refused(tmp_path:
     def refused(tensors: dict[str, torch.Tensor]) -> str:
         save_file(tensors, file)
         with pytest.raises(ValueError) as error:
-            huggingface_files.import_huggingface(source, target)
+            files.import_huggingface(source, target)
         assert not target.exists()
         return str(error.value)
 
@@ -212,13 +212,13 @@ def test_pickles_missing_superfluous_and_misshapen_tensors_are_refused(tmp_path:
     file.unlink()
     torch.save(whole, source / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pytorch_model.bin is a pickle"):
-        huggingface_files.import_huggingface(source, target)
+        files.import_huggingface(source, target)
 
 
 def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(huggingface_files, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(files, "SHARD_BYTES", 20_000)
     model = make("llama")
-    huggingface_files._write_shards(iter(model.state_dict().items()), tmp_path)
+    files._write_shards(iter(model.state_dict().items()), tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
     assert set(index["weight_map"]) == set(model.state_dict()) == Weights(tmp_path).names
@@ -246,7 +246,7 @@ def test_the_actor_gives_an_imported_policy_the_log_probs_of_transformers(name: 
     model.save_pretrained(tmp_path / "hf")
     write_tokenizer(tmp_path / "hf")
     policy, out = tmp_path / "policy.nemo", tmp_path / "out.pt"
-    huggingface_files.import_huggingface(tmp_path / "hf", policy)
+    files.import_huggingface(tmp_path / "hf", policy)
     (tmp_path / "out").mkdir()
     done = subprocess.run(
         [
@@ -261,7 +261,7 @@ def test_the_actor_gives_an_imported_policy_the_log_probs_of_transformers(name: 
     with torch.no_grad():  # the tokenizer has 45 of the 50 rows; responses are sampled from these
         wanted = model(TOKENS).logits[..., :45].log_softmax(-1)[:, :-1].gather(-1, TOKENS[:, 1:, None]).squeeze(-1)
     torch.testing.assert_close(torch.load(out, weights_only=True), wanted, rtol=1e-5, atol=1e-5)
-    huggingface_files.export_huggingface(tmp_path / "out" / "again.nemo", tmp_path / "back")
+    files.export_huggingface(tmp_path / "out" / "again.nemo", tmp_path / "back")
     before, after = stored(tmp_path / "hf"), stored(tmp_path / "back")
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back").vocab_size == 45
@@ -278,5 +278,5 @@ def test_an_archive_that_reaches_outside_itself_is_refused(tmp_path: Path, wrong
             member.type, member.linkname = tarfile.SYMTYPE, str(tmp_path)
         archive.addfile(member)
     with pytest.raises(ValueError, match=r"policy\.nemo: .* is no plain file inside the archive"):
-        huggingface_files.export_huggingface(path, tmp_path / "hf")
+        files.export_huggingface(path, tmp_path / "hf")
     assert not (tmp_path / "outside").exists()

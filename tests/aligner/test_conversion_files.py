@@ -12,22 +12,22 @@ import transformers
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from nemo_fiberpo.aligner import huggingface_files
-from nemo_fiberpo.aligner.huggingface_weights import Weights
+from nemo_fiberpo.conversion import files
+from nemo_fiberpo.conversion.weights import Weights
 from tests.aligner.hf_models import make, stored, write_tokenizer
 
 
 def back(source: Path, folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of `source`, imported and exported again."""
-    huggingface_files.import_huggingface(source, folder / "policy.nemo")
-    huggingface_files.export_huggingface(folder / "policy.nemo", folder / "back")
+    files.import_huggingface(source, folder / "policy.nemo")
+    files.export_huggingface(folder / "policy.nemo", folder / "back")
     return stored(folder / "back")
 
 
 def refused(source: Path) -> str:
     target = source.parent / "policy.nemo"
     with pytest.raises(ValueError) as error:
-        huggingface_files.import_huggingface(source, target)
+        files.import_huggingface(source, target)
     assert not target.exists() and not target.with_name("policy.nemo.partial").exists()
     return str(error.value)
 
@@ -151,13 +151,13 @@ def test_a_policy_of_another_size_than_its_configuration_is_refused(name: str, k
         pytest.skip("a dense model has none")
     make(name).save_pretrained(tmp_path / "hf")
     policy = tmp_path / "policy.nemo"
-    huggingface_files.import_huggingface(tmp_path / "hf", policy)
+    files.import_huggingface(tmp_path / "hf", policy)
     (policy / "manifest.json").unlink()
     config = OmegaConf.load(policy / "model_config.yaml")
     changed = {key: 10**8} | ({"moe_ffn_hidden_size": 10**8} if key == "ffn_hidden_size" else {})
     OmegaConf.save(OmegaConf.merge(config, changed), policy / "model_config.yaml")
     with pytest.raises(ValueError, match=r"model_weights: .* has the shape .*, but model_config\.yaml says .*\d{9}"):
-        huggingface_files.export_huggingface(policy, tmp_path / "back")
+        files.export_huggingface(policy, tmp_path / "back")
 
 
 def test_angles_that_older_models_hold_are_left_out(tmp_path: Path):
@@ -192,7 +192,7 @@ def test_only_a_tokenizers_own_files_travel(tmp_path: Path):
     (snapshot / "tokenizer_of_another.txt").write_text("x")
     (snapshot / "added_tokens.json").symlink_to(tmp_path / "secret")
     os.mkfifo(snapshot / "vocab.txt")
-    huggingface_files.import_huggingface(snapshot, tmp_path / "policy.nemo")
+    files.import_huggingface(snapshot, tmp_path / "policy.nemo")
     copied = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"}
     assert {file.name for file in (tmp_path / "policy.nemo" / "tokenizer").iterdir()} == copied
     assert not any(file.is_symlink() for file in (tmp_path / "policy.nemo").rglob("*"))

@@ -12,16 +12,16 @@ import torch
 import transformers
 from omegaconf import OmegaConf
 
-from nemo_fiberpo.aligner import huggingface, huggingface_files
+from nemo_fiberpo.conversion import files, tensors
 from tests.aligner.hf_models import make, stored, write_tokenizer
 
 
 def exported(source: Path, folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """config.json and generation_config.json of an import and export, and what was said."""
-    huggingface_files.import_huggingface(source, folder / "policy.nemo")
-    said = huggingface_files.export_huggingface(folder / "policy.nemo", folder / "back")
-    files = (folder / "back" / name for name in ("config.json", "generation_config.json"))
-    config, generation = (json.loads(file.read_text()) for file in files)
+    files.import_huggingface(source, folder / "policy.nemo")
+    said = files.export_huggingface(folder / "policy.nemo", folder / "back")
+    written = (folder / "back" / name for name in ("config.json", "generation_config.json"))
+    config, generation = (json.loads(file.read_text()) for file in written)
     return config, generation, said
 
 
@@ -55,24 +55,24 @@ def test_ids_of_special_tokens_are_the_tokenizers_where_no_model_was_imported(tm
     source, policy = tmp_path / "hf", tmp_path / "policy.nemo"
     make("llama").save_pretrained(source)
     write_tokenizer(source)
-    huggingface_files.import_huggingface(source, policy)
+    files.import_huggingface(source, policy)
     config = OmegaConf.load(policy / "model_config.yaml")
     del config["huggingface_tokens"]
     (policy / "tokenizer" / "generation_config.json").unlink()
     OmegaConf.save(config, policy / "model_config.yaml")
     with pytest.raises(ValueError, match=r"policy\.nemo: damaged: model_config\.yaml: .* bytes instead of"):
-        huggingface_files.export_huggingface(policy, tmp_path / "back")
+        files.export_huggingface(policy, tmp_path / "back")
     (policy / "manifest.json").unlink()
     unverified = [f"policy {policy}: unverified, there is no manifest.json"]
-    assert huggingface_files.export_huggingface(policy, tmp_path / "back") == unverified
+    assert files.export_huggingface(policy, tmp_path / "back") == unverified
     for name in ("config.json", "generation_config.json"):
         found = json.loads((tmp_path / "back" / name).read_text())
-        assert [found[token] for token in huggingface.SPECIAL_TOKENS] == [None, 1, 2], name
+        assert [found[token] for token in tensors.SPECIAL_TOKENS] == [None, 1, 2], name
     config.tokenizer.type = "a name on a hub"
     OmegaConf.save(config, policy / "model_config.yaml")
-    assert huggingface_files.export_huggingface(policy, tmp_path / "moved") == unverified
+    assert files.export_huggingface(policy, tmp_path / "moved") == unverified
     shutil.rmtree(policy / "tokenizer")
-    said = huggingface_files.export_huggingface(policy, tmp_path / "bare")[1:]
+    said = files.export_huggingface(policy, tmp_path / "bare")[1:]
     assert "no tokenizer: model.tokenizer = " in said[0] and "are null in config.json" in said[1]
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bare")
     assert loaded.config.eos_token_id is None and loaded.generation_config.eos_token_id is None
@@ -82,7 +82,7 @@ def test_weights_beside_the_tokenizer_do_not_replace_the_policys(tmp_path: Path,
     """`tokenizer.type` may be the folder of a whole model, or be missing, which is not the folder one is in."""
     source, policy, other = tmp_path / "hf", tmp_path / "policy.nemo", tmp_path / "other"
     make("llama").save_pretrained(source)
-    huggingface_files.import_huggingface(source, policy)
+    files.import_huggingface(source, policy)
     make("qwen2").save_pretrained(other)
     write_tokenizer(other)
     (other / "logs").mkdir()
@@ -92,7 +92,7 @@ def test_weights_beside_the_tokenizer_do_not_replace_the_policys(tmp_path: Path,
         config.tokenizer.type = given
         OmegaConf.save(config, policy / "model_config.yaml")
         monkeypatch.chdir(other)
-        huggingface_files.export_huggingface(policy, tmp_path / f"back{number}")
+        files.export_huggingface(policy, tmp_path / f"back{number}")
         before, after = stored(source), stored(tmp_path / f"back{number}")
         assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
         assert (tmp_path / f"back{number}" / "tokenizer.json").exists() == (given is not None)
@@ -109,10 +109,10 @@ def test_a_tokenizer_with_a_token_that_has_no_row_is_refused(tmp_path: Path):
     make("llama").save_pretrained(tmp_path / "hf")
     write_tokenizer(tmp_path / "hf", size=51)
     with pytest.raises(ValueError, match="the tokenizer's token '<50>' has the id 50, but vocab_size .* is 50"):
-        huggingface_files.import_huggingface(tmp_path / "hf", tmp_path / "policy.nemo")
+        files.import_huggingface(tmp_path / "hf", tmp_path / "policy.nemo")
     assert not (tmp_path / "policy.nemo").exists()
     write_tokenizer(tmp_path / "hf", size=50)
-    huggingface_files.import_huggingface(tmp_path / "hf", tmp_path / "policy.nemo")
+    files.import_huggingface(tmp_path / "hf", tmp_path / "policy.nemo")
 
 
 def test_an_import_says_where_responses_of_the_policy_end_and_begin_otherwise(tmp_path: Path):
@@ -124,7 +124,7 @@ def test_an_import_says_where_responses_of_the_policy_end_and_begin_otherwise(tm
 
     def said(eos: str, bos: bool = False, target: str = "policy.nemo") -> list[str]:
         write_tokenizer(source, eos=eos, bos=bos)
-        lines = huggingface_files.import_huggingface(source, tmp_path / target)
+        lines = files.import_huggingface(source, tmp_path / target)
         shutil.rmtree(tmp_path / target)
         return lines
 
@@ -139,4 +139,4 @@ def test_an_import_says_where_responses_of_the_policy_end_and_begin_otherwise(tm
     assert said("<1>") == []
     for file in source.glob("*token*"):
         file.unlink()
-    assert huggingface_files.import_huggingface(source, tmp_path / "bare.nemo")[0].startswith("no tokenizer there")
+    assert files.import_huggingface(source, tmp_path / "bare.nemo")[0].startswith("no tokenizer there")

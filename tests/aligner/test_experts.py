@@ -4,10 +4,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from nemo_fiberpo.aligner.experts import ExpertLabels, labels_of, routing_metrics
-from nemo_fiberpo.aligner.minibatch import Minibatch, flat, take
-from nemo_fiberpo.aligner.model_checks import partition_table
-from nemo_fiberpo.aligner.strata import StrataLabels
+from nemo_fiberpo.aligner.config.model_checks import partition_table
+from nemo_fiberpo.aligner.rollout.experts import ExpertLabels, labels_of, routing_metrics
+from nemo_fiberpo.aligner.rollout.minibatch import Minibatch, flat, take
+from nemo_fiberpo.aligner.rollout.strata import StrataLabels
 from nemo_fiberpo.config import load_hierarchy
 from nemo_fiberpo.megatron.sequences import packed_rows, padded_rows
 from nemo_fiberpo.objective import ExpertPartitions

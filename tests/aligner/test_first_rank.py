@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from nemo_fiberpo.aligner import first_rank
-from nemo_fiberpo.aligner.ending import explain
-from nemo_fiberpo.aligner.first_rank import Ranks, SaidByFirstRank
-from nemo_fiberpo.aligner.preemption import Stopped
+from nemo_fiberpo.aligner.lifecycle import first_rank
+from nemo_fiberpo.aligner.lifecycle.ending import explain
+from nemo_fiberpo.aligner.lifecycle.first_rank import Ranks, SaidByFirstRank
+from nemo_fiberpo.aligner.lifecycle.preemption import Stopped
 from tests.aligner.launching import ROOT, arguments, environment, free_ports
 from tests.aligner.test_run_lock import holder, start
 from tests.processes import started

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from nemo_fiberpo.aligner.grader_checks import CANARY, complaint
-from nemo_fiberpo.aligner.graders import UNSAFE_TASKS, math_verify, reasoning_gym
+from nemo_fiberpo.graders.builtin import UNSAFE_TASKS, math_verify, reasoning_gym
+from nemo_fiberpo.graders.checks import CANARY, complaint
 
 ARABIC_FIVE, WIDE_FIVE, HALF, TIMES = "\u0665", "\uff15", "\u00bd", "\u00d7"
 ODD = ["", " ", "\0", "\n\n", ARABIC_FIVE, WIDE_FIVE, HALF, "nan", "inf", "-", TIMES, "1" * 5000, "(" * 300, "[" * 300]

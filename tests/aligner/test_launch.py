@@ -4,8 +4,8 @@ import pytest
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from nemo_fiberpo.aligner.ending import explain
-from nemo_fiberpo.aligner.settings import data_settings
+from nemo_fiberpo.aligner.config.settings import data_settings
+from nemo_fiberpo.aligner.lifecycle.ending import explain
 
 
 def test_a_script_that_ends_well_leaves_no_process_group():

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_fiberpo.aligner import manifest, storage
-from nemo_fiberpo.aligner.checkpoint_choice import choose
-from nemo_fiberpo.aligner.manifest import Manifest
+from nemo_fiberpo.aligner.checkpoint.candidates import choose
+from nemo_fiberpo.storage import manifest, reading
+from nemo_fiberpo.storage.manifest import Manifest
 from tests.aligner.damage import DAMAGES, make_unreadable, name_of, state_of
 
 
@@ -109,7 +109,7 @@ def test_a_sealed_file_holds_only_while_neither_it_nor_its_seal_changes(tmp_path
 
 @pytest.mark.parametrize("name", ["common.pt", "__1_0.distcp", manifest.NAME])
 def test_a_file_that_cannot_be_read_is_an_error_and_no_reason_to_go_back(checkpoints, name, monkeypatch):
-    monkeypatch.setattr(storage, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(reading, "WAITS", (0.0, 0.0))
     make_unreadable(checkpoints / name_of(4), name)
     before = sorted(checkpoints.parent.rglob("*"))
     with pytest.raises(OSError, match="Input/output error") as error:
@@ -121,7 +121,7 @@ def test_a_file_that_cannot_be_read_is_an_error_and_no_reason_to_go_back(checkpo
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES, errno.ETIMEDOUT])
 def test_a_read_that_fails_for_a_moment_is_made_again(checkpoints, number, monkeypatch):
     failures = dict.fromkeys((manifest.NAME, "common.pt", "__0_1.distcp"), 2)
-    really_opened = storage.opened
+    really_opened = reading.opened
 
     def opened(path: Path):
         if failures.get(path.name, 0):
@@ -129,8 +129,8 @@ def test_a_read_that_fails_for_a_moment_is_made_again(checkpoints, number, monke
             raise OSError(number, os.strerror(number), str(path))
         return really_opened(path)
 
-    monkeypatch.setattr(storage, "WAITS", (0.0, 0.0))
-    monkeypatch.setattr(storage, "opened", opened)
+    monkeypatch.setattr(reading, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(reading, "opened", opened)
     choice = choose(checkpoints, None)
     assert choice.checkpoint == checkpoints / name_of(4) and choice.lines == [] and not any(failures.values())
 
@@ -138,7 +138,7 @@ def test_a_read_that_fails_for_a_moment_is_made_again(checkpoints, number, monke
 def test_a_file_is_missing_only_if_its_folder_does_not_list_it(tmp_path, monkeypatch):
     """The late view of an NFS client: for a while it says that there is no such file."""
     (tmp_path / "late").write_bytes(b"here")
-    really_open, refused = storage.regular, []
+    really_open, refused = reading.regular, []
 
     def late(path: Path):
         if path.name == "late" and not refused:
@@ -146,8 +146,8 @@ def test_a_file_is_missing_only_if_its_folder_does_not_list_it(tmp_path, monkeyp
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         return really_open(path)
 
-    monkeypatch.setattr(storage, "regular", late)
-    assert storage.content(tmp_path / "late") == b"here" and refused
-    assert storage.content(tmp_path / "missing") is None
-    assert storage.content(tmp_path / "no folder" / "missing") is None
-    assert storage.entries(tmp_path / "no folder") == []
+    monkeypatch.setattr(reading, "regular", late)
+    assert reading.content(tmp_path / "late") == b"here" and refused
+    assert reading.content(tmp_path / "missing") is None
+    assert reading.content(tmp_path / "no folder" / "missing") is None
+    assert reading.entries(tmp_path / "no folder") == []

@@ -11,7 +11,7 @@ from nemo_fiberpo.aligner import cpu
 
 cpu.install()
 from nemo_fiberpo.aligner.actor import FiberPOActor  # noqa: E402
-from nemo_fiberpo.aligner.algorithm import AlgorithmSettings  # noqa: E402
+from nemo_fiberpo.aligner.config.algorithm import AlgorithmSettings  # noqa: E402
 from nemo_fiberpo.aligner.trainer import FiberPOTrainer  # noqa: E402
 from nemo_fiberpo.megatron.groups import Axis, Reducer, TokenAxes  # noqa: E402
 from nemo_fiberpo.objective import Budget, Hierarchy, Stratum  # noqa: E402

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_fiberpo.aligner import named_strata
+from nemo_fiberpo.aligner.config import named_strata
 from nemo_fiberpo.aligner.launch import check_sections
 from nemo_fiberpo.cli.compose import compose
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from nemo_fiberpo.aligner import huggingface_files, huggingface_gpt, manifest, pickles
+from nemo_fiberpo.conversion import files, gpt
+from nemo_fiberpo.storage import manifest, pickles
 from tests.aligner.hf_models import make
 
 
@@ -40,13 +41,13 @@ class Touch:
 def policy(tmp_path: Path) -> Path:
     make("llama").save_pretrained(tmp_path / "hf")
     target = tmp_path / "policy.nemo"
-    huggingface_files.import_huggingface(tmp_path / "hf", target)
+    files.import_huggingface(tmp_path / "hf", target)
     (target / manifest.NAME).unlink()
     return target
 
 
 def export(policy: Path) -> None:
-    huggingface_files.export_huggingface(policy, policy.parent / "back")
+    files.export_huggingface(policy, policy.parent / "back")
 
 
 def test_what_megatron_writes_is_loaded(policy: Path):
@@ -75,7 +76,7 @@ def test_byte_items_of_shards_run_nothing(policy: Path, tmp_path: Path):
     folder = tmp_path / "weights"
     folder.mkdir()
     item = ShardedObject("x", Touch(tmp_path / "ran"), (1,), (0,))
-    with huggingface_gpt.megatron_alone():
+    with gpt.megatron_alone():
         dist_checkpointing.save({"x": item}, str(folder))
         with pytest.raises(ValueError, match="a: a pickle in it names posix.system"), pickles.named("a"):
             dist_checkpointing.load({"x": ShardedObject("x", None, (1,), (0,))}, str(folder))

@@ -10,7 +10,7 @@ from nemo_fiberpo.aligner import cpu
 from nemo_fiberpo.plan.cells import PromptLabels, step_cells
 
 cpu.install()
-from nemo_fiberpo.aligner.rollout import deal_groups  # noqa: E402
+from nemo_fiberpo.aligner.rollout.dealing import deal_groups  # noqa: E402
 
 STRATA = [{"name": "prompt_group", "budget": {"pos": 0.1, "neg": 0.1}}]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_fiberpo.aligner import manifest, policy_file
-from nemo_fiberpo.aligner.manifest import Manifest
+from nemo_fiberpo.storage import manifest, policy_file
+from nemo_fiberpo.storage.manifest import Manifest
 from tests.aligner.damage import DAMAGES
 
 CONFIG = {

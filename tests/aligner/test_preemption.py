@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from nemo_fiberpo.aligner import ending, preemption
-from nemo_fiberpo.aligner.grader_pool import GraderPool
+from nemo_fiberpo.aligner.lifecycle import ending, preemption
 from nemo_fiberpo.aligner.stopping import stop_in_training
+from nemo_fiberpo.graders.pool import GraderPool
 from tests import distributed
 from tests.aligner.launching import environment
 from tests.aligner.test_failures import alive
 
 CATCH = """
 import os, signal, time
-from nemo_fiberpo.aligner import preemption
+from nemo_fiberpo.aligner.lifecycle import preemption
 preemption.SAME_SIGTERM = {same}
 preemption.install()
 for name in {sent}:
@@ -53,7 +53,7 @@ def test_a_second_sigterm_ends_the_process_at_once():
 
 SIGNALLED_WHILE_IT_ENDS = """
 import os, signal
-from nemo_fiberpo.aligner import ending, preemption
+from nemo_fiberpo.aligner.lifecycle import ending, preemption
 preemption.install()
 rank = os.getpid()
 if os.fork() == 0:
@@ -79,7 +79,7 @@ def test_no_signal_changes_the_status_of_a_run_that_ends(name):
 SIGNALLED_TRACKER = """
 import multiprocessing, os, signal, sys, time
 from multiprocessing import resource_tracker
-from nemo_fiberpo.aligner import preemption
+from nemo_fiberpo.aligner.lifecycle import preemption
 preemption.install()
 if {shield}:
     preemption.shield_resource_tracker()
@@ -108,7 +108,7 @@ time.sleep(60)
 """
 RANK = """
 import os, time
-from nemo_fiberpo.aligner import preemption
+from nemo_fiberpo.aligner.lifecycle import preemption
 preemption.install()
 print(os.getpid(), flush=True)
 until = time.monotonic() + 30

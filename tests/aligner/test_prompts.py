@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_fiberpo.aligner.prompts import PromptDataset, load_prompts, make_collate
-from nemo_fiberpo.aligner.rule_rewards import RuleRewards
+from nemo_fiberpo.aligner.data.prompts import PromptDataset, load_prompts, make_collate
+from nemo_fiberpo.aligner.rewards.rules import RuleRewards
 
 
 class Letters:

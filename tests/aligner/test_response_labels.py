@@ -9,11 +9,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from nemo_fiberpo.aligner.entropy import entropy_metrics
-from nemo_fiberpo.aligner.identity import hierarchy_of_record, identity_of, identity_of_record
-from nemo_fiberpo.aligner.response_labels import ResponseLabels
-from nemo_fiberpo.aligner.settings import token_labels_section
-from nemo_fiberpo.aligner.strata import StrataLabels
+from nemo_fiberpo.aligner.checkpoint.identity import hierarchy_of_record, identity_of, identity_of_record
+from nemo_fiberpo.aligner.config.settings import token_labels_section
+from nemo_fiberpo.aligner.rollout.entropy import entropy_metrics
+from nemo_fiberpo.aligner.rollout.response_labels import ResponseLabels
+from nemo_fiberpo.aligner.rollout.strata import StrataLabels
 from nemo_fiberpo.cli.compose import compose
 from nemo_fiberpo.config import load_hierarchy, load_token_labels
 from nemo_fiberpo.labelling.token_labels import IGNORED, PREFIX

@@ -11,11 +11,13 @@ import pytest
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from nemo_fiberpo.aligner import first_rank, resumption, run_lock, storage
-from nemo_fiberpo.aligner.first_rank import Ranks, SaidByFirstRank
-from nemo_fiberpo.aligner.preemption import Stopped
-from nemo_fiberpo.aligner.resume import RunRecord
-from nemo_fiberpo.aligner.settings import check_resume
+from nemo_fiberpo.aligner.checkpoint import resume
+from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
+from nemo_fiberpo.aligner.config.settings import check_resume
+from nemo_fiberpo.aligner.lifecycle import first_rank, run_lock
+from nemo_fiberpo.aligner.lifecycle.first_rank import Ranks, SaidByFirstRank
+from nemo_fiberpo.aligner.lifecycle.preemption import Stopped
+from nemo_fiberpo.storage import reading
 from tests.aligner.damage import UNREADABLE, flip_middle, make_unreadable, name_of
 from tests.aligner.test_run_lock import holder, pretend, start
 
@@ -238,7 +240,7 @@ def test_a_damaged_record_of_the_run_is_an_error_that_names_it_and_the_ways_out(
 
 
 def test_a_record_that_cannot_be_read_is_no_damaged_one(cfg, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "WAITS", (0.0,))
+    monkeypatch.setattr(reading, "WAITS", (0.0,))
     (tmp_path / "run.json").symlink_to(UNREADABLE)
     with pytest.raises(ValueError, match=r"run\.json: Input/output error \(errno 5\): .* try again"):
         RunRecord(cfg).check()
@@ -253,7 +255,7 @@ def agree(cfg, directory, ranks: int) -> list:
     def run(rank: int) -> None:
         member = Ranks(store, rank, ranks, cfg.collective_timeout)
         try:
-            found[rank] = resumption._lead(cfg, RunRecord(cfg), member) if rank == 0 else resumption._follow(member)
+            found[rank] = resume._lead(cfg, RunRecord(cfg), member) if rank == 0 else resume._follow(member)
         except BaseException as error:
             found[rank] = error
 
@@ -294,11 +296,11 @@ def test_all_ranks_stop_where_no_checkpoint_is_whole(cfg, checkpoints):
 
 @pytest.mark.parametrize("ranks", [3, 4, 5])
 def test_no_rank_goes_back_for_a_file_that_one_of_them_cannot_read(cfg, checkpoints, ranks, monkeypatch, capsys):
-    monkeypatch.setattr(storage, "WAITS", (0.0,))
+    monkeypatch.setattr(reading, "WAITS", (0.0,))
     newest, name = checkpoints / name_of(4), "common.pt"
     make_unreadable(newest, name)
-    wanted = resumption.manifest.read(newest)
-    (reader,) = [rank for rank in range(ranks) if name in resumption._share(wanted, rank, ranks)]
+    wanted = resume.manifest.read(newest)
+    (reader,) = [rank for rank in range(ranks) if name in resume._share(wanted, rank, ranks)]
     said = set(agree(cfg, checkpoints, ranks))
     assert len(said) == 1, "every rank ends with the same error"
     (error,) = said
@@ -308,8 +310,8 @@ def test_no_rank_goes_back_for_a_file_that_one_of_them_cannot_read(cfg, checkpoi
 
 
 def test_the_late_view_of_one_rank_is_waited_out_and_is_no_damage(cfg, checkpoints, monkeypatch, capsys):
-    monkeypatch.setattr(storage, "WAITS", (0.0, 0.0))
-    read, late = resumption._read_share, []
+    monkeypatch.setattr(reading, "WAITS", (0.0, 0.0))
+    read, late = resume._read_share, []
 
     def late_twice(path, wanted, rank, ranks):
         answer = read(path, wanted, rank, ranks)
@@ -318,15 +320,15 @@ def test_the_late_view_of_one_rank_is_waited_out_and_is_no_damage(cfg, checkpoin
             return {"problems": ["common.pt: No such file or directory"]}
         return answer
 
-    monkeypatch.setattr(resumption, "_read_share", late_twice)
+    monkeypatch.setattr(resume, "_read_share", late_twice)
     found = agree(cfg, checkpoints, 2)
     assert {path for path, _ in found} == {checkpoints / name_of(4)} and len(late) == 2
     assert "damaged" not in capsys.readouterr().out
 
 
 def test_a_rank_that_never_sees_a_file_ends_the_start_and_moves_nothing(cfg, checkpoints, monkeypatch):
-    monkeypatch.setattr(storage, "WAITS", (0.0,))
-    monkeypatch.setattr(resumption, "_read_share", lambda *_: {"problems": ["common.pt: No such file or directory"]})
+    monkeypatch.setattr(reading, "WAITS", (0.0,))
+    monkeypatch.setattr(resume, "_read_share", lambda *_: {"problems": ["common.pt: No such file or directory"]})
     first, second = agree(cfg, checkpoints, 2)
     assert first == second and f"{checkpoints / name_of(4)}/common.pt: No such file" in first
     assert "whole as the first rank reads it" in first and (checkpoints / name_of(4)).is_dir()
@@ -334,13 +336,13 @@ def test_a_rank_that_never_sees_a_file_ends_the_start_and_moves_nothing(cfg, che
 
 def test_ranks_take_the_state_of_the_trainer_from_the_first_one(cfg, checkpoints, monkeypatch):
     """The others read no manifest by themselves: it may not be there yet as they see it."""
-    read = resumption.manifest.read
+    read = resume.manifest.read
 
     def only_the_first(checkpoint):
         assert threading.current_thread().name == "rank 0", "a manifest is the first rank's to read"
         return read(checkpoint)
 
-    monkeypatch.setattr(resumption.manifest, "read", only_the_first)
+    monkeypatch.setattr(resume.manifest, "read", only_the_first)
     assert [manifest.state["step"] for _, manifest in agree(cfg, checkpoints, 3)] == [4, 4, 4]
 
 
@@ -377,7 +379,7 @@ def test_a_rank_that_does_not_answer_is_named_and_nothing_is_moved(cfg, checkpoi
     with pytest.raises(
         ValueError, match=r"^collective_timeout: rank 1 did not answer in 0\.3 s, .* raise collective_t"
     ):
-        resumption._lead(cfg, RunRecord(cfg), Ranks(dist.HashStore(), 0, 2, cfg.collective_timeout))
+        resume._lead(cfg, RunRecord(cfg), Ranks(dist.HashStore(), 0, 2, cfg.collective_timeout))
     assert sorted(checkpoints.rglob("*")) == before
 
 
@@ -393,15 +395,15 @@ def test_all_ranks_have_answered_before_one_that_cannot_read_ends_the_run(cfg, c
         when_told.extend(answered)
         tell(self, message)
 
-    monkeypatch.setattr(resumption, "_read_share", answer)
+    monkeypatch.setattr(resume, "_read_share", answer)
     monkeypatch.setattr(Ranks, "_tell_the_end", told)
     assert all(said.startswith("file of rank 0: Input/output error") for said in agree(cfg, checkpoints, 3))
     assert sorted(when_told) == [0, 1, 2]
 
 
 def test_every_file_is_read_by_exactly_one_rank(checkpoints):
-    wanted = resumption.manifest.read(checkpoints / name_of(4))
-    shares = [resumption._share(wanted, rank, 3) for rank in range(3)]
+    wanted = resume.manifest.read(checkpoints / name_of(4))
+    shares = [resume._share(wanted, rank, 3) for rank in range(3)]
     assert sorted(name for share in shares for name in share) == sorted(wanted.files)
 
 
@@ -409,4 +411,4 @@ def test_resuming_is_not_switched_off_where_there_are_checkpoints(cfg, checkpoin
     cfg.exp_manager.explicit_log_dir = str(checkpoints.parent)
     cfg.exp_manager.resume_if_exists = False
     with pytest.raises(ValueError, match=r"^exp_manager\.resume_if_exists: false, but .* give a run_dir"):
-        resumption.find_checkpoint(cfg, RunRecord(cfg))
+        resume.find_checkpoint(cfg, RunRecord(cfg))

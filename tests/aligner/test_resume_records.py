@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_fiberpo.aligner.identity import identity_of, identity_of_record
-from nemo_fiberpo.aligner.resume import RunRecord
+from nemo_fiberpo.aligner.checkpoint.identity import identity_of, identity_of_record
+from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
 from nemo_fiberpo.cli.compose import compose
 from tests.aligner import forked
 from tests.aligner.launching import TWO_EPOCHS, arguments, metrics

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_fiberpo.aligner.rewards import RuleRewardModel, decode_responses, reward_metrics
+from nemo_fiberpo.aligner.rewards.reward_model import RuleRewardModel, decode_responses, reward_metrics
 from tests.aligner.bad_records import BAD, HERE, Letters, bad
 
 pytestmark = pytest.mark.usefixtures("find_bad_graders")
@@ -108,7 +108,7 @@ def test_remote_reward_model_adapts_the_servers_answer():
     pytest.importorskip("nemo_aligner")
     from nemo_aligner.utils.server_utils import FutureResult
 
-    from nemo_fiberpo.aligner.remote_rewards import RemoteRewardModel
+    from nemo_fiberpo.aligner.rewards.server import RemoteRewardModel
 
     class Answer(FutureResult):
         def __init__(self, rewards):

@@ -8,7 +8,7 @@ import torch
 from nemo_fiberpo.aligner import cpu
 
 cpu.install()
-from nemo_fiberpo.aligner.rollout import (  # noqa: E402
+from nemo_fiberpo.aligner.rollout.dealing import (  # noqa: E402
     PromptSampler,
     deal_groups,
     grouped_rollout,

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_fiberpo.aligner.grader_pool import GraderPool
-from nemo_fiberpo.aligner.graders import UNSAFE_TASKS
-from nemo_fiberpo.aligner.prompts import PromptRecord
-from nemo_fiberpo.aligner.rewards import RuleRewardModel, stop_if_ungraded
-from nemo_fiberpo.aligner.rule_rewards import RuleRewards
+from nemo_fiberpo.aligner.data.prompts import PromptRecord
+from nemo_fiberpo.aligner.rewards.reward_model import RuleRewardModel, stop_if_ungraded
+from nemo_fiberpo.aligner.rewards.rules import RuleRewards
+from nemo_fiberpo.graders.builtin import UNSAFE_TASKS
+from nemo_fiberpo.graders.pool import GraderPool
 from tests.aligner.bad_records import BAD, HERE, Letters, bad
 from tests.aligner.launching import wait_for
 
@@ -183,8 +183,8 @@ def test_a_worker_that_dies_between_batches_is_replaced_without_blame():
 
 def test_a_worker_that_reads_nothing_blocks_nobody(monkeypatch):
     """A chunk that is longer than the pipe is wide, and no process that empties it."""
-    monkeypatch.setattr("nemo_fiberpo.aligner.grader_pool._PATIENCE", 1.0)
-    monkeypatch.setattr("nemo_fiberpo.aligner.grader_pool._CLOSING", 0.1)
+    monkeypatch.setattr("nemo_fiberpo.graders.pool._PATIENCE", 1.0)
+    monkeypatch.setattr("nemo_fiberpo.graders.pool._CLOSING", 0.1)
     with GraderPool(BAD, [], time_limit=LIMIT) as pool:
         pool.wait_until_ready()
         for pid in (pool._slots[0].pid, pool._slots[0].process.pid):
@@ -337,7 +337,7 @@ def test_close_and_kill_minus_9_leave_no_process():
     script = f"""
         import sys, threading, time
         sys.path.insert(0, {HERE!r})
-        from nemo_fiberpo.aligner.grader_pool import GraderPool
+        from nemo_fiberpo.graders.pool import GraderPool
         pool = GraderPool({BAD!r}, [], workers=2, time_limit=99.0)
         pool.wait_until_ready()
         print(*[pid for slot in pool._slots for pid in (slot.pid, slot.process.pid)], flush=True)

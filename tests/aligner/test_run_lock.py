@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from nemo_fiberpo.aligner import run_lock
-from nemo_fiberpo.aligner.preemption import Stopped
+from nemo_fiberpo.aligner.lifecycle import run_lock
+from nemo_fiberpo.aligner.lifecycle.preemption import Stopped
 from tests.aligner.launching import environment
 
 HOLD = """

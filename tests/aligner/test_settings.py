@@ -6,14 +6,14 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_fiberpo.aligner import run_lock
-from nemo_fiberpo.aligner.launch import check_batches, check_sections, overrides
-from nemo_fiberpo.aligner.settings import (
+from nemo_fiberpo.aligner.config.settings import (
     algorithm_settings,
     check_precision,
     data_settings,
     reward_settings,
 )
+from nemo_fiberpo.aligner.launch import check_batches, check_sections, overrides
+from nemo_fiberpo.aligner.lifecycle import run_lock
 from nemo_fiberpo.objective import Budget, Stratum
 from tests.aligner.launching import environment
 
@@ -189,7 +189,7 @@ def test_check_refuses_by_the_name_of_the_field(tmp_path):
 NEMO = """
 import sys
 from nemo.collections.nlp.parts.utils_funcs import torch_dtype_from_precision
-from nemo_fiberpo.aligner.settings import PRECISIONS
+from nemo_fiberpo.aligner.config.settings import PRECISIONS
 print(*{torch_dtype_from_precision(precision) for precision in PRECISIONS})
 """
 

@@ -13,8 +13,8 @@ import sys
 import pytest
 from hydra import compose, initialize_config_dir
 
+from nemo_fiberpo.aligner.config.model_checks import partition_table
 from nemo_fiberpo.aligner.launch import check_sections, overrides, register_resolvers
-from nemo_fiberpo.aligner.model_checks import partition_table
 from tests.aligner import forked
 from tests.aligner.launching import (
     DENSE,

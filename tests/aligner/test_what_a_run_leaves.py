@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_fiberpo.aligner.experts import routing_metrics
-from nemo_fiberpo.aligner.rewards import reward_metrics
-from nemo_fiberpo.aligner.rule_rewards import OK
+from nemo_fiberpo.aligner.rewards.reward_model import reward_metrics
+from nemo_fiberpo.aligner.rewards.rules import OK
+from nemo_fiberpo.aligner.rollout.experts import routing_metrics
 from nemo_fiberpo.cli import main
 from nemo_fiberpo.config import load_hierarchy
 from tests.aligner.launching import ROOT, optimizer_steps

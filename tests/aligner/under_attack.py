@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nemo_fiberpo.aligner import grader_isolation as isolation
-from nemo_fiberpo.aligner.grader_pool import GraderPool
+from nemo_fiberpo.graders import isolation as isolation
+from nemo_fiberpo.graders.pool import GraderPool
 
 
 def become(uid: int) -> None:

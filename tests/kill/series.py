@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_fiberpo.aligner.preemption import NOT_FINISHED
+from nemo_fiberpo.aligner.lifecycle.preemption import NOT_FINISHED
 from tests.aligner import forked
 from tests.aligner.launching import DENSE, WARM_START, launch, metrics
 from tests.kill.warm import begin, checksum_prompts

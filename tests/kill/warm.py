@@ -10,7 +10,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from nemo_fiberpo.aligner import preemption
+from nemo_fiberpo.aligner.lifecycle import preemption
 from tests.aligner import forked
 from tests.aligner.launching import ROOT, arguments, free_ports
 

@@ -1,0 +1,163 @@
+"""NeMo's checkpoint callback with a manifest: a checkpoint counts when every file of it has been read back.
+
+Import it after `launch.start`: NeMo must find the CPU mode installed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
+from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
+from nemo.utils.exp_manager import CallbackParams
+from nemo.utils.model_utils import ckpt_to_dir
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_fiberpo.aligner import finite
+from nemo_fiberpo.aligner.checkpoint import candidates
+from nemo_fiberpo.aligner.checkpoint.resume import checkpoint_directory
+from nemo_fiberpo.graders.signals import held_back
+from nemo_fiberpo.storage import manifest, policy_file
+from nemo_fiberpo.storage.manifest import Manifest
+
+
+class WholeCheckpoints(NeMoModelCheckpoint):
+    """NeMoModelCheckpoint that writes a manifest into every checkpoint once all ranks have written their part, and
+    before an older one is removed.
+
+    trainer_state  the trainer's counters (RL steps, prompts, optimizer steps), as they are when a save begins
+    on_whole       called with name and counters on the first rank when a checkpoint has its manifest
+    run_id         what the run's record calls it, None where there is none; asked on the first rank
+    durable        files of the run that must be on the disk before a checkpoint counts: what they say of the RL steps
+                   before it is not written again
+
+    Weights that are not finite are never saved: ValueError on every rank, before anything is written.
+
+    SPMD: every rank saves; each reads back a share of the files, the first writes the manifest.
+    """
+
+    trainer_state: Callable[[], Mapping[str, int]]
+    on_whole: Callable[[str, Mapping[str, int]], None]
+    run_id: Callable[[], str | None] = staticmethod(lambda: None)
+    durable: tuple[Path, ...] = ()
+
+    def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
+        self.finish_saves(trainer, blocking=True)  # one at a time
+        finite.check_weights(trainer.lightning_module, trainer.optimizers[0], f"checkpoint {Path(filepath).stem}")
+        with held_back():  # a signal to the whole job must not end the processes that Megatron writes with
+            super()._save_checkpoint(trainer, filepath)
+
+    def finish_saves(self, trainer: Any, blocking: bool = False) -> None:
+        """Complete asynchronous saves whose writers are done on all ranks; all of them if `blocking`. Collective."""
+        io = trainer.strategy.checkpoint_io
+        if isinstance(io, AsyncFinalizableCheckpointIO):
+            io.maybe_finalize_save_checkpoint(blocking=blocking)
+
+    def _get_finalize_save_checkpoint_callback(self, trainer: Any, filepath: str, global_step: int) -> Callable:
+        finalize = super()._get_finalize_save_checkpoint_callback(trainer, filepath, global_step)
+        checkpoint, state = ckpt_to_dir(filepath), dict(self.trainer_state())
+
+        def finish() -> None:
+            self._seal(checkpoint, state)
+            finalize()
+
+        return finish
+
+    def _seal(self, checkpoint: Path, state: Mapping[str, int]) -> None:
+        torch.distributed.barrier()  # all ranks have written
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        mine = [name for name in manifest.files_of(checkpoint) if _reader(name, ranks) == rank]
+        gathered: list[Any] = [None] * ranks
+        torch.distributed.all_gather_object(gathered, manifest.entries(checkpoint, mine))
+        if rank == 0:
+            files = {name: entry for part in gathered for name, entry in part.items()}
+            for path in self.durable:
+                if path.exists():
+                    manifest.sync(path)
+            manifest.write(checkpoint, Manifest(dict(sorted(files.items())), state, self.run_id()))
+            self.on_whole(checkpoint.name, state)
+
+    def adopt(self, trainer: Any) -> None:
+        """Take the checkpoints that the first rank sees for those that `save_top_k` and `save_last` count: a resumed
+        run's own state says what was there when its checkpoint was saved, and the other ranks may see something else.
+        Collective."""
+        listed = candidates.whole_in(Path(self.dirpath)) if trainer.is_global_zero else []
+        steps = dict(trainer.strategy.broadcast(listed))
+        paths = {f"{Path(self.dirpath) / name}.ckpt": step for name, step in steps.items()}
+        lasts = [path for path in paths if path.endswith("-last.ckpt")]
+        self.last_model_path = lasts[0] if lasts else ""
+        surplus = lasts[1:]
+        if self.monitor == "step" and self.save_top_k > 0:
+            kept = [path for path in paths if path not in lasts]
+            surplus += kept[self.save_top_k :]
+            self._count({path: torch.tensor(paths[path]) for path in kept[: self.save_top_k]})
+        for path in surplus:
+            if trainer.is_global_zero:
+                print(f"checkpoint {Path(path).stem}: removed, older than save_top_k and save_last keep", flush=True)
+            self._remove_checkpoint(trainer, path, override_async=True)
+
+    def _count(self, best: dict[str, torch.Tensor]) -> None:
+        """Lightning's record of the best checkpoints, from best to worst; without a look at the disk, by which NeMo's
+        own `_remove_invalid_entries_from_topk` could differ between ranks."""
+        order = sorted(best, key=lambda path: int(best[path]), reverse=self.mode != "min")
+        self.best_k_models = best
+        self.best_model_path, self.kth_best_model_path = (order[0], order[-1]) if order else ("", "")
+        self.best_model_score, self.kth_value = best.get(self.best_model_path), best.get(self.kth_best_model_path)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """NeMo's: write the policy as a .nemo file, here with a manifest beside it."""
+        self.finish_saves(trainer, blocking=True)
+        finite.check_weights(pl_module, trainer.optimizers[0], self._format_nemo_checkpoint_name())
+        if trainer.is_global_zero:  # where NeMo puts the weights before it packs them; a killed run leaves them there
+            shutil.rmtree(Path(self.dirpath) / candidates.UNPACKED, ignore_errors=True)
+        trainer.strategy.barrier()
+        with held_back():
+            super().on_train_end(trainer, pl_module)
+        policy = Path(self._format_nemo_checkpoint_name())
+        if self.save_nemo_on_train_end and trainer.is_global_zero:
+            files = manifest.entries(policy.parent, [policy.name])
+            seal = Manifest(files, dict(self.trainer_state()), self.run_id())
+            manifest.write_atomically(policy_file.seal_of(policy), seal.text())
+        trainer.strategy.barrier()
+
+    def complete_policy(self, trainer: Any, pl_module: Any) -> None:
+        """Write the .nemo file of the last RL step if it is missing or cut short: a run can be killed between its last
+        checkpoint and that file. Collective."""
+        policy = Path(self._format_nemo_checkpoint_name())
+        whole = trainer.is_global_zero and manifest.holds(policy_file.seal_of(policy), self.trainer_state())
+        if self.save_nemo_on_train_end and not trainer.strategy.broadcast(whole):
+            pl_module.prepare_for_training()
+            with patch.object(trainer, "val_check_interval", 0):  # as NeMo-Aligner has it: no further `-last` copy
+                self.on_train_end(trainer, pl_module)
+            pl_module.finish_training()
+
+
+def _reader(name: str, ranks: int) -> int:
+    """The rank that reads a file back: the one that wrote it, where its name says so (`__<rank>_<number>.distcp`), for
+    whom it is still in memory; else the first."""
+    number = name.rsplit("/", 1)[-1].removeprefix("__").split("_")[0]
+    return int(number) % ranks if name.endswith(".distcp") and number.isdigit() else 0
+
+
+def make_callback(cfg: DictConfig) -> WholeCheckpoints:
+    """The callback of `exp_manager.checkpoint_callback_params`, as exp_manager would make it. ValueError where these
+    would let a resumed run go back."""
+    given = OmegaConf.to_container(cfg.exp_manager.checkpoint_callback_params, resolve=True)
+    values = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(CallbackParams), given))
+    assert isinstance(values, dict)
+    params: dict[str, Any] = {str(key): value for key, value in values.items() if key != "filepath"}
+    if params.get("monitor") != "step" and not params.get("save_last"):
+        raise ValueError(
+            "exp_manager.checkpoint_callback_params.save_last: must be true where monitor is not step: only the best "
+            "checkpoints would be saved, and a resumed run would go back to one of them"
+        )
+    params["dirpath"] = str(checkpoint_directory(cfg))
+    if params.get("prefix") is None:
+        params["prefix"] = cfg.exp_manager.name
+    NeMoModelCheckpoint.CHECKPOINT_NAME_LAST = params["filename"] + "-last"
+    return WholeCheckpoints(**params)

@@ -1,0 +1,199 @@
+"""The reward model of a run: rules graded here, or NeMo-Aligner's reward-model server.
+
+Both are shaped like the critic client that NeMo-Aligner's PPOTrainer talks to (`infer_rm_critic`, `train`, `save`),
+with values of zero, since there is no critic. Both add the column `grader_failed` to the rollout batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nemo_fiberpo.aligner.config.settings import RewardSettings
+from nemo_fiberpo.aligner.data.prompts import PromptRecord, Tokenizer
+from nemo_fiberpo.aligner.rewards.rules import CRASH, OK, TIMEOUT, RuleRewards, Scores, refuse_unsafe
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def stop_if_ungraded(failed: int, answers: int, max_failed: float, reasons: Sequence[str]) -> None:
+    """RuntimeError with the first reasons if more than that share of the answers could not be graded. The counts are
+    of all ranks, the reasons those that this rank knows."""
+    if failed > max_failed * answers:
+        known = "; ".join(reasons[:3]) or "the reasons are in the output of other ranks"
+        raise RuntimeError(
+            f"{failed} of {answers} answers could not be graded, a share of more than rewards.max_failed = "
+            f"{max_failed:g}: {known}"
+        )
+
+
+def decode_responses(rollout_batch: dict[str, Tensor], tokenizer: Tokenizer) -> list[str]:
+    """The response texts of a rollout batch.
+
+    response_tokens int64 [B, S], prompt_lengths [B] and response_lengths [B] (prompt included). A text is the tokens
+    [prompt_length, response_length) up to the first end-of-sequence token, decoded, without white space at its ends.
+    """
+    texts = []
+    for row, start, stop in zip(
+        rollout_batch["response_tokens"].tolist(),
+        rollout_batch["prompt_lengths"].tolist(),
+        rollout_batch["response_lengths"].tolist(),
+        strict=True,
+    ):
+        tokens = row[start:stop]
+        if tokenizer.eos_id in tokens:
+            tokens = tokens[: tokens.index(tokenizer.eos_id)]
+        texts.append(tokenizer.ids_to_text(tokens).strip())
+    return texts
+
+
+class NoFuture:
+    """The result of a save that had nothing to save."""
+
+    def result(self) -> None:
+        return None
+
+
+class RuleRewardModel:
+    """Rule rewards as the reward model and critic of NeMo-Aligner's PPOTrainer.
+
+    SPMD: `infer_rm_critic` is collective over the model-parallel group (TP x PP), whose ranks hold the same rollout
+    batch. Its first rank grades and broadcasts, so the others get the same bits and start no process. `options` are
+    those of RuleRewards; `group` overrides the group (default: NeMo-Aligner's). `prompt_index` counts in `records`.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[PromptRecord],
+        tokenizer: Tokenizer,
+        options: dict[str, Any] | None = None,
+        group: ProcessGroup | None = None,
+    ):
+        self._records, self._tokenizer, self._group = records, tokenizer, group
+        self._options = dict(options or {})
+        self._rewards: RuleRewards | None = None
+        self.max_failed: float = self._options.pop("max_failed", 0.5)
+        self.reasons: list[str] = []  # why this rank could not grade answers: the first three of the latest batch
+        refuse_unsafe(records, self._options.get("unsafe_tasks") or ())
+
+    @property
+    def drops_failures(self) -> bool:
+        """Whether a sample with grader_failed > 0 is to be masked out of the loss and of every baseline."""
+        return self._options.get("on_failure", "drop") == "drop"
+
+    def start(self) -> None:
+        """Start the graders now, on the ranks that grade, so that what is wrong with them shows before training. These
+        ranks share the check of every line of data against its grader: ValueError naming the lines that are wrong."""
+        _, rank, source, _ = self._place()
+        if rank != source:
+            return
+        self._rewards = RuleRewards(self._records, **self._options)
+        isolation = self._rewards.wait_until_ready()
+        if rank == 0:
+            print(f"graders: isolation in force: {isolation}", flush=True)
+        self._rewards.check_records(*self._share())
+
+    def infer_rm_critic(self, rollout_batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Rewards float32 [B] and values (zeros) float32 [B, S - 1] on the batch's device.
+
+        Reads response_tokens, prompt_lengths, response_lengths and prompt_index [B]; adds grader_failed int64 [B]
+        (0 graded, 1 timeout, 2 crash) to `rollout_batch`. RuntimeError on every rank if grading failed on the first.
+        """
+        tokens = rollout_batch["response_tokens"]
+        size, rank, source, group = self._place()
+        packed = torch.zeros(3, tokens.size(0), dtype=torch.float64, device=tokens.device)
+        failure: Exception | None = None
+        if rank == source:
+            try:
+                scores = self._grade(rollout_batch)
+                packed[0], packed[1] = scores.rewards, scores.codes
+            except Exception as error:  # told to the others first: they wait in the broadcast
+                failure, packed[2] = error, 1.0
+        if size > 1:
+            torch.distributed.broadcast(packed, src=source, group=group)
+        if failure is not None:
+            raise failure
+        if bool((packed[2] > 0).any()):
+            raise RuntimeError(f"grading failed on rank {source}; the reason is in its output")
+        rollout_batch["grader_failed"] = packed[1].long()
+        values = torch.zeros(tokens.size(0), tokens.size(1) - 1, device=tokens.device)
+        return packed[0].float(), values
+
+    def _grade(self, rollout_batch: dict[str, Tensor]) -> Scores:
+        if self._rewards is None:
+            self._rewards = RuleRewards(self._records, **self._options)
+        indices = rollout_batch["prompt_index"].tolist()
+        scores = self._rewards.score(indices, decode_responses(rollout_batch, self._tokenizer))
+        reasons = [
+            f"{self._records[index].where}: {reason}"
+            for index, reason, failure in zip(indices, scores.reasons, scores.failed, strict=True)
+            if failure
+        ]
+        self.reasons = reasons[:3] or self.reasons
+        return scores
+
+    def _share(self) -> tuple[int, int]:
+        """Number of this rank among those that grade, and how many they are."""
+        if self._group is not None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return 0, 1
+        from nemo_fiberpo.aligner.generation.inference_layout import generation_axis
+
+        return generation_axis()[:2]
+
+    def _place(self) -> tuple[int, int, int, ProcessGroup | None]:
+        """Size of the model-parallel group, this rank, the rank that grades (both global) and the group."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return 1, 0, 0, None
+        group = self._group
+        if group is None:
+            from nemo_aligner.utils import parallel_state
+
+            group = parallel_state.get_model_parallel_group()
+        members = torch.distributed.get_process_group_ranks(group)
+        return len(members), torch.distributed.get_rank(), members[0], group
+
+    def train(self, ppo_rollout_data: Any) -> None:
+        """There is no critic to train."""
+
+    def save(self) -> NoFuture:
+        """There is no critic to save."""
+        return NoFuture()
+
+    def close(self) -> None:
+        """End the grading processes of this rank, if it has any."""
+        if self._rewards is not None:
+            self._rewards.close()
+
+
+def make_reward_model(settings: RewardSettings, records: Sequence[PromptRecord], tokenizer: Tokenizer) -> Any:
+    """The reward model that the `rewards` section asks for: rules graded here, or NeMo-Aligner's server."""
+    if settings.kind == "rules":
+        return RuleRewardModel(records, tokenizer, settings.rule_options())
+    from omegaconf import OmegaConf
+
+    from nemo_fiberpo.aligner.rewards.server import RemoteRewardModel
+
+    return RemoteRewardModel(OmegaConf.create(dict(settings.server or {})))
+
+
+def reward_metrics(
+    rewards: Tensor, domain: Tensor, grader_failed: Tensor, domains: Sequence[str], drops_failures: bool
+) -> dict[str, float]:
+    """Per domain: mean reward of the samples that count, and how many answers timed out or crashed their grader.
+
+    All tensors [B], of the whole (gathered) rollout. Keys: "reward/{domain}", "grader_timeouts/{domain}",
+    "grader_crashes/{domain}". A domain without samples has no "reward" key: 0 would be a claim.
+    """
+    metrics: dict[str, float] = {}
+    for number, name in enumerate(domains):
+        here = domain == number
+        counts = here & (grader_failed == OK) if drops_failures else here
+        if bool(counts.any()):
+            metrics[f"reward/{name}"] = rewards[counts].double().mean().item()
+        metrics[f"grader_timeouts/{name}"] = float((here & (grader_failed == TIMEOUT)).sum())
+        metrics[f"grader_crashes/{name}"] = float((here & (grader_failed == CRASH)).sum())
+    return metrics

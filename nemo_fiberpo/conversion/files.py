@@ -1,0 +1,163 @@
+"""A folder of a Hugging Face model as a `.nemo` folder that the actor loads, and a `.nemo` file or folder back.
+
+One process on the CPU; the model is in memory once, every tensor in its own precision. Weights of a Hugging Face model
+are read from and written to safetensors alone. Those of a `.nemo` are Megatron's distributed checkpoint, whose pickles
+`pickles.py` restricts; `policy_file.py` looks at the rest of it first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from nemo_fiberpo.config import mapping
+from nemo_fiberpo.conversion import tokenizer
+from nemo_fiberpo.conversion.gpt import build_gpt, load, load_into, megatron_alone, save, stored
+from nemo_fiberpo.conversion.tensors import (
+    huggingface_config,
+    model_config,
+    precisions_of,
+    shapes,
+    to_huggingface,
+    to_megatron,
+)
+from nemo_fiberpo.conversion.weights import Weights, read_json
+from nemo_fiberpo.storage import manifest, pickles, policy_file
+from nemo_fiberpo.storage.manifest import Manifest
+
+SHARD_BYTES = 5 * 2**30
+
+
+def import_huggingface(source: Path, target: Path) -> list[str]:
+    """Write the model in the folder `source` (config.json, *.safetensors, tokenizer) as the `.nemo` folder `target`.
+
+    Returns a line for all that a user has to know about the result. ValueError for a model of another family, a field
+    that NeMo cannot follow, a missing or superfluous tensor, one of another shape, weights that are no safetensors, a
+    tokenizer with more tokens than the embedding has rows, and a `target` that exists.
+    """
+    if target.exists():
+        raise ValueError(f"{target}: exists already")
+    model, weights = model_config(read_json(source / "config.json")), Weights(source)
+    _check_tensors(source, model, weights)
+    end = model["huggingface_tokens"]["eos_token_id"]
+    said = tokenizer.check(source, model["override_vocab_size"], end)
+    precisions = precisions_of(weights.precision, model)
+    scratch = target.with_name(target.name + ".partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    with megatron_alone():
+        gpt = build_gpt(model, weights.precision("model.embed_tokens.weight"))
+        load_into(gpt, ((name, tensor.to(precisions[name])) for name, tensor in to_megatron(weights.read, model)))
+        save(gpt, scratch / policy_file.WEIGHTS)
+    tokenizer.copy_files(source, scratch / "tokenizer")
+    chosen = {"library": "huggingface", "type": str(target.resolve() / "tokenizer"), "model": None, "use_fast": True}
+    OmegaConf.save(OmegaConf.create(model | {"tokenizer": chosen}), scratch / policy_file.CONFIG)
+    manifest.write(scratch, Manifest(manifest.entries(scratch, manifest.files_of(scratch)), {}))
+    os.replace(scratch, target)
+    return said
+
+
+def _prevailing(gpt: Any) -> torch.dtype:
+    """The precision of most parameters: what transformers loads all in where it is asked for the model's own."""
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in gpt.parameters():
+        sizes[parameter.dtype] += parameter.numel()
+    return sizes.most_common(1)[0][0]
+
+
+def _check_tensors(source: Path, model: Mapping[str, Any], weights: Weights) -> None:
+    """ValueError for a tensor that is missing, superfluous or of another shape than config.json has it; by the headers
+    alone, so that sizes that are not the model's allocate nothing."""
+    if model["num_layers"] * (model["num_moe_experts"] or 1) > len(weights.names):
+        raise ValueError(
+            f"{source}: num_hidden_layers: {model['num_layers']}, but there are {len(weights.names)} tensors"
+        )
+    wanted = shapes(model)
+    # Not weights: the head of tied embeddings, and the angles of positions, which older Llamas hold beside config.json.
+    known = {"lm_head.weight", *(name for name in weights.names if name.endswith(".self_attn.rotary_emb.inv_freq"))}
+    strange = sorted(weights.names - wanted.keys() - known)
+    if strange:
+        raise ValueError(f"{source}: {strange[0]} is a tensor that this family does not have ({len(strange)} of them)")
+    for name, shape in wanted.items():
+        if weights.shape(name) != shape:
+            raise ValueError(f"{source}: {name} has the shape {weights.shape(name)}, but config.json says {shape}")
+
+
+def export_huggingface(source: Path, target: Path) -> list[str]:
+    """Write the policy in the `.nemo` file or folder `source` as a Hugging Face model in the folder `target`.
+
+    Returns a line for all that a user has to know about the result. ValueError for a policy that no family has, for a
+    `target` that exists, and as `policy_file.check`.
+    """
+    if target.exists():
+        raise ValueError(f"{target}: exists already")
+    if not source.exists():
+        raise ValueError(f"{source}: is no .nemo file or folder")
+    said = policy_file.check(source)
+    with _unpacked(source) as folder, megatron_alone(), pickles.named(source):
+        model = mapping(OmegaConf.to_container(policy_file.read_config(folder)), policy_file.CONFIG)
+        config = huggingface_config(model)
+        dtype, vocabulary = stored(folder / policy_file.WEIGHTS, model)
+        gpt = build_gpt(model | {"override_vocab_size": vocabulary}, dtype)
+        load(gpt, folder / policy_file.WEIGHTS)
+        scratch = target.with_name(target.name + ".partial")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        _write_shards(to_huggingface(dict(gpt.state_dict()), model), scratch)
+        config |= {"vocab_size": vocabulary, "torch_dtype": str(_prevailing(gpt)).removeprefix("torch.")}
+        (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        lacking = tokenizer.complete(scratch, model, tokenizer.folder_of(model, folder))
+        os.replace(scratch, target)
+    return lacking if policy_file.seal_of(source).exists() else [said, *lacking]
+
+
+@contextlib.contextmanager
+def _unpacked(source: Path) -> Iterator[Path]:
+    if source.is_dir():
+        yield source
+        return
+    with tempfile.TemporaryDirectory(dir=source.parent) as folder, policy_file.opened(source) as archive:
+        for member, name in policy_file.members(archive, source):
+            target = Path(folder) / name
+            (target if member.isdir() else target.parent).mkdir(parents=True, exist_ok=True)
+            if (content := archive.extractfile(member)) is not None:
+                with content, open(target, "wb") as file:
+                    shutil.copyfileobj(content, file)
+        yield Path(folder)
+
+
+def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+    """Safetensors of at most SHARD_BYTES each, and their index."""
+    from safetensors.torch import save_file
+
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors:
+        if size and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    where: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        # Parts of a joined tensor share its memory, which the format does not take.
+        save_file(
+            {name: tensor.contiguous().clone() for name, tensor in shard.items()}, folder / file, {"format": "pt"}
+        )
+        where |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

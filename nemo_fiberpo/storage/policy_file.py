@@ -1,0 +1,188 @@
+"""A `.nemo` file or folder before anything of it is loaded: whole by its manifest, plain files within bounds, and a
+configuration that runs no code.
+
+Its configuration comes from whoever made it. NeMo imports what `target` and `_target_` name, transformers runs the code
+of a tokenizer that is trusted, and some kinds of tokenizer unpickle their vocabulary; none of that is read from here.
+"""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_fiberpo.storage import manifest, reading
+from nemo_fiberpo.storage.manifest import Manifest
+
+CONFIG, WEIGHTS = "model_config.yaml", "model_weights"
+TOKENIZERS = ("huggingface", "sentencepiece", "megatron", "tiktoken", "byte-level")
+_OWN = ("target", "nemo_version", "optim")  # what NeMo writes at the top and nothing here reads: all is the run's
+_NAMES_CODE = ("_target_", "target", "cls")
+_RESOLVER = re.compile(r"\$\{[^}]*:")
+_LARGEST_CONFIG = 2**20
+_EXPANSION = 16  # an archive may hold this many times its own size; weights hardly compress
+
+
+def check(policy: Path, verify: Callable[[Path, Manifest], list[str]] = manifest.problems) -> str:
+    """A line that says whether the policy was verified against a manifest, or had none.
+
+    ValueError naming the file where it is not what its manifest says, where it holds what is no plain file, pickled
+    weights of an older NeMo or a checkpoint of NeMo 2, and as `read_config`. OSError if a file cannot be read.
+    """
+    said = _verified(policy, verify)
+    names = _names(policy)
+    for name in names:
+        if name.suffix == ".ckpt":
+            raise ValueError(
+                f"{policy}: {name} is a pickle of weights, which is not loaded; save the policy as a distributed "
+                f"checkpoint ({WEIGHTS}/), as NeMo does from 2.0 on"
+            )
+        if name.parts[0] == "context":
+            raise ValueError(
+                f"{policy}: is a checkpoint of NeMo 2, whose {name} names functions to call; export it to Hugging Face "
+                "with NeMo and take `fiberpo import-hf`"
+            )
+    read_config(policy)
+    return said
+
+
+def seal_of(policy: Path) -> Path:
+    """Where the manifest of a policy is: in the folder, or beside the file."""
+    return policy / manifest.NAME if policy.is_dir() else policy.with_name(policy.name + "." + manifest.NAME)
+
+
+def _verified(policy: Path, verify: Callable[[Path, Manifest], list[str]]) -> str:
+    seal = seal_of(policy)
+    try:
+        found = manifest.read_file(seal)
+    except ValueError as error:
+        raise _damaged(policy, str(error), seal) from error
+    if found is None:
+        return f"policy {policy}: unverified, there is no {seal.name}"
+    if policy.is_dir():
+        root, added = policy, sorted(set(manifest.files_of(policy)) - set(found.files))
+    else:
+        root, added = policy.parent, [policy.name] if len(found.files) != 1 else []
+        # Of one file, whatever its name was when it was written.
+        found = Manifest(dict(zip([policy.name], found.files.values(), strict=False)), found.state)
+    if added:
+        raise _damaged(policy, f"{added[0]} is not in the manifest", seal)
+    if wrong := verify(root, found):
+        raise _damaged(policy, "; ".join(wrong), seal)
+    return f"policy {policy}: whole by its manifest"
+
+
+def _damaged(policy: Path, what: str, seal: Path) -> ValueError:
+    return ValueError(
+        f"{policy}: damaged: {what}. Put an intact copy there; or remove {seal}, if it was changed on purpose"
+    )
+
+
+def _names(policy: Path) -> list[PurePosixPath]:
+    if policy.is_dir():
+        return [PurePosixPath(name) for name in manifest.files_of(policy)]
+    with opened(policy) as archive:
+        return [name for _, name in members(archive, policy) if name.parts]
+
+
+def opened(policy: Path) -> tarfile.TarFile:
+    """The archive. ValueError for what is none."""
+    try:
+        reading.regular(policy).close()
+        return tarfile.open(policy)
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{policy}: is no .nemo file or folder: {error}") from error
+
+
+def members(archive: tarfile.TarFile, policy: Path) -> Iterator[tuple[tarfile.TarInfo, PurePosixPath]]:
+    """The files and folders of an archive and their names in it. ValueError for anything else that it holds, for a name
+    that leads out of it or stands twice, and where they are far larger than the archive."""
+    most = _EXPANSION * policy.stat().st_size
+    seen: set[PurePosixPath] = set()
+    try:
+        for member in archive:
+            name = PurePosixPath(member.name)
+            plain = (member.isfile() and not member.issparse()) or member.isdir()
+            if not plain or name.is_absolute() or ".." in name.parts:
+                raise ValueError(f"{policy}: {member.name!r} is no plain file inside the archive")
+            if name in seen:
+                raise ValueError(f"{policy}: {member.name!r} is twice in the archive")
+            seen.add(name)
+            most -= member.size
+            if most < 0:
+                raise ValueError(f"{policy}: holds more than {_EXPANSION} times its own size, at {member.name!r}")
+            yield member, name
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{policy}: is cut short or damaged: {error}") from error
+
+
+def read_config(policy: Path) -> DictConfig:
+    """The `model` section in a policy, without what is the run's: the class, NeMo's version and the optimizer.
+
+    ValueError naming the file and the key where it names code to run, trusts a tokenizer's, has a kind of tokenizer
+    that is not in TOKENIZERS, or calls a resolver; where it has aliases, which can grow without end; and where it is no
+    mapping.
+    """
+    where, text = f"{policy}/{CONFIG}", _text(policy)
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError(f"{where}: has YAML aliases; write out what they stand for")
+        config = OmegaConf.create(text)
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+        raise ValueError(f"{where}: cannot be read: {str(error) or type(error).__name__}") from error
+    if not isinstance(config, DictConfig):
+        raise ValueError(f"{where}: must be a mapping")
+    plain: Any = OmegaConf.to_container(config, resolve=False)
+    for name in ("target", "nemo_version"):
+        if isinstance(plain.get(name), str):
+            del plain[name]
+    _refuse_code(plain, where, "")
+    library = (plain.get("tokenizer") or {}).get("library")
+    if library is not None and library not in TOKENIZERS:
+        raise ValueError(f"{where}: tokenizer.library: {library!r} is not one of {', '.join(TOKENIZERS)}")
+    return OmegaConf.create({name: value for name, value in plain.items() if name not in _OWN})
+
+
+def _text(policy: Path) -> str:
+    if policy.is_dir():
+        try:
+            with reading.opened(policy / CONFIG) as file:
+                raw = file.read(_LARGEST_CONFIG + 1)
+        except OSError as error:
+            raise ValueError(f"{policy / CONFIG}: {error.strerror}") from error
+    else:
+        with opened(policy) as archive:
+            inside = (member for member, name in members(archive, policy) if name == PurePosixPath(CONFIG))
+            member = next(inside, None)
+            content = archive.extractfile(member) if member is not None else None
+            if content is None:
+                raise ValueError(f"{policy}: holds no {CONFIG}")
+            raw = content.read(_LARGEST_CONFIG + 1)
+    if len(raw) > _LARGEST_CONFIG:
+        raise ValueError(f"{policy}/{CONFIG}: has more than {_LARGEST_CONFIG} bytes")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{policy}/{CONFIG}: is no text: {error}") from error
+
+
+def _refuse_code(value: Any, where: str, key: str) -> None:
+    if isinstance(value, Mapping):
+        for name, entry in value.items():
+            inner = f"{key}.{name}" if key else str(name)
+            if name in _NAMES_CODE:
+                raise ValueError(f"{where}: {inner}: {entry!r} names code to run; a policy's configuration must not")
+            if name == "trust_remote_code" and entry not in (False, None):
+                raise ValueError(f"{where}: {inner}: {entry!r}; the code of a tokenizer is not run, set it to false")
+            _refuse_code(entry, where, inner)
+    elif isinstance(value, list):
+        for number, entry in enumerate(value):
+            _refuse_code(entry, where, f"{key}[{number}]")
+    elif isinstance(value, str) and _RESOLVER.search(value):
+        raise ValueError(f"{where}: {key}: {value!r} calls a resolver; write its value there")
