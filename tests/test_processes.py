@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from tests.processes import processes, started
+from tests.support.processes import processes, started
 
 
 @pytest.mark.parametrize("end", ["wait", "exit"], ids=["its parent waits", "its parent has ended"])

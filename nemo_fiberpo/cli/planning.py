@@ -15,9 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_fiberpo.aligner import launch
 from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
 from nemo_fiberpo.aligner.config.algorithm import AlgorithmSettings
+from nemo_fiberpo.aligner.config.data import DataSettings
 from nemo_fiberpo.aligner.config.model_checks import model_problems, partition_table
 from nemo_fiberpo.aligner.config.settings import (
-    DataSettings,
     algorithm_settings,
     check_precision,
     cluster_settings,

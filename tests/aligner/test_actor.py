@@ -11,7 +11,7 @@ cpu.install()
 from nemo_fiberpo.aligner import generation  # noqa: E402
 from nemo_fiberpo.aligner.actor import FiberPOActor, balanced  # noqa: E402
 from nemo_fiberpo.aligner.config.model_checks import check_model, check_vocabulary, first_token  # noqa: E402
-from tests.aligner.launching import ROOT  # noqa: E402
+from tests.support.launching import ROOT  # noqa: E402
 
 GOOD = {"mcore_gpt": True, "optim": {"name": "mcore_distributed_optim"}, "ppo": {"sampling_params": {}}}
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from tests.aligner import forked
-from tests.aligner.launching import fresh, optimizer_steps
+from tests.support import forked
+from tests.support.launching import fresh, optimizer_steps
 
 
 @pytest.mark.slow

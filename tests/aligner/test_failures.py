@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.aligner.launching import ROOT, begin, environment, fresh, steps_so_far
-from tests.processes import variables_of
+from tests.support.launching import ROOT, begin, environment, fresh, steps_so_far
+from tests.support.processes import variables_of
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -13,9 +13,8 @@ from nemo_fiberpo.aligner import cpu
 cpu.install()
 from nemo_fiberpo.aligner import finite  # noqa: E402
 from nemo_fiberpo.aligner.checkpoint.callback import WholeCheckpoints  # noqa: E402
-from tests import distributed  # noqa: E402
-from tests.aligner import forked  # noqa: E402
-from tests.aligner.launching import fresh, optimizer_steps  # noqa: E402
+from tests.support import distributed, forked  # noqa: E402
+from tests.support.launching import fresh, optimizer_steps  # noqa: E402
 
 
 class Part:

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.aligner import forked
-from tests.aligner.launching import ROOT, environment
+from tests.support import forked
+from tests.support.launching import ROOT, environment
 
 # Forks ranks without having imported NeMo, which these scripts do not need.
 LIGHT = """
 import socket
 import nemo_fiberpo.aligner.cpu
-from tests.aligner import forked
+from tests.support import forked
 forked.serve(socket.socket(fileno=0))
 """
 STAYS = """
@@ -31,7 +31,7 @@ time.sleep(600)
 CLIENT = f"""
 import sys
 from pathlib import Path
-from tests.aligner import forked
+from tests.support import forked
 forked.COMMAND = [sys.executable, "-c", {LIGHT!r}]
 with open(sys.argv[2], "wb") as output:
     print(forked.begin(sys.argv[1], Path("unused"), output=output).pid, flush=True)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.aligner import forked
-from tests.aligner.launching import fresh, metrics, optimizer_steps
+from tests.support import forked
+from tests.support.launching import fresh, metrics, optimizer_steps
 
 pytestmark = pytest.mark.timeout(600)
 
-GRADED = ["rewards.graders={checksum: 'tests.aligner.checksum_grader:grade'}", "rewards.score=raw"]
+GRADED = ["rewards.graders={checksum: 'tests.support.checksum_grader:grade'}", "rewards.score=raw"]
 ONE_ROLLOUT = ["algorithm.rl_steps=1", "algorithm.save_interval=0", "model.moe_aux_loss_coeff=0", "model.optim.lr=1e-3"]
 TENSOR = ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"]
 CONTEXT = ["model.context_parallel_size=2"]
@@ -34,7 +34,7 @@ SEGMENTS = [
     "hierarchy.token_clip=0.2",
     "hierarchy.token_labels.segment.markers={think: ['1', '2'], word: ['a', 'e']}",
     "hierarchy.strata.segment_in_trajectory.min_tokens=2",
-    "hierarchy.token_labels.kind=tests.aligner.own_labels:kinds",
+    "hierarchy.token_labels.kind=tests.support.own_labels:kinds",
     "hierarchy.branches={kind: {budget: {pos: 0.01, neg: 0.005}}}",
     "hierarchy.ignore=['3', '4']",
 ]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.aligner import forked
-from tests.aligner.launching import WARM_START, fresh, metrics
+from tests.support import forked
+from tests.support.launching import WARM_START, fresh, metrics
 
 LEARNED = ["model.position_embedding_type=learned_absolute", "model.max_position_embeddings=23"]
 BOS = "model.ppo.sampling_params.add_BOS=true"

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from tests.aligner import forked
-from tests.aligner.launching import fresh, metrics
 from tests.aligner.test_layouts import GRADED, SEGMENTS, graded_by_checksum
 from tests.aligner.test_what_a_run_leaves import unknown
+from tests.support import forked
+from tests.support.launching import fresh, metrics
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow, pytest.mark.distributed]
 

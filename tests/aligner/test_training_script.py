@@ -15,8 +15,8 @@ from hydra import compose, initialize_config_dir
 
 from nemo_fiberpo.aligner.config.model_checks import partition_table
 from nemo_fiberpo.aligner.launch import check_sections, overrides, register_resolvers
-from tests.aligner import forked
-from tests.aligner.launching import (
+from tests.support import forked
+from tests.support.launching import (
     DENSE,
     ROOT,
     TWO_EPOCHS,

@@ -16,7 +16,7 @@ from nemo_fiberpo.aligner.rewards.rules import OK
 from nemo_fiberpo.aligner.rollout.experts import routing_metrics
 from nemo_fiberpo.cli import main
 from nemo_fiberpo.config import load_hierarchy
-from tests.aligner.launching import ROOT, optimizer_steps
+from tests.support.launching import ROOT, optimizer_steps
 
 pytestmark = pytest.mark.timeout(600)
 ROW = re.compile(r"^\| (`[^|]*`) \|[^|]*\| ([^|]*) \|", re.M)

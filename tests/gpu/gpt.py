@@ -23,12 +23,12 @@ from torch import Tensor
 from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.megatron.schedule import Policy
 from nemo_fiberpo.megatron.step import StepResult, current_log_probs, exact_step
-from tests import distributed
 from tests.gpu.device import CPU, DEVICE, ON_GPU
 from tests.gpu.traffic import host_reads
 from tests.megatron import batches, tiny
 from tests.megatron.batches import STRATA, Batch
 from tests.megatron.tiny import Layout
+from tests.support import distributed
 
 SPECS = ("local", "transformer_engine", "apex")
 HIDDEN, HEADS, CHANNELS, FFN, LAYERS = 64, 4, 16, 128, 2

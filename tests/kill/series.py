@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_fiberpo.aligner.lifecycle.preemption import NOT_FINISHED
-from tests.aligner import forked
-from tests.aligner.launching import DENSE, WARM_START, launch, metrics
 from tests.kill.warm import begin, checksum_prompts
+from tests.support import forked
+from tests.support.launching import DENSE, WARM_START, launch, metrics
 
 PROMPTS = 64
 LONGEST = 600.0  # seconds that one run may take

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from tests.aligner.launching import ROOT, environment
 from tests.kill.series import Counts, check_resumption
+from tests.support.launching import ROOT, environment
 
 NEWEST = ("fiberpo-step=4", 4)
 FROM_4 = "going on from fiberpo-step=4: RL step 4\n"

@@ -11,8 +11,8 @@ import traceback
 from pathlib import Path
 
 from nemo_fiberpo.aligner.lifecycle import preemption
-from tests.aligner import forked
-from tests.aligner.launching import ROOT, arguments, free_ports
+from tests.support import forked
+from tests.support.launching import ROOT, arguments, free_ports
 
 # The smallest runs that still learn: two prompts of two samples, graded by a sum over the response's characters.
 TINY = [
@@ -27,7 +27,7 @@ TINY = [
     "model.ppo.length_params.max_length=4",
     "model.optim.lr=1.0e-3",
     "rewards.score=raw",
-    "rewards.graders={checksum: 'tests.aligner.checksum_grader:grade'}",
+    "rewards.graders={checksum: 'tests.support.checksum_grader:grade'}",
 ]
 
 

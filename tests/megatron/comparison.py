@@ -16,11 +16,11 @@ from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.megatron.one_pass import one_pass_step
 from nemo_fiberpo.megatron.step import exact_step
 from nemo_fiberpo.objective import build_cells, surrogate, token_weights
-from tests import distributed
 from tests.megatron import batches, partitions, segments, tiny
 from tests.megatron.batches import STRATA, Batch
 from tests.megatron.partitions import MEMBERSHIP
 from tests.megatron.tiny import Gradient, Layout
+from tests.support import distributed
 
 BOUND = 1e-10
 Kind = tuple[int, int, bool]

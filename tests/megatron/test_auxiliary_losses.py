@@ -10,12 +10,12 @@ import torch
 
 from nemo_fiberpo.megatron.groups import TokenAxes
 from nemo_fiberpo.megatron.schedule import schedule_cp_factor
-from tests import distributed
 from tests.megatron import batches, tiny
 from tests.megatron.batches import Batch
 from tests.megatron.comparison import take_step
 from tests.megatron.test_exact_step import plain_schedule
 from tests.megatron.tiny import Layout
+from tests.support import distributed
 
 pytestmark = pytest.mark.distributed
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from nemo_fiberpo.megatron import cpu
 from nemo_fiberpo.megatron.patching import Patch, Patches
-from tests import distributed
+from tests.support import distributed
 
 pytestmark = pytest.mark.distributed
 

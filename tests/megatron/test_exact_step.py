@@ -20,11 +20,11 @@ import torch.distributed as dist
 from nemo_fiberpo.megatron.groups import TokenAxes
 from nemo_fiberpo.megatron.schedule import auxiliary_loss_log, schedule_cp_factor
 from nemo_fiberpo.megatron.step import current_log_probs
-from tests import distributed
 from tests.megatron import batches, comparison, tiny
 from tests.megatron.batches import Batch, same_metrics
 from tests.megatron.comparison import BOUND, Outcome, Reference, take_step
 from tests.megatron.tiny import Layout
+from tests.support import distributed
 
 pytestmark = pytest.mark.distributed
 

@@ -5,7 +5,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from tests.distributed import run
+from tests.support.distributed import run
 
 FIGURES = Path(__file__).resolve().parents[2] / "docs" / "figures"
 

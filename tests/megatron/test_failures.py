@@ -24,7 +24,7 @@ from nemo_fiberpo.megatron.schedule import Policy
 from nemo_fiberpo.megatron.step import StepTokens, exact_step
 from nemo_fiberpo.megatron.timeouts import limit_collectives
 from nemo_fiberpo.objective import Budget, Hierarchy, Stratum, token_weights
-from tests import distributed
+from tests.support import distributed
 
 pytestmark = pytest.mark.distributed
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from nemo_fiberpo.megatron.groups import Axis, Reducer, TokenAxes, exchange, non_finite
 from nemo_fiberpo.objective import build_cells
-from tests import distributed
+from tests.support import distributed
 
 pytestmark = pytest.mark.distributed
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from nemo_fiberpo.megatron import logprobs
 from nemo_fiberpo.megatron.logprobs import next_token_log_probs, shift_labels, vocab_parallel_log_probs
-from tests import distributed
+from tests.support import distributed
 
 B, S, V = 3, 5, 12
 

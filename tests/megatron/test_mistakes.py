@@ -35,10 +35,10 @@ from nemo_fiberpo.megatron import step
 from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.objective import fibration
 from nemo_fiberpo.objective.sharing import NO_RIDERS
-from tests import distributed
 from tests.megatron import comparison, tiny
 from tests.megatron.comparison import BOUND, Outcome
 from tests.megatron.tiny import Layout
+from tests.support import distributed
 
 pytestmark = pytest.mark.distributed
 

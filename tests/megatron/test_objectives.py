@@ -10,11 +10,11 @@ import torch
 
 from nemo_fiberpo.megatron.groups import Axis, Reducer, TokenAxes, exchange
 from nemo_fiberpo.objective import Apc, Budget, Gspo, Hierarchy, PpoClip, Stratum, TrulyPpo, surrogate
-from tests import distributed
 from tests.megatron import comparison, tiny
 from tests.megatron.batches import Batch
 from tests.megatron.comparison import BOUND, Outcome, take_step
 from tests.megatron.tiny import Layout
+from tests.support import distributed
 
 pytestmark = pytest.mark.distributed
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests import distributed
 from tests.megatron import comparison, tiny
 from tests.megatron.batches import STRATA, Batch, same_metrics
 from tests.megatron.comparison import BOUND, Reference, take_step
 from tests.megatron.tiny import Layout
+from tests.support import distributed
 
 pytestmark = pytest.mark.distributed
 

@@ -16,11 +16,11 @@ from nemo_fiberpo.megatron.groups import TokenAxes
 from nemo_fiberpo.megatron.router_losses import balancing_real_tokens
 from nemo_fiberpo.megatron.schedule import Policy, auxiliary_loss_log, refuse_inexact
 from nemo_fiberpo.megatron.sequences import Routed, padded_rows
-from tests import distributed
 from tests.megatron import batches, tiny
 from tests.megatron.batches import Batch
 from tests.megatron.test_router_losses import MICRO_BATCHES, Read, make_model, read_pass, with_losses
 from tests.megatron.tiny import Layout
+from tests.support import distributed
 
 pytestmark = pytest.mark.distributed
 

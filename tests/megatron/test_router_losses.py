@@ -22,11 +22,11 @@ from nemo_fiberpo.megatron.groups import TokenAxes
 from nemo_fiberpo.megatron.schedule import schedule_cp_factor
 from nemo_fiberpo.megatron.sequences import Rows, packed_rows
 from nemo_fiberpo.megatron.step import backward_pass
-from tests import distributed
 from tests.megatron import batches, tiny
 from tests.megatron.batches import Batch
 from tests.megatron.test_exact_step import plain_schedule
 from tests.megatron.tiny import Gradient, Layout
+from tests.support import distributed
 
 pytestmark = pytest.mark.distributed
 

@@ -15,10 +15,10 @@ from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.megatron.routing import RoutingCapture, chosen_layers, hard_labels
 from nemo_fiberpo.megatron.step import current_log_probs, exact_step
 from nemo_fiberpo.objective import ExpertPartitions
-from tests import distributed
 from tests.megatron import batches, comparison, partitions, tiny
 from tests.megatron.comparison import BOUND, Reference
 from tests.megatron.tiny import Layout
+from tests.support import distributed
 
 pytestmark = pytest.mark.distributed
 

@@ -17,7 +17,7 @@ from nemo_fiberpo.megatron.sequences import (
     padded_rows,
     zigzag,
 )
-from tests import distributed
+from tests.support import distributed
 
 # Three sequences of at most 5 tokens: 10 11 12 13 14, 20 21, 30 31 32.
 TOKENS = torch.tensor([[10, 11, 12, 13, 14], [20, 21, 99, 99, 99], [30, 31, 32, 99, 99]])

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from nemo_fiberpo import load_hierarchy
 from nemo_fiberpo.objective import Hierarchy, PpoClip, RatioGating
 from nemo_fiberpo.plan.cells import Partitions, PromptLabels, step_cells
-from tests import distributed
 from tests.plan.configs import ROOT
+from tests.support import distributed
 
 GROUP, PROMPTS = 4, 6
 NAMES = ("cold", "warm", "hot")

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from nemo_fiberpo.plan.shape import ModelShape
-from tests import distributed
 from tests.plan.configs import shape_of
+from tests.support import distributed
 
 PUBLISHED = {
     # total and active, as the models' cards have them

@@ -14,8 +14,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from tests.aligner.launching import free_ports, wait_for
-from tests.processes import kill, processes, variables_of, with_descendants
+from tests.support.launching import free_ports, wait_for
+from tests.support.processes import kill, processes, variables_of, with_descendants
 
 NODE_DEAD_AFTER = 10  # SlurmdTimeout, seconds; a site's is 300 by default
 REQUEUE_DELAY = 5  # cred_expire, seconds that a requeued job waits at least; a site's is 120 by default

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.aligner.launching import WARM_START, environment, launch
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Job
+from tests.support.launching import WARM_START, environment, launch
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -8,9 +8,9 @@ import shutil
 import time
 from pathlib import Path
 
-from tests.aligner.launching import ROOT, SMALL, metrics, optimizer_steps, wait_for
 from tests.slurm.cluster import Cluster
 from tests.slurm.ranks import count_waiting
+from tests.support.launching import ROOT, SMALL, metrics, optimizer_steps, wait_for
 
 RL_STEPS, SAVE_INTERVAL, PER_STEP = 6, 2, 2  # PER_STEP: optimizer steps of an RL step, each a row of metrics.jsonl
 RUN = [f"algorithm.rl_steps={RL_STEPS}", f"algorithm.save_interval={SAVE_INTERVAL}", "algorithm.data_epochs=2"]

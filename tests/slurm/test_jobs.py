@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.aligner.launching import wait_for
-from tests.processes import kill
 from tests.slurm.cluster import SlurmError
 from tests.slurm.jobs import ONE_RANK_EACH, PATIENCE, Job, same_metrics, seconds_since
 from tests.slurm.ranks import ranks_that_end
+from tests.support.launching import wait_for
+from tests.support.processes import kill
 
 ENDLESS = ["algorithm.rl_steps=1000", "algorithm.data_epochs=1000"]
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1200)]

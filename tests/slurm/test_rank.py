@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.aligner.launching import ROOT, free_ports, wait_for
-from tests.processes import started
 from tests.slurm.ranks import count_waiting, ranks_that_end
+from tests.support.launching import ROOT, free_ports, wait_for
+from tests.support.processes import started
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tests.distributed import run
+from tests.support.distributed import run
 from tests.verl import megatron_host
 from tests.verl.conftest import prepare
 from tests.verl.host import GROUPS, HIERARCHY, SAMPLES, Batch, make_batch, save_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
-from tests import distributed
+from tests.support import distributed
 
 
 def prepare() -> None:

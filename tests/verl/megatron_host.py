@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from nemo_fiberpo import load_hierarchy
-from tests.distributed import run
 from tests.megatron import tiny
 from tests.objective.reference import evaluate
+from tests.support.distributed import run
 from tests.verl.host import GROUPS, RESPONSE, SAMPLES, VOCABULARY, Batch
 from tests.verl.slow import label_lists, token_weight
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from tests.distributed import run
+from tests.support.distributed import run
 from tests.verl.host import Batch, make_worker, one_step
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from nemo_fiberpo import load_hierarchy
-from tests.distributed import run
+from tests.support.distributed import run
 from tests.verl import host
 from tests.verl.host import HIERARCHY
 from tests.verl.megatron_host import LAYOUTS, Expected, compare, reference, save_model

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from nemo_fiberpo.aligner.config.data import DataSettings
 from nemo_fiberpo.aligner.config.fields import choice, whole
 from nemo_fiberpo.objective import OBJECTIVES, RatioGating, Stratum
 from nemo_fiberpo.objective.surrogate import WEIGHTS
-
-if TYPE_CHECKING:
-    from nemo_fiberpo.aligner.config.settings import DataSettings
 
 ADVANTAGES = ("group_normalized", "rloo", "given")
 TRUNCATED = ("keep", "mask")

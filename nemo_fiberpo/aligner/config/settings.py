@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from nemo_fiberpo.aligner.config.algorithm import AlgorithmSettings, HierarchyGating, KlSettings
+from nemo_fiberpo.aligner.config.data import DataSettings
 from nemo_fiberpo.aligner.config.fields import build, choice, plain, whole
 from nemo_fiberpo.config import (
     mapping,
@@ -30,7 +31,6 @@ from nemo_fiberpo.objective import OBJECTIVES, ExpertPartitions, Hierarchy
 from nemo_fiberpo.plan.assumptions import Assumptions
 from nemo_fiberpo.values import at, nearest, positive_number
 
-TOO_LONG = ("error", "drop")
 REWARD_KINDS = ("rules", "server")
 SCORES = ("threshold", "raw")
 ON_FAILURE = ("drop", "zero", "error")
@@ -54,22 +54,6 @@ SECTIONS = (
     "run_dir",
     "data_dir",
 )
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """train and heldout are JSONL files (see `prompts.py`); prompts of more than max_prompt_length tokens are an error
-    or dropped. `heldout_greedy` evaluates the held-out prompts by greedy decoding in addition to sampling."""
-
-    train: str
-    heldout: str | None = None
-    max_prompt_length: int = 512
-    too_long: str = "error"
-    heldout_greedy: bool = False
-
-    def __post_init__(self) -> None:
-        whole(self, "max_prompt_length", 1)
-        choice(self, "too_long", TOO_LONG)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,2 @@
+"""How the processes of a run begin and end: the lock on its directory, what the first rank decides, signals, exit
+statuses."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nemo_fiberpo.aligner.config.settings import RewardSettings
 from nemo_fiberpo.aligner.data.prompts import PromptRecord, Tokenizer
+from nemo_fiberpo.aligner.rewards.critic import NoCritic
 from nemo_fiberpo.aligner.rewards.rules import CRASH, OK, TIMEOUT, RuleRewards, Scores, refuse_unsafe
 
 if TYPE_CHECKING:
@@ -51,14 +52,7 @@ def decode_responses(rollout_batch: dict[str, Tensor], tokenizer: Tokenizer) -> 
     return texts
 
 
-class NoFuture:
-    """The result of a save that had nothing to save."""
-
-    def result(self) -> None:
-        return None
-
-
-class RuleRewardModel:
+class RuleRewardModel(NoCritic):
     """Rule rewards as the reward model and critic of NeMo-Aligner's PPOTrainer.
 
     SPMD: `infer_rm_critic` is collective over the model-parallel group (TP x PP), whose ranks hold the same rollout
@@ -155,13 +149,6 @@ class RuleRewardModel:
             group = parallel_state.get_model_parallel_group()
         members = torch.distributed.get_process_group_ranks(group)
         return len(members), torch.distributed.get_rank(), members[0], group
-
-    def train(self, ppo_rollout_data: Any) -> None:
-        """There is no critic to train."""
-
-    def save(self) -> NoFuture:
-        """There is no critic to save."""
-        return NoFuture()
 
     def close(self) -> None:
         """End the grading processes of this rank, if it has any."""

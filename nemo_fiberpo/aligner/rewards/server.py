@@ -9,7 +9,7 @@ from nemo_aligner.utils.server_utils import FutureResult
 from omegaconf import DictConfig
 from torch import Tensor
 
-from nemo_fiberpo.aligner.rewards.reward_model import NoFuture
+from nemo_fiberpo.aligner.rewards.critic import NoCritic
 from nemo_fiberpo.aligner.rewards.rules import OK
 
 
@@ -29,7 +29,7 @@ class _RewardsOnly(FutureResult):
         return rewards, torch.zeros(batch, length - 1, device=rewards.device)
 
 
-class RemoteRewardModel:
+class RemoteRewardModel(NoCritic):
     """The reward model and critic of PPOTrainer, by `RemoteGPTRMClient`: the server that
     NeMo-Aligner's `serve_reward_model.py` starts.
 
@@ -56,13 +56,6 @@ class RemoteRewardModel:
 
     def start(self) -> None:
         """The server is another job's; there is nothing to start."""
-
-    def train(self, ppo_rollout_data: Any) -> None:
-        """There is no critic to train."""
-
-    def save(self) -> NoFuture:
-        """There is no critic to save."""
-        return NoFuture()
 
     def close(self) -> None:
         """Close the connection; its thread would keep the process alive."""

@@ -1,0 +1,368 @@
+"""Rewards by rules: real graders in real processes, and answers that hang, crash or kill them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_fiberpo.aligner.data.prompts import PromptRecord
+from nemo_fiberpo.aligner.rewards.reward_model import RuleRewardModel, stop_if_ungraded
+from nemo_fiberpo.aligner.rewards.rules import RuleRewards
+from nemo_fiberpo.graders.builtin import UNSAFE_TASKS
+from nemo_fiberpo.graders.pool import GraderPool
+from tests.support.bad_records import BAD, HERE, Letters, bad
+from tests.support.launching import wait_for
+
+pytestmark = pytest.mark.usefixtures("find_bad_graders")
+
+
+LIMIT = 1.5  # seconds for an answer: long for one that does nothing, also where the machine is busy
+
+
+def rewards_of(*responses: str, **options) -> tuple[list[float], list[str | None], list[str]]:
+    with RuleRewards([bad()], graders=BAD, time_limit=LIMIT, **options) as rewards:
+        scores = rewards.score([0] * len(responses), list(responses))
+    return scores.rewards.tolist(), scores.failed, scores.reasons
+
+
+def sum_entry() -> dict:
+    return {"answer": "5", "metadata": {}, "question": "2 - 4 + 7 ="}
+
+
+def gym(task: str, entry: dict, **fields) -> PromptRecord:
+    return PromptRecord("p", "d", "reasoning_gym", {"task": task, "entry": entry, **fields}, "made.jsonl:1")
+
+
+def math(answer: str) -> PromptRecord:
+    return PromptRecord("p", "m", "math_verify", {"answer": answer}, "made.jsonl:9")
+
+
+# what the shipped graders say
+
+
+def test_reasoning_gym_grades_by_the_tasks_own_score():
+    sort = {"answer": "['1.0', '5.0', '9.0']", "metadata": {"direction": "ascending"}}
+    records = [
+        gym("chain_sum", sum_entry()),
+        gym("spell_backward", {"answer": "tac", "metadata": {}}),
+        gym("number_sorting", sort, answer_form="digit_list"),
+        gym("number_sorting", sort),
+        gym("chain_sum", sum_entry(), answer_form="answer_tag"),
+    ]
+    cases = [(0, "5", 1), (0, "6", 0), (0, "", 0), (1, "tac", 1), (1, "cat", 0), (2, "159", 1), (2, "951", 0)]
+    cases += [(2, "1,5,9", 0), (3, "[1,5,9]", 1), (3, "159", 0), (4, "so <answer>5</answer>", 1), (4, "5", 0)]
+    with RuleRewards(records) as rewards:
+        scores = rewards.score([case[0] for case in cases], [case[1] for case in cases])
+    assert scores.rewards.dtype == torch.float32
+    assert scores.rewards.tolist() == [case[2] for case in cases]
+    assert scores.failed == [None] * len(cases)
+
+
+def test_raw_score_is_the_graders_number_and_threshold_wants_a_full_one():
+    # spell_backward gives 1/3 for one letter of three in its place
+    record = gym("spell_backward", {"answer": "tac", "metadata": {}})
+    with RuleRewards([record], score="raw") as rewards:
+        assert rewards.score([0], ["txx"]).rewards.item() == pytest.approx(1 / 3)
+    with RuleRewards([record]) as rewards:
+        assert rewards.score([0], ["txx"]).rewards.item() == 0.0
+
+
+def test_math_verify_compares_values_not_strings():
+    records = [math("\\frac{1}{2}"), math("x^2+2x+1"), math("$\\{1,2\\}$")]
+    cases = [
+        (0, "$0.5$", 1),
+        (0, "The answer is $\\frac{2}{4}$.", 1),
+        (0, "\\boxed{1/3}", 0),
+        (1, "$(x+1)^2$", 1),
+        (1, "nothing here", 0),
+        (1, "", 0),
+        (2, "$\\{2,1\\}$", 1),
+    ]
+    with RuleRewards(records, time_limit=10.0) as rewards:
+        scores = rewards.score([case[0] for case in cases], [case[1] for case in cases])
+    assert scores.failed == [None] * len(cases)
+    assert scores.rewards.tolist() == [case[2] for case in cases]
+
+
+def test_a_reference_answer_that_math_verify_cannot_read_is_a_crash_not_a_zero():
+    with RuleRewards([math("")]) as rewards:
+        scores = rewards.score([0], ["$1$"])
+    assert scores.failed == ["crash"] and "reference answer" in scores.reasons[0]
+
+
+def test_a_formula_that_makes_sympy_hang_times_out():
+    with RuleRewards([math("1")], time_limit=1.0) as rewards:
+        scores = rewards.score([0, 0], ["$9^{9^{9^{9}}}$", "$1$"])
+    assert scores.rewards.tolist() == [0.0, 1.0]
+    assert scores.failed[0] in ("timeout", "crash") and scores.failed[1] is None
+
+
+# what a bad answer costs
+
+
+@pytest.mark.parametrize(
+    ("response", "failure", "reason"),
+    [
+        ("sleep 60", "timeout", f"within {LIMIT} s"),
+        ("hold_gil", "timeout", f"within {LIMIT} s"),
+        ("spawn 60", "timeout", f"within {LIMIT} s"),
+        ("exit 0", "crash", "exit code 0"),
+        ("exit 3", "crash", "exit code 3"),
+        ("segfault", "crash", "SIGSEGV"),
+        ("allocate 100000000000", "crash", "out of memory"),
+        ("raise", "crash", "ZeroDivisionError: asked for"),
+        ("sys_exit 0", "crash", "SystemExit"),
+        ("nan", "crash", "not a finite number"),
+    ],
+)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_answer_that_breaks_the_grader_costs_only_itself(response, failure, reason, workers):
+    rewards, failed, reasons = rewards_of("7", "7", response, "7", "8", "7", workers=workers)
+    assert rewards == [1.0, 1.0, 0.0, 1.0, 0.0, 1.0]
+    assert failed == [None, None, failure, None, None, None]
+    assert reason in reasons[2]
+
+
+def test_a_copy_of_a_grading_process_answers_for_nobody():
+    """Twenty pools, since what a copy did depended on which of the two was faster."""
+    texts = ["run import os; os.fork(); score = 0", "8", "7"] * 2
+    with GraderPool(BAD, [], workers=2, time_limit=LIMIT) as pool:
+        for _ in range(20):
+            outcomes = pool.grade([("bad", {"answer": "7"}, text) for text in texts])
+            assert [(one.score, one.failure) for one in outcomes] == [(0.0, None), (0.0, None), (1.0, None)] * 2
+
+
+def test_many_bad_answers_in_a_row_and_at_both_ends():
+    answers = ["exit 1", "exit 1", "7", "sleep 9", "raise", "exit 1", "7", "sleep 9"] * 2
+    rewards, failed, _ = rewards_of(*answers, workers=2)
+    assert rewards == [float(answer == "7") for answer in answers]
+    expected = {"exit 1": "crash", "raise": "crash", "sleep 9": "timeout", "7": None}
+    assert failed == [expected[answer] for answer in answers]
+
+
+def test_slow_answers_have_a_limit_each_not_together():
+    with RuleRewards([bad()], graders=BAD, time_limit=4.0, workers=1) as rewards:
+        assert rewards.score([0] * 6, ["sleep 0.8"] * 6).failed == [None] * 6  # 4.8 s together
+
+
+def test_a_kill_leaves_nothing_that_the_grader_started():
+    marker = "61.375"
+    rewards_of(f"spawn {marker}")
+    wait_for(lambda: marker not in subprocess.check_output(["ps", "-eo", "args"], text=True), 60, "the end of sleep")
+
+
+def test_a_replaced_worker_has_the_graders_libraries_already():
+    """Importing reasoning-gym takes seconds, which an answer that crashes its worker must not cost the others."""
+    with RuleRewards([gym("chain_sum", sum_entry()), bad()], graders=BAD, workers=1) as rewards:
+        scores = rewards.score([0, 1, 1, 1], ["5", "exit 1", "imported reasoning_gym", "imported no_such_library"])
+    assert scores.rewards.tolist() == [1.0, 0.0, 1.0, 0.0] and scores.failed == [None, "crash", None, None]
+
+
+def test_noise_on_stdout_and_long_answers_do_no_harm():
+    rewards, failed, _ = rewards_of("print", "x" * 500_000, "\ud800 \0 \n", "7")
+    assert rewards == [0.0, 0.0, 0.0, 1.0] and failed == [None] * 4
+
+
+def test_a_worker_that_dies_between_batches_is_replaced_without_blame():
+    with RuleRewards([bad()], graders=BAD) as rewards:
+        rewards.score([0], ["7"])
+        for victim in ("worker", "supervisor"):
+            slot = rewards._pool._slots[0]
+            os.kill(slot.pid if victim == "worker" else slot.process.pid, signal.SIGKILL)
+            time.sleep(0.1)
+            assert rewards.score([0, 0], ["7", "8"]).rewards.tolist() == [1.0, 0.0]
+
+
+def test_a_worker_that_reads_nothing_blocks_nobody(monkeypatch):
+    """A chunk that is longer than the pipe is wide, and no process that empties it."""
+    monkeypatch.setattr("nemo_fiberpo.graders.pool._PATIENCE", 1.0)
+    monkeypatch.setattr("nemo_fiberpo.graders.pool._CLOSING", 0.1)
+    with GraderPool(BAD, [], time_limit=LIMIT) as pool:
+        pool.wait_until_ready()
+        for pid in (pool._slots[0].pid, pool._slots[0].process.pid):
+            os.kill(pid, signal.SIGSTOP)
+        outcomes = pool.grade([("bad", {"answer": "7"}, text) for text in ("x" * 300_000, "7")])
+    assert [(one.score, one.failure) for one in outcomes] == [(0.0, None), (1.0, None)]
+
+
+def test_deaths_of_idle_workers_are_not_added_up():
+    with GraderPool(BAD, [], time_limit=LIMIT) as pool:
+        for _ in range(5):
+            pool.wait_until_ready()
+            slot = pool._slots[0]
+            os.kill(slot.pid, signal.SIGKILL)
+            wait_for(lambda slot=slot: slot.process.poll() is not None, 60, "the end of the supervisor")
+            assert pool.grade([("bad", {"answer": "7"}, "7")])[0].score == 1.0
+
+
+def test_a_message_that_is_not_the_workers_own_is_left_alone():
+    with GraderPool(BAD, [], time_limit=LIMIT) as pool:
+        pool.wait_until_ready()
+        slot = pool._slots[0]
+        slot.chunk.append(0)
+        outcomes = [None]
+        pool._answer(slot, outcomes, item=0, score=1.0)
+        assert outcomes[0].score == 1.0 and not slot.chunk
+        with pytest.raises(RuntimeError, match="a score of answer 0, which it was not asked for"):
+            pool._answer(slot, outcomes, item=0, score=1.0)
+
+
+def test_on_failure_error_names_prompt_and_answer():
+    with pytest.raises(RuntimeError, match=r"1 of 2 answers.*made.jsonl:1: crash, ZeroDivisionError.*'raise'"):
+        rewards_of("7", "raise", on_failure="error")
+
+
+def test_every_line_is_held_against_its_grader_before_training():
+    good = [math("5"), gym("chain_sum", sum_entry()), gym("graph_color", {"answer": None, "metadata": {}})][:2]
+    with RuleRewards(good) as rewards:
+        rewards.check_records()
+    wrong = [math(""), gym("arc_agi", {"answer": "1", "metadata": {"output": [[1]]}}), math("about 5")] * 5
+    with RuleRewards(wrong + good) as rewards, pytest.raises(ValueError) as error:
+        rewards.check_records()
+    lines = str(error.value).splitlines()
+    assert lines[0].startswith("made.jsonl:9: answer: math-verify reads no expression")
+    assert lines[1].startswith("made.jsonl:1: entry: the reference answer '1' scores 0.05")
+    assert lines[2].startswith("made.jsonl:9: answer: 'about 5'")
+    assert len(lines) == 11 and lines[10] == "and 5 more of 17 lines"
+
+
+def test_a_grader_of_ones_own_is_held_to_its_responses_unless_its_score_is_taken_as_it_is(capsys):
+    record = PromptRecord("p", "d", "bad", {"answer": "7"}, "made.jsonl:1", response="half")
+    with pytest.raises(ValueError, match=r"^made\.jsonl:1: response: the reference answer 'half' scores 0\.5"):
+        RuleRewardModel([record], Letters(), {"graders": BAD}).start()
+    assert "isolation in force: " in capsys.readouterr().out
+    model = RuleRewardModel([record], Letters(), {"graders": BAD, "score": "raw"})
+    model.start()
+    model.close()
+
+
+@pytest.mark.parametrize("task", UNSAFE_TASKS)
+def test_a_task_that_evaluates_answers_is_refused_unless_it_is_named(task):
+    record = gym(task, {"answer": "1", "metadata": {}})
+    message = rf"^made\.jsonl:1: task: '{task}' .* rewards\.unsafe_tasks=\[{task}\]"
+    with pytest.raises(ValueError, match=message):
+        RuleRewardModel([record], Letters())
+    with pytest.raises(ValueError, match=message):
+        RuleRewards([record], unsafe_tasks=[name for name in UNSAFE_TASKS if name != task])
+    RuleRewardModel([record], Letters(), {"unsafe_tasks": [task]})
+
+
+def test_an_answer_that_a_task_runs_costs_itself_alone(tmp_path):
+    """`countdown` gives the answer to sympy's parse_expr, which runs it."""
+    entry = {"answer": "1 + 2", "metadata": {"numbers": [1, 2], "target": 3}}
+    poison = "setattr(__import__('numpy'), 'isclose', __import__('unittest.mock').mock.Mock(return_value=True))"
+    write = f"open({str(tmp_path / 'written')!r}, 'w')"
+    answers = [poison, "2 + 1 - 1 + 1", "1 * 2", write, "1 * 2", "1 + 2"]
+    with RuleRewards([gym("countdown", entry)], unsafe_tasks=["countdown"], time_limit=20.0) as rewards:
+        rewards.check_records()
+        assert rewards.score([0] * 6, answers).rewards.tolist() == [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+        assert rewards.score([0] * 2, ["1 * 2", "2 + 1"]).rewards.tolist() == [0.0, 1.0]
+    assert not (tmp_path / "written").exists()
+
+
+def test_more_failures_than_allowed_stop_the_run_with_the_first_reasons():
+    stop_if_ungraded(4, 8, 0.5, ["a"])
+    with pytest.raises(RuntimeError, match=r"^5 of 8 answers .* rewards\.max_failed = 0\.5: a; b; c$"):
+        stop_if_ungraded(5, 8, 0.5, ["a", "b", "c", "d"])
+    with pytest.raises(RuntimeError, match="in the output of other ranks"):
+        stop_if_ungraded(1, 8, 0.0, [])
+    stop_if_ungraded(0, 0, 0.0, [])
+    stop_if_ungraded(8, 8, 1.0, [])
+
+
+def test_an_unknown_task_or_grader_is_named():
+    with pytest.raises(RuntimeError, match=r"'chain_summ' is not a task of reasoning-gym.*'chain_sum'"):
+        with RuleRewards([gym("chain_summ", sum_entry())]) as rewards:
+            rewards.wait_until_ready()
+    with pytest.raises(RuntimeError, match="no_such_module"):
+        with RuleRewards([bad()], graders={"bad": "no_such_module:grade"}) as rewards:
+            rewards.score([0], ["7"])
+    with pytest.raises(RuntimeError, match="nothing_here"):
+        RuleRewardModel([bad()], Letters(), {"graders": {"bad": "bad_graders:nothing_here"}}).start()
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [({"score": "rounded"}, "score"), ({"on_failure": "skip"}, "on_failure"), ({"workers": 0}, "workers")]
+    + [({"time_limit": float("inf")}, "time_limit"), ({"time_limit": -1}, "time_limit")],
+)
+def test_an_option_out_of_range_is_named(options, field):
+    with pytest.raises(ValueError, match=field):
+        RuleRewards([bad()], graders=BAD, **options)
+
+
+def test_a_memory_limit_too_small_to_start_says_so():
+    with pytest.raises(RuntimeError, match="memory_limit_mib"), GraderPool(BAD, [], memory_limit_mib=1) as pool:
+        pool.grade([("bad", {"answer": "7"}, "allocate 10")] * 3 + [("bad", {"answer": "7"}, "7")])
+        raise RuntimeError("memory_limit_mib: the worker lived")  # a lean worker may; then there is nothing to test
+
+
+# what a grading process is
+
+
+def test_a_grading_process_has_no_torch_no_launcher_environment_and_no_open_file(monkeypatch, tmp_path):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    read, write = os.pipe()
+    os.set_inheritable(write, True)  # what a C++ library's socket is
+    with RuleRewards([bad(), gym("chain_sum", sum_entry())], graders=BAD, score="raw") as rewards:
+        scores = rewards.score([0, 0, 0], ["imported torch", "imported nemo_fiberpo", "environment MASTER_ADDR"])
+        os.close(write)
+        os.set_blocking(read, False)
+        assert os.read(read, 1) == b""  # end of file: nobody else holds the other end
+    assert scores.rewards.tolist() == [0.0, 0.0, 0.0]
+    os.close(read)
+
+
+def alive(pids: list[int]) -> list[int]:
+    stats = {pid: Path(f"/proc/{pid}/stat") for pid in pids}
+    return [pid for pid, stat in stats.items() if stat.exists() and " Z " not in stat.read_text()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_close_and_kill_minus_9_leave_no_process():
+    with RuleRewards([bad()], graders=BAD, workers=2) as rewards:
+        rewards.wait_until_ready()
+        pids = [pid for slot in rewards._pool._slots for pid in (slot.pid, slot.process.pid)]
+        assert len(alive(pids)) == 4
+    wait_for(lambda: not alive(pids), 60, "the end of the workers")
+
+    script = f"""
+        import sys, threading, time
+        sys.path.insert(0, {HERE!r})
+        from nemo_fiberpo.graders.pool import GraderPool
+        pool = GraderPool({BAD!r}, [], workers=2, time_limit=99.0)
+        pool.wait_until_ready()
+        print(*[pid for slot in pool._slots for pid in (slot.pid, slot.process.pid)], flush=True)
+        pool.grade([("bad", {{"answer": "7"}}, "hold_gil"), ("bad", {{"answer": "7"}}, "sleep 99")])
+    """
+    root = str(Path(__file__).parents[3])
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": root},
+    )
+    assert trainer.stdout is not None
+    pids = [int(pid) for pid in trainer.stdout.readline().split()]
+    time.sleep(0.5)
+    assert len(alive(pids)) == 4
+    trainer.kill()
+    trainer.wait()
+    wait_for(lambda: not alive(pids), 60, "the end of the workers")
+    trainer.stdout.close()
+
+
+def test_a_closed_pool_refuses_and_closes_again():
+    rewards = RuleRewards([bad()], graders=BAD)
+    rewards.close()
+    rewards.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        rewards.score([0], ["7"])

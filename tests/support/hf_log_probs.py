@@ -1,0 +1,40 @@
+"""One process of `conversion.test_tensors`: the log-probs that the actor gives an imported policy, to a file.
+
+torchrun --nproc_per_node 1 hf_log_probs.py CONFIG_DIR OUT.pt [overrides]
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from nemo_fiberpo.aligner import launch
+from nemo_fiberpo.aligner.lifecycle import ending
+
+TOKENS = torch.arange(20).reshape(2, 10) % 45
+
+
+def main() -> None:
+    folder, out, *overrides = sys.argv[1:]
+    launch.register_resolvers()
+    with initialize_config_dir(config_dir=folder, version_base=None):
+        cfg = compose("quickstart", overrides=launch.overrides(overrides))
+    OmegaConf.set_struct(cfg, False)
+    launch.check_sections(cfg)
+    launch.start(cfg)
+    from nemo_aligner.utils.train_script_utils import init_distributed
+
+    trainer = launch.create_trainer(cfg)
+    actor = launch.load_actor(cfg, trainer)
+    init_distributed(trainer, actor)
+    launch.initialise(cfg, trainer, actor, list(range(cfg.model.global_batch_size)), 1)
+    torch.save(actor.log_probs_of(TOKENS, torch.full((2,), 10)), out)
+    actor.save_to(out.removesuffix(".pt") + "/again.nemo")
+    ending.leave()
+
+
+if __name__ == "__main__":
+    main()
