@@ -8,9 +8,7 @@ from __future__ import annotations
 import gc
 import logging as std_logging
 import os
-import re
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -19,24 +17,12 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_fiberpo.aligner.config import named_strata
-from nemo_fiberpo.aligner.config.settings import (
-    SECTIONS,
-    check_resume,
-    cluster_settings,
-    hierarchy_section,
-    token_labels_section,
-)
+from nemo_fiberpo.aligner.config.checks import check_lengths
 from nemo_fiberpo.aligner.lifecycle.preemption import shield_resource_tracker
-from nemo_fiberpo.budget_warnings import budget_warnings, log_budget_warnings
-from nemo_fiberpo.config import reject_unknown_keys
 from nemo_fiberpo.megatron.timeouts import limit_collectives
-from nemo_fiberpo.objective import ExpertPartitions, Hierarchy
-from nemo_fiberpo.plan.batches import Batches
-from nemo_fiberpo.plan.lengths import too_long
 from nemo_fiberpo.storage import pickles
 from nemo_fiberpo.storage.policy_file import read_config
-from nemo_fiberpo.values import positive_number
+
 
 def start(cfg: DictConfig) -> None:
     """Prepare the process: no pickle runs code, the CPU mode if asked for, quiet logs on CPU, one way to start helper

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from omegaconf import DictConfig
 
@@ -59,7 +59,8 @@ def read_config(cfg: DictConfig, attempt: Attempt = _directly) -> RunConfig:
 
     Raises ValueError naming the field. Logs `budget_warnings`.
     """
-    hierarchy, partitions = attempt(lambda: check_sections(cfg)) or (None, None)
+    # Typed as in training, where none is None.
+    hierarchy, partitions = cast("tuple[Hierarchy, Any]", attempt(lambda: check_sections(cfg)) or (None, None))
     algorithm = attempt(lambda: algorithm_settings(cfg))
     data = attempt(lambda: data_settings(cfg))
     rewards = attempt(lambda: reward_settings(cfg))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nemo_fiberpo.aligner.lifecycle import ending, preemption
-from nemo_fiberpo.aligner.stopping import stop_in_training
+from nemo_fiberpo.aligner.run import stop_in_training
 from nemo_fiberpo.graders.pool import GraderPool
 from tests.aligner.test_failures import alive
 from tests.support import distributed
