@@ -1,4 +1,4 @@
-"""Train a policy with FiberPO: the script for torchrun and srun. On one machine `fiberpo train` starts the ranks itself.
+"""Train a policy with FiberPO: the script for torchrun and srun. On one machine, `fiberpo train` also starts the ranks.
 
     torchrun --nproc_per_node 2 examples/train_gpt_fiberpo.py --config-name quickstart
     torchrun ... examples/train_gpt_fiberpo.py --config-name my_run hierarchy=trajectory algorithm.rl_steps=200

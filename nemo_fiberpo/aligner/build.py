@@ -40,7 +40,7 @@ def start(cfg: DictConfig) -> None:
     if cfg.cpu:
         # What these say on a CPU is which GPU features are absent, and NeMo names every default of its config.
         logging.setLevel(logging.ERROR)
-        for name in ("lightning.pytorch", "pytorch_lightning", "megatron"):
+        for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "megatron"):
             std_logging.getLogger(name).setLevel(std_logging.ERROR)
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 

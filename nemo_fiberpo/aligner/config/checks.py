@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -94,6 +95,7 @@ def check_sections(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None]
     if "collective_timeout" in cfg:
         positive_number(cfg.collective_timeout, "collective_timeout")
     check_resume(cfg)
+    check_wandb(cfg)
     if (cfg.get("trainer") or {}).get("max_time") is not None:
         raise ValueError(
             f"trainer.max_time: {cfg.trainer.max_time!r} would stop Lightning's own loop, which does not run here; set "
@@ -103,6 +105,17 @@ def check_sections(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None]
     token_labels_section(cfg)
     log_budget_warnings(budget_warnings(hierarchy), "hierarchy: ")
     return hierarchy, partitions
+
+
+def check_wandb(cfg: DictConfig) -> None:
+    """ValueError unless `wandb` is true or false, and the package is there where it is true."""
+    wanted = cfg.get("wandb", False)
+    if not isinstance(wanted, bool):
+        raise ValueError(
+            f"wandb: must be true or false, got {wanted!r}; the project is exp_manager.wandb_logger_kwargs"
+        )
+    if wanted and importlib.util.find_spec("wandb") is None:
+        raise ValueError("wandb: true, but the package is not installed; pip install wandb, or set it to false")
 
 
 def check_host(cfg: DictConfig) -> None:

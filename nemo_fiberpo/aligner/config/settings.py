@@ -49,6 +49,7 @@ SECTIONS = (
     "warm_start",
     "cluster",
     "cpu",
+    "wandb",
     "collective_timeout",
     "resume",
     "run_dir",

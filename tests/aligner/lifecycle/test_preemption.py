@@ -22,7 +22,7 @@ from tests.support.launching import environment
 CATCH = """
 import os, signal, time
 from nemo_fiberpo.aligner.lifecycle import preemption
-preemption.SAME_SIGTERM = {same}
+preemption.SAME_SIGNAL = {same}
 preemption.install()
 for name in {sent}:
     os.kill(os.getpid(), getattr(signal, name))
