@@ -96,7 +96,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         allow_abbrev=False,
     )
     # argparse measures this name alone when it places the help of the commands.
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND ...")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND ...", prog="fiberpo")
     of_runs: dict[str, argparse.ArgumentParser] = {}
 
     def add(name: str, **texts: Any) -> argparse.ArgumentParser:

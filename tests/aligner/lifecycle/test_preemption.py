@@ -223,7 +223,7 @@ def test_a_helper_that_multiprocessing_starts_ends_with_its_parent(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import multiprocessing, os, signal, time\n"
-        "from nemo_fiberpo.aligner import preemption\n"
+        "from nemo_fiberpo.aligner.lifecycle import preemption\n"
         "preemption.install(__name__)\n"
         "if __name__ == '__main__':\n"
         "    manager = multiprocessing.get_context('spawn').Manager()\n"
