@@ -24,6 +24,7 @@ is as if it were left out.
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,6 +40,7 @@ from .labelling.expert_partitions import COLUMN
 from .labelling.token_labels import TokenLabels
 from .objective import Budget, ExpertPartitions, Hierarchy, SlopeCap, Stratum
 from .values import at, nearest, positive_number
+from .yaml_text import check_yaml
 
 NAMED = ("strata", "branches")
 """The keys of a hierarchy that hold strata, by name or as a list."""
@@ -152,9 +154,14 @@ def reject_unknown_keys(cfg: Mapping[Any, Any], valid: Iterable[str], where: str
 
 def _read(path: str) -> Any:
     try:
-        return _plain(OmegaConf.load(path))
+        with open(path, "rb") as file:
+            text = file.read().decode()
+        check_yaml(text)
+        return _plain(OmegaConf.load(io.StringIO(text)))
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error}") from error
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark is not None else ""

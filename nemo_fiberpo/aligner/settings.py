@@ -8,6 +8,7 @@ NeMo's own.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,9 @@ class DataSettings:
     heldout_greedy: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("train", "heldout"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name}: is empty; name a JSONL file")
         whole(self, "max_prompt_length", 1)
         choice(self, "too_long", TOO_LONG)
 
@@ -107,6 +111,12 @@ class RewardSettings:
             if task not in UNSAFE_TASKS:
                 raise ValueError(f"unsafe_tasks: {task!r} is unknown{nearest(task, UNSAFE_TASKS)}")
         object.__setattr__(self, "unsafe_tasks", sorted(set(tasks)))
+        for name, target in self.graders.items() if isinstance(self.graders, Mapping) else ():
+            if not isinstance(target, str) or not re.fullmatch(r"\w+(\.\w+)*:\w+", target):
+                raise ValueError(
+                    f"graders.{name}: must be package.module:function, got {target!r}; the module is found beside the "
+                    "run config, too"
+                )
         if (self.kind == "server") != (self.server is not None):
             raise ValueError("server: the reward server's address, for kind: server and only there")
         for entry in dataclasses.fields(self) if self.kind == "server" else ():
@@ -144,6 +154,15 @@ class WarmStartSettings:
     rehearsal: float
     check_every: int
     check_prompts: int
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "check_every", "check_prompts"):
+            whole(self, name, 1)
+        positive_number(self.lr, "lr")
+        for name in ("stop_reward", "rehearsal"):
+            share = getattr(self, name)
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+                raise ValueError(f"{name}: must be a number from 0 to 1, got {share!r}")
 
 
 def hierarchy_section(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None]:
@@ -217,7 +236,7 @@ def cluster_settings(cfg: DictConfig) -> Assumptions:
 def check_resume(cfg: DictConfig) -> None:
     """The `resume` section: `allow` lists the keys that may differ when a run goes on. ValueError names the field;
     `resume.RunRecord` says which keys there are."""
-    if cfg.get("resume") is None:
+    if "resume" not in cfg:
         return
     values = plain(cfg, "resume")
     reject_unknown_keys(values, ("allow",), "resume")
