@@ -24,18 +24,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_fiberpo.aligner import launch, preemption
 from nemo_fiberpo.aligner.ending import explain
-from nemo_fiberpo.aligner.model_checks import first_token, partition_table
+from nemo_fiberpo.aligner.model_checks import first_token
 from nemo_fiberpo.aligner.resume import RunRecord
 from nemo_fiberpo.aligner.resumption import find_checkpoint
-from nemo_fiberpo.aligner.settings import (
-    algorithm_settings,
-    check_precision,
-    data_settings,
-    reward_settings,
-    token_labels_section,
-)
+from nemo_fiberpo.aligner.run_checks import check_files, check_graders, check_run
+from nemo_fiberpo.aligner.settings import token_labels_section
 from nemo_fiberpo.aligner.stopping import stop_before_training, stop_in_training
-from nemo_fiberpo.objective import check_gating
 
 launch.prepare_hydra()
 preemption.install(__name__)
@@ -44,19 +38,15 @@ CHECK_ONLY = "--check" in sys.argv
 
 def run(cfg: DictConfig) -> None:
     # The config is checked before anything is imported that takes time.
-    hierarchy, partitions = launch.check_sections(cfg)
-    launch.check_host(cfg)
-    settings, data, reward = algorithm_settings(cfg), data_settings(cfg), reward_settings(cfg)
-    check_gating(settings.gating_map, hierarchy, partitions.soft_columns if partitions is not None else ())
-    settings.check_passes(hierarchy.active, cfg.model.micro_batch_size)
-    settings.check_data(data)
-    check_precision(cfg.trainer.precision)
-    launch.check_lengths(cfg)
-    if partitions is not None and "num_moe_experts" in cfg.model:
-        partition_table(partitions, cfg.model)
+    checked = check_run(cfg)
+    check_graders(checked.reward.graders)
+    hierarchy, partitions, settings = checked.hierarchy, checked.partitions, checked.settings
+    data, reward = checked.data, checked.reward
     record = RunRecord(cfg)
     if CHECK_ONLY:
         record.check()  # else the first rank does, under the run's lock
+        print(f"checked: {', '.join(key for key in cfg if cfg[key] is not None)}")
+        print("\n".join(check_files(cfg, checked)), flush=True)
         return
     found = find_checkpoint(cfg, record)
     launch.start(cfg)
@@ -188,7 +178,7 @@ def train_and_evaluate(
         if launch.is_first_rank():
             write_rows(run_dir / f"heldout_{moment}.jsonl", rows)
             means = ", ".join(f"{name} {mean:.3f}" for name, mean in mean_rewards(rows, "sampled").items())
-            print(f"held-out reward {moment}: {means}", flush=True)
+            print(f"held-out reward {moment}: {means or 'no answer could be graded'}", flush=True)
 
     stop_before_training(restored)
     if fiberpo.step == 0:
@@ -205,15 +195,16 @@ def train_and_evaluate(
     evaluate("after")
     if launch.is_first_rank():
         table = make_report(run_dir, title=cfg.name)
-        print(format_table(table) if table else "")
+        print(format_table(table) if table else "no held-out prompt was graded both before and after: no table")
         print(f"wrote {run_dir}/report.png and metrics.jsonl; TensorBoard log and checkpoints are in {run_dir}/nemo")
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="quickstart")
 def main(cfg: DictConfig) -> None:
+    launch.find_modules_beside_the_config()
     explain(lambda: run(cfg))
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = launch.overrides(argument for argument in sys.argv[1:] if argument != "--check")
+    sys.argv[1:] = launch.command_line(argument for argument in sys.argv[1:] if argument != "--check")
     main()

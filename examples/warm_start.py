@@ -25,16 +25,15 @@ from nemo_fiberpo.aligner.ending import explain
 from nemo_fiberpo.aligner.first_rank import decided
 from nemo_fiberpo.aligner.resume import RunRecord
 from nemo_fiberpo.aligner.resumption import take_directory
-from nemo_fiberpo.aligner.settings import check_precision, data_settings, reward_settings, warm_start_settings
+from nemo_fiberpo.aligner.run_checks import check_run
+from nemo_fiberpo.aligner.settings import warm_start_settings
 
 launch.prepare_hydra()
 
 
 def run(cfg: DictConfig) -> None:
-    hierarchy, _ = launch.check_sections(cfg)
-    settings, data, reward = warm_start_settings(cfg), data_settings(cfg), reward_settings(cfg)
-    check_precision(cfg.trainer.precision)
-    launch.check_lengths(cfg)
+    checked = check_run(cfg)
+    hierarchy, data, reward, settings = checked.hierarchy, checked.data, checked.reward, warm_start_settings(cfg)
     record, target = RunRecord(cfg), Path(cfg.pretrained_checkpoint.restore_from_path)
     if decided(cfg.collective_timeout, lambda: whether_to_train(cfg, record, target)) is None:
         return
@@ -207,5 +206,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = launch.overrides(sys.argv[1:])
+    sys.argv[1:] = launch.command_line(sys.argv[1:])
     main()

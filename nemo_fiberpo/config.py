@@ -140,7 +140,7 @@ def section(cfg: Source) -> Iterator[Any]:
         return
     if not isinstance(cfg, Mapping | DictConfig):
         raise ValueError(f"hierarchy: must be a mapping or the path of a YAML file, got {cfg!r}")
-    yield _plain(cfg)
+    yield as_plain(cfg)
 
 
 def reject_unknown_keys(cfg: Mapping[Any, Any], valid: Iterable[str], where: str = "") -> None:
@@ -157,7 +157,7 @@ def _read(path: str) -> Any:
         with open(path, "rb") as file:
             text = file.read().decode()
         check_yaml(text)
-        return _plain(OmegaConf.load(io.StringIO(text)))
+        return as_plain(OmegaConf.load(io.StringIO(text)))
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -168,14 +168,24 @@ def _read(path: str) -> Any:
         raise ValueError(f"{line}not valid YAML: {getattr(error, 'problem', None) or error}") from error
 
 
-def _plain(cfg: Any) -> Any:
-    """`cfg` as plain dicts, lists and scalars, interpolations resolved."""
-    try:
+def as_plain(cfg: Any) -> Any:
+    """`cfg` as plain dicts, lists and scalars, interpolations resolved. ValueError naming the key of one that cannot
+    be, and of a value that is missing."""
+    with named_references():
         node = cfg if OmegaConf.is_config(cfg) else OmegaConf.create(cfg)
         return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+
+
+@contextmanager
+def named_references() -> Iterator[None]:
+    """Errors of OmegaConf, as of a reference that leads nowhere, are a ValueError of one line that names the key."""
+    try:
+        yield
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
         raise ValueError(f"{key}{str(error).splitlines()[0]}") from error
+    except RecursionError as error:
+        raise ValueError("nested too deep, or references that go round in circles") from error
 
 
 def mapping(value: Any, where: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import re
 
 import yaml
 
-_SIXTIES = re.compile(r"[-+]?\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?")
+_SIXTIES = re.compile(r"[-+]?[1-9][\d_]*(:[0-5]?\d)+|[-+]?\d[\d_]*(:[0-5]?\d)+\.[\d_]*")
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
 MOST_ALIASED = 1000
 DEEPEST = 100
@@ -18,8 +18,8 @@ DEEPEST = 100
 
 def check_yaml(text: str) -> None:
     """ValueError that begins with the line, for a number that is read otherwise than it looks, for nesting deeper than
-    DEEPEST, for an alias inside what it stands for, and for aliases that stand for more than MOST_ALIASED values. Errors of
-    the syntax are yaml.YAMLError."""
+    DEEPEST, for an alias inside what it stands for, and for aliases that stand for more than MOST_ALIASED values.
+    Errors of the syntax are yaml.YAMLError."""
     sizes: dict[str, int] = {}  # values that an anchor stands for
     total = aliased = 0
     open_: list[tuple[str | None, int]] = []  # collections around the place: anchor, values before it

@@ -7,9 +7,9 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from nemo_fiberpo.config import mapping, reject_unknown_keys
+from nemo_fiberpo.config import as_plain, mapping, reject_unknown_keys
 from nemo_fiberpo.values import is_finite, nearest, short
 
 _NAMES: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
@@ -20,9 +20,10 @@ _SEVERAL: dict[Any, str] = {
 
 def plain(cfg: DictConfig, section: str) -> dict[str, Any]:
     """A section of a config as plain values, references resolved. ValueError unless it is a mapping."""
-    if not isinstance(cfg.get(section), DictConfig):
-        raise ValueError(f"{section}: must be a mapping, got {cfg.get(section)!r}")
-    return mapping(OmegaConf.to_container(cfg[section], resolve=True, throw_on_missing=True), section)
+    node = cfg.get(section)
+    if not isinstance(node, DictConfig):
+        raise ValueError(f"{section}: must be a mapping, got {node!r}")
+    return mapping(as_plain(node), section)
 
 
 def build(kind: type, values: dict[str, Any], where: str, **extra: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Ending a run early and well: SIGUSR1 or SIGTERM to any rank, or the time limit of a run.
+"""Ending a run early and well: SIGUSR1, SIGTERM or Ctrl-C (SIGINT) to any rank, or the time limit of a run.
 
 A signal sets a flag. After the RL step in progress all ranks agree whether one of them got a signal; then a checkpoint
 is saved, and every rank leaves its process groups and exits with `NOT_FINISHED`. The same command goes on from there.
@@ -19,14 +19,15 @@ import torch
 
 from nemo_fiberpo.aligner.graders import die_with_parent
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 NOT_FINISHED = os.EX_TEMPFAIL  # 75: not an error, run the same command again
-# Seconds within which a second SIGTERM is the first one again: torchrun passes its own on to ranks that a scheduler
-# has signalled already.
-SAME_SIGTERM = 5.0
+# Seconds within which a second SIGTERM or SIGINT is the first one again: torchrun passes its own on to ranks that a
+# scheduler or a terminal has signalled already.
+SAME_SIGNAL = 5.0
+SAME_KEY = 0.3  # of Ctrl-C without torchrun
 
 _received = 0  # number of the first signal
-_sigterm_at: float | None = None
+_first_at: float | None = None  # when a SIGTERM or SIGINT came
 
 
 class Stopped(Exception):
@@ -39,9 +40,9 @@ class Stopped(Exception):
 
 
 def install(main: str = "__main__") -> None:
-    """From now on SIGUSR1 and SIGTERM set a flag. A SIGTERM well after the first ends the process at once. The end of
-    torchrun is a SIGTERM to the ranks that it started itself: they would train on without it, out of the scheduler's
-    sight.
+    """From now on the three signals set a flag. A SIGTERM or SIGINT well after the first ends the process at once. The
+    end of torchrun is a SIGTERM to the ranks that it started itself: they would train on without it, out of the
+    scheduler's sight.
 
     main  `__name__` of the script. `multiprocessing` reads it again as "__mp_main__" in a process that it starts, as
           Megatron's first save does: such a process, which lets the signals pass, also ends with its parent; it would
@@ -58,23 +59,26 @@ def install(main: str = "__main__") -> None:
 
 def shield_resource_tracker() -> None:
     """Start the process in which multiprocessing keeps track of semaphores so that a signal to the whole job lets it
-    live. It ignores SIGTERM by itself, not SIGUSR1; the next one that Python starts in its place knows nothing of the
-    semaphores that there are, and says so in a traceback for each when the run ends."""
+    live. It ignores SIGTERM and SIGINT by itself, not SIGUSR1; the next one that Python starts in its place knows
+    nothing of the semaphores that there are, and says so in a traceback for each when the run ends."""
     with held_back():
         resource_tracker.ensure_running()
 
 
 def _note(number: int, _frame: FrameType | None) -> None:
-    global _received, _sigterm_at
+    global _received, _first_at
+    if number == signal.SIGINT and not _received and os.environ.get("RANK", "0") == "0":
+        os.write(2, b"\nCtrl-C: the RL step in progress ends and is saved; once more ends the run at once\n")
     _received = _received or number
-    if number != signal.SIGTERM:
+    if number == signal.SIGUSR1:
         return
     now = time.monotonic()
-    if _sigterm_at is None:
-        _sigterm_at = now
-    elif now - _sigterm_at > SAME_SIGTERM:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTERM)
+    same = SAME_SIGNAL if number == signal.SIGTERM or "TORCHELASTIC_RUN_ID" in os.environ else SAME_KEY
+    if _first_at is None:
+        _first_at = now
+    elif now - _first_at > same:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
 
 def finish() -> None:
@@ -86,7 +90,7 @@ def finish() -> None:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Both signals wait in this thread meanwhile. A process that is started inside starts with them held back, and can
+    """The signals wait in this thread meanwhile. A process that is started inside starts with them held back, and can
     say what becomes of them before they reach it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

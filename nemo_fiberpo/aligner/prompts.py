@@ -36,6 +36,7 @@ _REQUIRED = ("prompt", "domain", "grader")
 _OPTIONAL = ("id", "response")
 _STRATA, _META = "strata", "meta"
 _OF_ROLLOUT = ("domain", "prompt_group", "trajectory", "state", COLUMN)  # strata whose labels are not for `strata`
+_ALL = "all"  # in metrics and tables, the mean over all domains
 _TOLD = 10  # lines that are wrong of which a message tells
 _JSON_NAMES: dict[type, str] = {str: "a string", dict: "an object"}
 
@@ -112,6 +113,8 @@ def _record(where: str, line: bytes, own_graders: Collection[str]) -> PromptReco
                 raise ValueError(f"{where}: {name}: is empty; leave it out")
     strata = data.get(_STRATA, {})
     _check_names(where, "domain", [data["domain"]])
+    if data["domain"] == _ALL:
+        raise ValueError(f"{where}: domain: {_ALL!r} is what the mean over all domains is called; take another name")
     _check_strata(where, strata)
     known = (*_REQUIRED, *_OPTIONAL, _STRATA, _META)
     rest = {name: value for name, value in data.items() if name not in known}

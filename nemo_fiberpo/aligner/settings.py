@@ -24,7 +24,6 @@ from nemo_fiberpo.config import (
     parse_hierarchy,
     parse_token_labels,
     reject_unknown_keys,
-    section,
 )
 from nemo_fiberpo.labelling.token_labels import TokenLabels
 from nemo_fiberpo.objective import OBJECTIVES, ExpertPartitions, Hierarchy
@@ -167,15 +166,17 @@ class WarmStartSettings:
 
 def hierarchy_section(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None]:
     """The `hierarchy` section, and how it partitions experts, if it does. Raises ValueError naming the field."""
-    with at("hierarchy."), section(cfg.hierarchy) as plain:
-        hierarchy = parse_hierarchy(plain)
-        return hierarchy, parse_expert_partitions(plain, hierarchy)
+    values = plain(cfg, "hierarchy")
+    with at("hierarchy."):
+        hierarchy = parse_hierarchy(values)
+        return hierarchy, parse_expert_partitions(values, hierarchy)
 
 
 def token_labels_section(cfg: DictConfig) -> TokenLabels | None:
     """`token_labels` and `ignore` of the `hierarchy` section. Raises ValueError naming the field."""
-    with at("hierarchy."), section(cfg.hierarchy) as plain:
-        return parse_token_labels(plain, parse_hierarchy(plain))
+    values = plain(cfg, "hierarchy")
+    with at("hierarchy."):
+        return parse_token_labels(values, parse_hierarchy(values))
 
 
 def algorithm_settings(cfg: DictConfig) -> AlgorithmSettings:
@@ -236,7 +237,7 @@ def cluster_settings(cfg: DictConfig) -> Assumptions:
 def check_resume(cfg: DictConfig) -> None:
     """The `resume` section: `allow` lists the keys that may differ when a run goes on. ValueError names the field;
     `resume.RunRecord` says which keys there are."""
-    if "resume" not in cfg:
+    if cfg.get("resume") is None:
         return
     values = plain(cfg, "resume")
     reject_unknown_keys(values, ("allow",), "resume")

@@ -88,6 +88,7 @@ def test_a_file_with_mark_blank_lines_and_no_last_newline_is_read(tmp_path):
         (line(grader="reasoning_gym", answer=None, task="gcd", entry={}), "entry: is empty"),
         (line(strata={"domain": "x"}), "strata.domain: 'domain' has labels of its own, these would not be read"),
         (line(strata={"trajectory": "x"}), "strata.trajectory: 'trajectory' has labels of its own"),
+        (line(domain="all"), "domain: 'all' is what the mean over all domains is called"),
         (line(strata={"language": ""}), "strata: '' is no name"),
         (line(domain="a\nb"), "domain: 'a\\nb' is no name: it is empty, or has control characters"),
     ],
