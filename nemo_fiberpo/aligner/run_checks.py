@@ -17,6 +17,7 @@ from nemo_fiberpo.aligner import launch
 from nemo_fiberpo.aligner.algorithm import AlgorithmSettings
 from nemo_fiberpo.aligner.fields import build, fits, in_words, plain
 from nemo_fiberpo.aligner.model_checks import model_problems, partition_table
+from nemo_fiberpo.aligner.nemo_keys import check_nemo_keys
 from nemo_fiberpo.aligner.policy_file import read_config
 from nemo_fiberpo.aligner.prompts import load_prompts
 from nemo_fiberpo.aligner.settings import (
@@ -64,6 +65,14 @@ class Checked:
     reward: RewardSettings
 
 
+def pretrained_checkpoint(cfg: DictConfig) -> PretrainedCheckpoint:
+    """The `pretrained_checkpoint` section. Raises ValueError naming the field."""
+    made: PretrainedCheckpoint = build(
+        PretrainedCheckpoint, plain(cfg, "pretrained_checkpoint"), "pretrained_checkpoint"
+    )
+    return made
+
+
 def check_shape(cfg: DictConfig) -> None:
     """Sections are mappings, and the keys beside them of their types; an unknown one is refused."""
     reject_unknown_keys(cfg, SECTIONS)
@@ -90,13 +99,14 @@ def check_run(cfg: DictConfig) -> Checked:
     hierarchy, partitions = launch.check_sections(cfg)
     launch.check_host(cfg)
     checked = Checked(hierarchy, partitions, algorithm_settings(cfg), data_settings(cfg), reward_settings(cfg))
-    build(PretrainedCheckpoint, plain(cfg, "pretrained_checkpoint"), "pretrained_checkpoint")
+    pretrained_checkpoint(cfg)
     if cfg.get("warm_start") is not None:
         warm_start_settings(cfg)
     as_plain(cfg)  # every reference leads somewhere
     columns = partitions.soft_columns if partitions is not None else ()
     check_gating(checked.settings.gating_map, hierarchy, columns)
     check_precision(cfg.trainer.get("precision"))
+    check_nemo_keys(cfg)
     check_loggers(cfg.exp_manager)
     for problem in model_problems(cfg.model, cfg.get("cpu", False)):
         raise ValueError(problem)

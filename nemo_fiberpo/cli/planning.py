@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_fiberpo.aligner import launch
 from nemo_fiberpo.aligner.algorithm import AlgorithmSettings
 from nemo_fiberpo.aligner.model_checks import model_problems, partition_table
+from nemo_fiberpo.aligner.nemo_keys import check_nemo_keys
 from nemo_fiberpo.aligner.policy_file import read_config
 from nemo_fiberpo.aligner.prompts import load_prompts
 from nemo_fiberpo.aligner.resume import RunRecord
+from nemo_fiberpo.aligner.run_checks import check_shape
 from nemo_fiberpo.aligner.settings import (
     DataSettings,
     algorithm_settings,
@@ -47,23 +49,25 @@ def plan_of(cfg: DictConfig, name: str) -> Plan:
             "algorithm: fiberpo, model: policy, _self_], or with a layout, defaults: [cluster/mixtral_8x7b, _self_]"
         )
     problems: list[str] = []
+    filled = _filled(cfg)
 
     def tried(make: Callable[[], Any]) -> Any:
         try:
             return make()
-        except OmegaConfBaseException as error:
-            if not _follows(cfg, error.full_key, problems):
-                problems.append(_key_and_line(error))
-        except ValueError as error:
-            if str(error) not in problems:
+        except (OmegaConfBaseException, ValueError) as error:
+            reference = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+            if isinstance(reference, OmegaConfBaseException):
+                if not _follows(cfg, reference.full_key, problems):
+                    problems.append(_key_and_line(reference))
+            elif str(error) not in problems:
                 problems.append(str(error))
         return None
 
+    tried(lambda: check_shape(cfg))
     launch_checked = tried(lambda: launch.check_sections(cfg))
     hierarchy, partitions = launch_checked or (None, None)
     assumptions = tried(lambda: cluster_settings(cfg)) or _fallback(cfg)
     settings = tried(lambda: algorithm_settings(cfg))
-    filled = _filled(cfg)
     data = tried(lambda: data_settings(filled))
     tried(lambda: reward_settings(cfg))
     tried(lambda: check_precision(cfg.trainer.precision))
@@ -72,6 +76,7 @@ def plan_of(cfg: DictConfig, name: str) -> Plan:
         tried(lambda: RunRecord(filled).check_allowed())
     if settings is not None and data is not None:
         tried(lambda: settings.check_data(data))
+    tried(lambda: check_nemo_keys(filled))  # before the checkpoint's own keys join them
     tried(lambda: _add_checkpoint(cfg))
     if assumptions.host == "nemo_aligner":
         problems += model_problems(cfg.model, bool(cfg.get("cpu", False)))
@@ -83,12 +88,23 @@ def plan_of(cfg: DictConfig, name: str) -> Plan:
     if request is None:
         return Plan(name, assumptions, on_cpu(cfg), problems=problems)
     plan = make_plan(request, problems)
+    plan.unchecked += _not_there(cfg)
     if OmegaConf.is_interpolation(cfg.trainer, "devices") and "LOCAL_WORLD_SIZE" not in os.environ:
         plan.warnings.append(
             f"trainer.devices: {cfg.trainer.devices}, since LOCAL_WORLD_SIZE is not set, which the launcher sets to "
             "the ranks of a node; give trainer.devices"
         )
     return plan
+
+
+def _not_there(cfg: DictConfig) -> Iterator[str]:
+    """A line for each file that the configuration names and that is not there."""
+    for section, key in (("data", "train"), ("data", "heldout"), ("pretrained_checkpoint", "restore_from_path")):
+        if OmegaConf.is_missing(cfg[section], key):
+            continue
+        path = cfg[section].get(key)
+        if isinstance(path, str) and not Path(path).exists():
+            yield f"{section}.{key}: there is no {path}"
 
 
 def _key_and_line(error: OmegaConfBaseException) -> str:
@@ -216,7 +232,7 @@ def _labels(
 ) -> PromptLabels:
     """Labels of data.train, where it is there; else assumed ones."""
     path = None if OmegaConf.is_missing(cfg.data, "train") else Path(cfg.data.train)
-    if path is None or not path.is_file():
+    if path is None or not path.exists():
         return PromptLabels.assumed(hierarchy, prompts, assumptions.labels, of_tokens)
     records = load_prompts(path, tuple(reward_settings(cfg).graders or ()))
     labels, names = {}, {}
