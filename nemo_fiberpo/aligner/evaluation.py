@@ -16,7 +16,7 @@ from nemo_fiberpo.aligner.inference_layout import generation_axis
 from nemo_fiberpo.aligner.prompts import PromptDataset, collate_prompts
 from nemo_fiberpo.aligner.rewards import decode_responses, stop_if_ungraded
 from nemo_fiberpo.aligner.rollout import padded_share
-from nemo_fiberpo.aligner.rule_rewards import OK
+from nemo_fiberpo.aligner.rule_rewards import CRASH
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def evaluate(
         seed   of the sampling: the same prompts and seed give paired samples before and after training
 
     Returns rows {prompt_index, domain, mode, reward, response, length, ended}, by mode and prompt, the same on every
-    rank; prompt_index counts within `prompts`, reward is None where the response could not be graded.
+    rank; prompt_index counts within `prompts`, reward is None where the grader crashed on the response.
 
     SPMD: every rank calls this; prompts are sharded over data- and context-parallel ranks.
     """
@@ -74,7 +74,7 @@ def _evaluate_batch(
             "prompt_index": index,
             "domain": prompts.records[index].domain,
             "mode": mode,
-            "reward": reward if failed == OK else None,
+            "reward": reward if failed != CRASH else None,
             "response": text,
             "length": length,
             "ended": bool(ended),

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def test_a_formula_that_makes_sympy_hang_times_out():
         ("exit 0", "crash", "exit code 0"),
         ("exit 3", "crash", "exit code 3"),
         ("segfault", "crash", "SIGSEGV"),
-        ("allocate 100000000000", "crash", "out of memory"),
+        ("allocate 100000000000", "memory", "out of memory"),
         ("raise", "crash", "ZeroDivisionError: asked for"),
         ("sys_exit 0", "crash", "SystemExit"),
         ("nan", "crash", "not a finite number"),
@@ -249,10 +250,9 @@ def test_a_task_that_evaluates_answers_is_refused_unless_it_is_named(task):
     record = gym(task, {"answer": "1", "metadata": {}})
     message = rf"^made\.jsonl:1: task: '{task}' .* rewards\.unsafe_tasks=\[{task}\]"
     with pytest.raises(ValueError, match=message):
-        RuleRewardModel([record], Letters())
+        RuleRewardModel([record], Letters()).start()
     with pytest.raises(ValueError, match=message):
         RuleRewards([record], unsafe_tasks=[name for name in UNSAFE_TASKS if name != task])
-    RuleRewardModel([record], Letters(), {"unsafe_tasks": [task]})
 
 
 def test_an_answer_that_a_task_runs_costs_itself_alone(tmp_path):
@@ -366,3 +366,13 @@ def test_a_closed_pool_refuses_and_closes_again():
     rewards.close()
     with pytest.raises(RuntimeError, match="closed"):
         rewards.score([0], ["7"])
+
+
+def test_an_answer_that_hangs_the_grader_is_not_left_out_of_the_loss():
+    """Else a policy would learn to hang the grader where it knows no answer."""
+    from nemo_fiberpo.aligner.trainer import FiberPOTrainer
+
+    trainer = SimpleNamespace(rm_critic=SimpleNamespace(drops_failures=True))
+    sample = {"grader_failed": torch.tensor([0, 1, 2])}
+    FiberPOTrainer._add_rewards(trainer, sample, (torch.tensor([1.0, 0.5, 0.5]), None))
+    assert sample["rewards"].tolist() == [1.0, 0.0, 0.0] and sample["valid"].tolist() == [1, 1, 0]
