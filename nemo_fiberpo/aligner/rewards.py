@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nemo_fiberpo.aligner.prompts import PromptRecord, Tokenizer
-from nemo_fiberpo.aligner.rule_rewards import CRASH, EXHAUSTED, RuleRewards, Scores
+from nemo_fiberpo.aligner.rule_rewards import CRASH, EXHAUSTED, OK, RuleRewards, Scores
 from nemo_fiberpo.aligner.settings import RewardSettings
 
 if TYPE_CHECKING:
@@ -178,6 +178,13 @@ def make_reward_model(settings: RewardSettings, records: Sequence[PromptRecord],
     from nemo_fiberpo.aligner.remote_rewards import RemoteRewardModel
 
     return RemoteRewardModel(OmegaConf.create(dict(settings.server or {})))
+
+
+def settled(rewards: Tensor, grader_failed: Tensor, drops_failures: bool) -> tuple[Tensor, Tensor]:
+    """Rewards with 0 where the grader failed, and int64 [B]: 0 for the samples that are left out of the loss and of every
+    baseline. Those are the crashes, where `drops_failures`; one that exhausts its time or memory stays, with reward 0."""
+    valid = grader_failed != CRASH if drops_failures else torch.ones_like(grader_failed, dtype=torch.bool)
+    return torch.where(grader_failed != OK, 0.0, rewards), valid.long()
 
 
 def reward_metrics(

@@ -26,9 +26,9 @@ from nemo_fiberpo.aligner.inference_layout import generation_axis
 from nemo_fiberpo.aligner.minibatch import Minibatch, flat, in_rows, shape_of, take
 from nemo_fiberpo.aligner.prompts import PromptDataset
 from nemo_fiberpo.aligner.response_labels import ResponseLabels
-from nemo_fiberpo.aligner.rewards import reward_metrics, stop_if_ungraded
+from nemo_fiberpo.aligner.rewards import reward_metrics, settled, stop_if_ungraded
 from nemo_fiberpo.aligner.rollout import grouped_rollout, repeated_prompts, response_mask
-from nemo_fiberpo.aligner.rule_rewards import CRASH, OK
+from nemo_fiberpo.aligner.rule_rewards import OK
 from nemo_fiberpo.aligner.strata import StrataLabels
 from nemo_fiberpo.budget_warnings import log_budget_warnings, overrun_warnings
 from nemo_fiberpo.labelling.expert_partitions import COLUMN
@@ -158,9 +158,7 @@ class FiberPOTrainer(PPOTrainer):
 
     def _add_rewards(self, sample: dict[str, Tensor], future: Any) -> None:
         rewards, _ = future.result() if isinstance(future, FutureResult) else future
-        failed, crashed = sample["grader_failed"] != OK, sample["grader_failed"] == CRASH
-        sample["rewards"] = torch.where(failed, 0.0, rewards)
-        sample["valid"] = (~crashed).long() if self.rm_critic.drops_failures else torch.ones_like(crashed).long()
+        sample["rewards"], sample["valid"] = settled(rewards, sample["grader_failed"], self.rm_critic.drops_failures)
 
     def generate_ppo_data(self, rollout_batch: Mapping[str, Tensor]):
         """What the optimizer steps need, and the exchanges of the rollout that agree on cells and denominators.

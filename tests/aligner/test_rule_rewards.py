@@ -9,7 +9,6 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ import torch
 from nemo_fiberpo.aligner.grader_pool import GraderPool
 from nemo_fiberpo.aligner.graders import UNSAFE_TASKS
 from nemo_fiberpo.aligner.prompts import PromptRecord
-from nemo_fiberpo.aligner.rewards import RuleRewardModel, stop_if_ungraded
+from nemo_fiberpo.aligner.rewards import RuleRewardModel, settled, stop_if_ungraded
 from nemo_fiberpo.aligner.rule_rewards import RuleRewards
 from tests.aligner.bad_records import BAD, HERE, Letters, bad
 from tests.aligner.launching import wait_for
@@ -370,9 +369,6 @@ def test_a_closed_pool_refuses_and_closes_again():
 
 def test_an_answer_that_hangs_the_grader_is_not_left_out_of_the_loss():
     """Else a policy would learn to hang the grader where it knows no answer."""
-    from nemo_fiberpo.aligner.trainer import FiberPOTrainer
-
-    trainer = SimpleNamespace(rm_critic=SimpleNamespace(drops_failures=True))
-    sample = {"grader_failed": torch.tensor([0, 1, 2])}
-    FiberPOTrainer._add_rewards(trainer, sample, (torch.tensor([1.0, 0.5, 0.5]), None))
-    assert sample["rewards"].tolist() == [1.0, 0.0, 0.0] and sample["valid"].tolist() == [1, 1, 0]
+    given, failed = torch.tensor([1.0, 0.5, 0.5]), torch.tensor([0, 1, 2])
+    assert [column.tolist() for column in settled(given, failed, True)] == [[1.0, 0.0, 0.0], [1, 1, 0]]
+    assert [column.tolist() for column in settled(given, failed, False)] == [[1.0, 0.0, 0.0], [1, 1, 1]]
