@@ -181,8 +181,9 @@ def make_reward_model(settings: RewardSettings, records: Sequence[PromptRecord],
 
 
 def settled(rewards: Tensor, grader_failed: Tensor, drops_failures: bool) -> tuple[Tensor, Tensor]:
-    """Rewards with 0 where the grader failed, and int64 [B]: 0 for the samples that are left out of the loss and of every
-    baseline. Those are the crashes, where `drops_failures`; one that exhausts its time or memory stays, with reward 0."""
+    """Rewards with 0 where the grader failed, and int64 [B]: 0 for the samples that are left out of the loss and of
+    every baseline. Those are the crashes, where `drops_failures`; one that exhausts its time or memory stays.
+    """
     valid = grader_failed != CRASH if drops_failures else torch.ones_like(grader_failed, dtype=torch.bool)
     return torch.where(grader_failed != OK, 0.0, rewards), valid.long()
 
