@@ -87,7 +87,7 @@ def paths(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def edited(base: dict[str, Any], edits: list[tuple[tuple[Any, ...], str, Any, str]]) -> dict[str, Any]:
-    """A copy with values replaced, taken away, renamed or added. An edit of what an earlier one took away is left out."""
+    """A copy with values replaced, taken away, renamed or added; no edit of what an earlier one took away."""
     out = copy.deepcopy(base)
     for path, how, value, name in edits:
         node: Any = out
