@@ -157,7 +157,9 @@ def _read(path: str) -> Any:
         with open(path, "rb") as file:
             text = file.read().decode()
         check_yaml(text)
-        return as_plain(OmegaConf.load(io.StringIO(text)))
+        with named_references():
+            loaded = OmegaConf.load(io.StringIO(text))
+        return as_plain(loaded)
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -177,13 +179,14 @@ def as_plain(cfg: Any) -> Any:
 
 
 @contextmanager
-def named_references() -> Iterator[None]:
-    """Errors of OmegaConf, as of a reference that leads nowhere, are a ValueError of one line that names the key."""
+def named_references(key: str = "") -> Iterator[None]:
+    """Errors of OmegaConf, as of a reference that leads nowhere, are a ValueError of one line that names the key:
+    OmegaConf's own, or this one where it tells none."""
     try:
         yield
     except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if error.full_key else ""
-        raise ValueError(f"{key}{str(error).splitlines()[0]}") from error
+        named = f"{error.full_key or key}: ".removeprefix(": ")
+        raise ValueError(f"{named}{str(error).splitlines()[0]}") from error
     except RecursionError as error:
         raise ValueError("nested too deep, or references that go round in circles") from error
 

@@ -27,6 +27,7 @@ from nemo_fiberpo.aligner.settings import (
     SECTIONS,
     check_resume,
     cluster_settings,
+    data_settings,
     hierarchy_section,
     token_labels_section,
 )
@@ -134,7 +135,7 @@ def batch_sizes(cfg: DictConfig) -> Batches:
     return Batches(
         prompts=algorithm.prompts_per_rollout,
         group=algorithm.samples_per_prompt,
-        steps=algorithm.optimizer_steps,
+        steps=algorithm.get("optimizer_steps", 1),
         micro=cfg.model.micro_batch_size,
         forward=ppo.forward_micro_batch_size,
         generation=ppo.rollout_micro_batch_size,
@@ -150,7 +151,7 @@ def check_batches(cfg: DictConfig, data_parallel_size: int, context_parallel_siz
 def check_lengths(cfg: DictConfig) -> None:
     """ValueError naming the key of the model that the longest prompt and response do not fit in, as far as `cfg.model`
     says: what the policy's own config holds joins it in `load_actor`."""
-    for problem in too_long(cfg.model, cfg.data.max_prompt_length):
+    for problem in too_long(cfg.model, data_settings(cfg).max_prompt_length):
         raise ValueError(problem)
 
 

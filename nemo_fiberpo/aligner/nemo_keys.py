@@ -35,6 +35,7 @@ BY_HAND: dict[str, str] = {
     **dict.fromkeys(("model.data.data_prefix", "model.data.num_workers", "trainer.ppo.trt_llm"), "any"),
     "model.moe_layer_freq": "any",
     "model.overwrite_base_config": "mapping",
+    **dict.fromkeys(("trainer.ppo", "model.ppo", "model.optim", "model.optim.sched"), "mapping!"),
 }
 OPEN = (
     *("model.ppo.trt_llm", "model.ppo.sampling_params", "model.ppo.length_params", "model.peft.lora_tuning"),
@@ -76,11 +77,16 @@ WITHOUT_EFFECT: dict[str, str] = {
 
 def check_nemo_keys(cfg: DictConfig) -> None:
     """ValueError naming the first key of NeMo's sections that nothing reads, with the nearest one that is read, or
-    whose value is of another kind than what is read. A null is as if the key were left out, where that may be."""
+    whose value is of another kind than what is read; and one that is required and not there. A null is as if the key
+    were left out."""
     read: dict[str, str] = json.loads(FILE.read_text())
     for section in SECTIONS:
-        for key, value in _keys(section, as_plain(cfg[section])):
+        values = dict(_keys(section, as_plain(cfg[section])))
+        for key, value in values.items():
             _check(key, value, read)
+        for key, kind in read.items():
+            if kind.endswith("!") and key.startswith(f"{section}.") and key not in values:
+                raise ValueError(f"{key}: is required: {_WORDS[kind.rstrip('!')]}")
 
 
 def _keys(where: str, values: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:

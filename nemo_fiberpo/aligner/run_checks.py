@@ -76,9 +76,10 @@ def pretrained_checkpoint(cfg: DictConfig) -> PretrainedCheckpoint:
 def check_shape(cfg: DictConfig) -> None:
     """Sections are mappings, and the keys beside them of their types; an unknown one is refused."""
     reject_unknown_keys(cfg, SECTIONS)
-    with named_references():
-        values = {key: cfg[key] for key in _VALUES if key in cfg}
-    for key, value in values.items():
+    values: dict[str, Any] = {}
+    for key in [key for key in _VALUES if key in cfg]:
+        with named_references(key):
+            values[key] = value = cfg[key]
         if not fits(value, _VALUES[key]):
             raise ValueError(f"{key}: must be {in_words(_VALUES[key])}, got {short(value)}")
     for key in ("name", "run_dir"):
@@ -87,7 +88,7 @@ def check_shape(cfg: DictConfig) -> None:
     if not 0 <= values.get("seed", 0) < 2**31:
         raise ValueError(f"seed: must be from 0 to {2**31 - 1}, got {short(values['seed'])}")
     for name in (*_REQUIRED, *_OPTIONAL):
-        with named_references():
+        with named_references(name):
             given = cfg.get(name)
         if not isinstance(given, DictConfig) and (given is not None or name in _REQUIRED):
             raise ValueError(f"{name}: must be a mapping, got {short(given)}")
@@ -95,6 +96,11 @@ def check_shape(cfg: DictConfig) -> None:
 
 def check_run(cfg: DictConfig) -> Checked:
     """The whole configuration, without a look at files. Logs `budget_warnings`."""
+    with named_references():  # a key that is not there at all, too
+        return _checked(cfg)
+
+
+def _checked(cfg: DictConfig) -> Checked:
     check_shape(cfg)
     hierarchy, partitions = launch.check_sections(cfg)
     launch.check_host(cfg)

@@ -214,6 +214,9 @@ def test_the_configurations_that_ship_have_none(name):
         ("seed=x", "seed: must be a whole number, got 'x'"),
         ("seed=-1", "seed: must be from 0 to"),
         ("warm_start.steps=x", "warm_start.steps: must be a whole number of at least 1"),
+        ("~model.ppo.forward_micro_batch_size", "model.ppo.forward_micro_batch_size: "),
+        ("~model.optim.lr", "model.optim.lr: is required: a finite number"),
+        ("~trainer.ppo", "trainer.ppo: is required: a mapping"),
         ("algorithm.kl.coefficient=true", "algorithm.kl.coefficient: must be a number, got True"),
     ],
 )

@@ -1,5 +1,4 @@
-"""python -m tests.faults payloads | damage | fuzz | keys: see the modules of those names. Exit status 1 where there are
-faults."""
+"""python -m tests.faults payloads | damage | fuzz | keys: see the modules of those names. Exit status 1 for faults."""
 
 from __future__ import annotations
 

@@ -97,6 +97,7 @@ def edited(base: dict[str, Any], edits: list[tuple[tuple[Any, ...], str, Any, st
             there = node[path[-1]]
         except (KeyError, IndexError, TypeError):
             continue
+        value = copy.deepcopy(value)  # hypothesis hands out the same list again, which a later edit may change
         if how == "put":
             node[path[-1]] = value
         elif how == "take":

@@ -54,15 +54,15 @@ class Call:
         return self.call
 
 
-def calls(flag: Path) -> dict[str, Any]:
-    """Objects whose unpickling makes the file `flag`, each by another function."""
+def calls(flag: Path, most: int | None = None) -> dict[str, Any]:
+    """Objects whose unpickling makes the file `flag`, each by another function; at most so many."""
 
     import numpy
 
     text, code = str(flag), f"open({str(flag)!r}, 'w').close()"
     script = flag.with_name("script.py")
     script.write_text(code)
-    return {
+    every = {
         "os.system": Call(os.system, f"touch {text}"),
         "os.spawnlp": Call(os.spawnlp, os.P_WAIT, "touch", "touch", text),
         "os.mkdir": Call(os.mkdir, text),
@@ -92,6 +92,7 @@ def calls(flag: Path) -> dict[str, Any]:
         "os.link": Call(os.link, str(script), text),
         "getattr": Call(getattr, Call(os.system, f"touch {text}"), "real"),
     }
+    return dict(list(every.items())[:most])
 
 
 def read_common(folder: Path, found: Any) -> None:
@@ -195,14 +196,14 @@ DATA = {
 }
 
 
-def payloads(folder: Path) -> Outcomes:
-    """All of them; a fault is a file that was made, or a payload that was taken without a word."""
+def payloads(folder: Path, most: int | None = None) -> Outcomes:
+    """All of them, or `most` pickles for each place; a fault is a file that was made, or a payload that was taken."""
     out, flag = Outcomes(), folder / "flag"
     pickles.lift()
     controls(out, folder, flag)
     pickles.restrict()
     for site, read in PICKLES.items():
-        for name, found in calls(flag).items():
+        for name, found in calls(flag, most).items():
             tried(out, site, name, flag, read, fresh(folder / "pickles"), found)
     for kind, text in policies(flag):
         for form in ("folder", "file"):
@@ -210,7 +211,7 @@ def payloads(folder: Path) -> Outcomes:
             policy = policy if form == "folder" else packed(policy)
             tried(out, f"restore_from_path, {form}", kind, flag, policy_file.check, policy)
     weights(out, folder, flag)
-    hugging_face(out, folder, flag)
+    hugging_face(out, folder, flag, most)
     data(out, folder, flag)
     return out
 
@@ -301,7 +302,7 @@ def weights(out: Outcomes, folder: Path, flag: Path) -> None:
         tried(out, "resume, manifest", str(body), flag, choose, checkpoint.parent, None)
 
 
-def hugging_face(out: Outcomes, folder: Path, flag: Path) -> None:
+def hugging_face(out: Outcomes, folder: Path, flag: Path, most: int | None) -> None:
     source, target = folder / "hf", folder / "made.nemo"
     make("llama").save_pretrained(source)
     code = source / "code.py"
@@ -332,7 +333,7 @@ def hugging_face(out: Outcomes, folder: Path, flag: Path) -> None:
     (target / "manifest.json").unlink()
     kept = {name: (target / "model_weights" / name).read_bytes() for name in ("common.pt", ".metadata")}
     for name, content in kept.items():
-        for kind, found in calls(flag).items():
+        for kind, found in calls(flag, most).items():
             with contextlib.suppress(Exception):  # some are no pickles to torch
                 torch.save({"a": found}, target / "model_weights" / name) if name == "common.pt" else (
                     target / "model_weights" / name
