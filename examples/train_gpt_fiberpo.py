@@ -4,7 +4,7 @@
     torchrun ... examples/train_gpt_fiberpo.py --config-name my_run hierarchy=trajectory algorithm.rl_steps=200
     torchrun ... examples/train_gpt_fiberpo.py --config-name my_run hierarchy.strata.domain.budget.pos=0.03
 
-    python examples/train_gpt_fiberpo.py --check --config-name my_run     only check the config
+    python examples/train_gpt_fiberpo.py --check --config-name my_run     only check the config, as `fiberpo check`
 
 A run that was stopped resumes from its newest whole checkpoint when the same command is given again; it exits with
 status 75 when SIGUSR1, SIGTERM, Ctrl-C or its time limit stops it before its end.
@@ -17,7 +17,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from nemo_fiberpo.aligner.config.hydra import overrides, prepare_hydra
+from nemo_fiberpo.aligner.config.hydra import command_line, find_modules_in, folders_of_config, prepare_hydra
 from nemo_fiberpo.aligner.lifecycle import preemption
 from nemo_fiberpo.aligner.lifecycle.ending import explain
 from nemo_fiberpo.aligner.run import Run
@@ -30,7 +30,7 @@ CHECK_ONLY = "--check" in sys.argv
 def train(cfg: DictConfig) -> None:
     with Run(cfg) as run:  # the config is checked
         if CHECK_ONLY:
-            run.record.check()  # else the first rank does, under the run's lock
+            print("\n".join(run.check()))
             return
         run.load()
         run.build()
@@ -41,9 +41,10 @@ def train(cfg: DictConfig) -> None:
 
 @hydra.main(version_base=None, config_path="../conf", config_name="quickstart")
 def main(cfg: DictConfig) -> None:
+    find_modules_in(folders_of_config())
     explain(lambda: train(cfg))
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = overrides(argument for argument in sys.argv[1:] if argument != "--check")
+    sys.argv[1:] = command_line(argument for argument in sys.argv[1:] if argument != "--check")
     main()

@@ -24,9 +24,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_fiberpo.aligner import build
 from nemo_fiberpo.aligner.checkpoint.resume import take_directory
 from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
-from nemo_fiberpo.aligner.config.checks import check_lengths, check_sections
-from nemo_fiberpo.aligner.config.hydra import overrides, prepare_hydra
-from nemo_fiberpo.aligner.config.settings import check_precision, data_settings, reward_settings, warm_start_settings
+from nemo_fiberpo.aligner.config.checks import read_training_config
+from nemo_fiberpo.aligner.config.hydra import command_line, prepare_hydra
+from nemo_fiberpo.aligner.config.settings import warm_start_settings
 from nemo_fiberpo.aligner.lifecycle.ending import explain
 from nemo_fiberpo.aligner.lifecycle.first_rank import decided, is_first_rank
 
@@ -34,10 +34,8 @@ prepare_hydra()
 
 
 def run(cfg: DictConfig) -> None:
-    hierarchy, _ = check_sections(cfg)
-    settings, data, reward = warm_start_settings(cfg), data_settings(cfg), reward_settings(cfg)
-    check_precision(cfg.trainer.precision)
-    check_lengths(cfg)
+    config, settings = read_training_config(cfg), warm_start_settings(cfg)
+    hierarchy, data, reward = config.hierarchy, config.data, config.rewards
     record, target = RunRecord(cfg), Path(cfg.pretrained_checkpoint.restore_from_path)
     if decided(cfg.collective_timeout, lambda: whether_to_train(cfg, record, target)) is None:
         return
@@ -225,5 +223,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = overrides(sys.argv[1:])
+    sys.argv[1:] = command_line(sys.argv[1:])
     main()

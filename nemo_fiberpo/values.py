@@ -19,9 +19,25 @@ def positive_number(value: object, where: str) -> float:
     """`value` as a float, or a ValueError that names `where`: it must be a finite number above 0 (a bool is none)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{where}: must be a number, got {value!r}")
-    if not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{where}: must be finite and greater than 0, got {value!r}")
+    if not is_finite(value) or value <= 0:
+        raise ValueError(f"{where}: must be finite and greater than 0, got {short(value)}")
     return float(value)
+
+
+def is_finite(value: float) -> bool:
+    """Whether a number has a value as a float: an integer may be too large for one."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def short(value: object) -> str:
+    """`value` for a message: of a long one the beginning, and of an integer that Python does not write out its size."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def cell_name(name: object, where: str, of: str) -> str:

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "nemo_fiberpo"
 # The rooms, lowest first: a room may import itself, and of those below it what ALLOWED has. Files that stand beside the
 # rooms of `aligner` are rooms of their own.
 ROOMS = [
-    "values", "labelling", "objective", "diagnostics", "budget_warnings", "config", "__init__",
+    "values", "labelling", "objective", "diagnostics", "budget_warnings", "yaml_text", "config", "__init__",
     "plan", "graders", "megatron", "storage",
     "aligner.cpu", "aligner.lifecycle", "aligner.config", "aligner.data", "aligner.generation", "aligner.rewards",
     "aligner.rollout", "aligner.finite", "aligner.checkpoint",
@@ -30,7 +30,8 @@ ALLOWED = {
     "objective": BELOW,
     "diagnostics": BELOW,
     "budget_warnings": {"objective"},
-    "config": {"budget_warnings", *BELOW},
+    "yaml_text": set(),
+    "config": {"budget_warnings", "yaml_text", *BELOW},
     "__init__": {"config", "objective"},
     "plan": {"objective", "labelling"},
     "graders": set(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,10 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_fiberpo.aligner import build
 from nemo_fiberpo.aligner.checkpoint.resume import find_checkpoint
 from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
-from nemo_fiberpo.aligner.config.checks import check_batches, read_training_config
+from nemo_fiberpo.aligner.config.checks import check_batches, check_graders, read_training_config
 from nemo_fiberpo.aligner.config.model_checks import first_token
+from nemo_fiberpo.aligner.data.prompts import load_prompts
 from nemo_fiberpo.aligner.lifecycle import preemption
 from nemo_fiberpo.aligner.lifecycle.first_rank import is_first_rank
+from nemo_fiberpo.storage.policy_file import read_config as read_policy_config
 
 if TYPE_CHECKING:
     from nemo_fiberpo.aligner.actor import FiberPOActor
@@ -39,10 +41,32 @@ class Run:
 
     def __init__(self, cfg: DictConfig):
         self.cfg, self.config = cfg, read_training_config(cfg)
+        check_graders(self.config.rewards.graders)
         self.record = RunRecord(cfg)
         self.run_dir = Path(cfg.run_dir)
         self._reward_model: Any = None
         self._restored: Mapping[str, int] | None = None  # state of the trainer in the checkpoint that is resumed from
+
+    def check(self) -> Iterator[str]:
+        """Check what the config names as well, without loading it: a line for each, which tells what of it was checked.
+        ValueError naming the file or the key."""
+        self.record.check()  # else the first rank does, under the run's lock
+        yield f"the config: {', '.join(str(key) for key in self.cfg if self.cfg[key] is not None)}"
+        own = tuple(self.config.rewards.graders or ())
+        for key, path in (("data.train", self.config.data.train), ("data.heldout", self.config.data.heldout)):
+            if path is not None and Path(path).exists():
+                yield f"{key}: {len(load_prompts(path, own))} prompts in {path}"
+            elif path is not None:
+                yield f"{key}: not checked: there is no {path}"
+        policy = Path(self.cfg.pretrained_checkpoint.restore_from_path)
+        if policy.exists():
+            read_policy_config(policy)
+            yield f"pretrained_checkpoint.restore_from_path: the config in {policy}; its weights not checked"
+        else:
+            yield f"pretrained_checkpoint.restore_from_path: not checked: there is no {policy}"
+        newest = self.record.checkpoint
+        state = f"would resume from RL step {newest['step']}" if newest else "would begin at RL step 0"
+        yield f"run_dir: {self.run_dir}: {state}"
 
     def load(self) -> None:
         """Choose the checkpoint to resume from, or none; then load the policy, the prompts and the reward model.
@@ -167,7 +191,7 @@ class Run:
         if is_first_rank():
             write_rows(self.run_dir / f"heldout_{moment}.jsonl", rows)
             means = ", ".join(f"{name} {mean:.3f}" for name, mean in mean_rewards(rows, "sampled").items())
-            print(f"held-out reward {moment}: {means}", flush=True)
+            print(f"held-out reward {moment}: {means or 'no answer could be graded'}", flush=True)
 
     def train(self) -> None:
         """All RL steps that are left, with an evaluation before the first. `preemption.Stopped` if a signal or the time
@@ -192,7 +216,7 @@ class Run:
         if not is_first_rank():
             return
         table = make_report(self.run_dir, title=self.cfg.name)
-        print(format_table(table) if table else "")
+        print(format_table(table) if table else "no held-out prompt was graded both before and after: no table")
         where = self.run_dir
         print(f"wrote {where}/report.png and metrics.jsonl; TensorBoard log and checkpoints are in {where}/nemo")
 

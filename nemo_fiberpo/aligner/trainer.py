@@ -20,7 +20,7 @@ from nemo_fiberpo.aligner.config.algorithm import AlgorithmSettings
 from nemo_fiberpo.aligner.data.prompts import PromptDataset
 from nemo_fiberpo.aligner.generation.inference_layout import generation_axis
 from nemo_fiberpo.aligner.generation.lockstep import deterministic
-from nemo_fiberpo.aligner.rewards.reward_model import stop_if_ungraded
+from nemo_fiberpo.aligner.rewards.reward_model import settled, stop_if_ungraded
 from nemo_fiberpo.aligner.rewards.rules import OK
 from nemo_fiberpo.aligner.rollout.advantages import ESTIMATORS
 from nemo_fiberpo.aligner.rollout.agreement import agreed_minibatches
@@ -157,9 +157,7 @@ class FiberPOTrainer(PPOTrainer):
 
     def _add_rewards(self, sample: dict[str, Tensor], future: Any) -> None:
         rewards, _ = future.result() if isinstance(future, FutureResult) else future
-        failed = sample["grader_failed"] != OK
-        sample["rewards"] = torch.where(failed, 0.0, rewards)
-        sample["valid"] = (~failed).long() if self.rm_critic.drops_failures else torch.ones_like(failed).long()
+        sample["rewards"], sample["valid"] = settled(rewards, sample["grader_failed"], self.rm_critic.drops_failures)
 
     def generate_ppo_data(self, rollout_batch: Mapping[str, Tensor]):
         """What the optimizer steps need, and the exchanges of the rollout that agree on cells and denominators.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -27,6 +28,7 @@ NOTE = (
 )
 
 
+@rc_context({"text.parse_math": False})  # a $ in the name of a domain is a $
 def plot_comparison(groups: Groups, strata: Sequence[str], path: Path, title: str = "") -> None:
     """Write the picture: reward per domain, entropy, the largest drift of each stratum, and how often each is beyond
     its budget."""

@@ -45,8 +45,8 @@ def paired_bootstrap(differences: NDArray[np.float64], seed: int = 0) -> tuple[f
 def heldout_table(before: Rewards, after: Rewards, seed: int = 0) -> list[Row]:
     """Before, after and the paired bootstrap interval of the difference, per mode and domain.
 
-    Pairs are prompts; a prompt whose every answer failed to be graded on either side has no pair. ValueError if the two
-    sides share no domain and mode.
+    Pairs are prompts; a prompt whose every answer failed to be graded on either side has no pair, and a domain without
+    a pair has no row. ValueError if the two sides have graded answers, and to no prompt in common.
     """
     rows = []
     for mode in MODES:
@@ -59,7 +59,7 @@ def heldout_table(before: Rewards, after: Rewards, seed: int = 0) -> list[Row]:
             new_n = np.array([new[index] for index in prompts])
             interval = paired_bootstrap(new_n - old_n, seed)
             rows.append(Row(domain, mode, float(old_n.mean()), float(new_n.mean()), *interval, n=len(prompts)))
-    if not rows:
+    if not rows and any(before.values()) and any(after.values()):
         raise ValueError("held-out answers before and after have no prompt in common")
     return rows
 

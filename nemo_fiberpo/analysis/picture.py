@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
@@ -125,6 +126,7 @@ def _plot_budgets(figure: SubFigure, curves: Curves) -> list[Axes]:
     return list(rows)
 
 
+@rc_context({"text.parse_math": False})  # a $ in the name of a domain is a $
 def plot_report(rewards: Curves, budgets: Curves, heldout: Heldout, path: Path, title: str = "") -> None:
     """Write the picture: reward per domain on the left, budget used per stratum and channel on the right.
 

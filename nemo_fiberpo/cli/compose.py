@@ -111,11 +111,12 @@ def compose(config: str, overrides: Sequence[str] = ()) -> DictConfig:
     from hydra.errors import HydraException, OverrideParseException
     from hydra.types import RunMode
 
+    from nemo_fiberpo.aligner.config.hydra import find_modules_in, prepare_hydra
     from nemo_fiberpo.aligner.config.hydra import overrides as for_hydra
-    from nemo_fiberpo.aligner.config.hydra import prepare_hydra
 
     prepare_hydra()
     source = find(config)
+    find_modules_in([str(source.folder)])
     try:
         given = for_hydra(overrides)
         OverridesParser.create().parse_overrides(given)

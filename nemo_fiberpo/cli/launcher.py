@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_fiberpo.aligner.config.checks import batch_sizes, on_cpu
 from nemo_fiberpo.aligner.lifecycle.first_rank import SECRET
-from nemo_fiberpo.aligner.lifecycle.preemption import LAUNCHED, NOT_FINISHED
+from nemo_fiberpo.aligner.lifecycle.preemption import CTRL_C, LAUNCHED, NOT_FINISHED
 from nemo_fiberpo.plan.layout import Layout
 
 # Seconds that the other ranks have to end by themselves after one has failed: they may have the same to report.
@@ -168,8 +168,7 @@ class _Signals:
         if number == signal.SIGINT:
             self.at_once, self._interrupted = self._interrupted, True
             if not self.at_once:
-                again = "a second Ctrl-C ends it at once"
-                print(f"\nthe run stops after this RL step, with a checkpoint; {again}", file=sys.stderr, flush=True)
+                print(f"\n{CTRL_C}", file=sys.stderr, flush=True)
         for rank in self._ranks:
             if self.at_once:
                 _kill(rank)

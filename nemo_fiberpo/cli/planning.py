@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,20 +43,21 @@ def plan_of(cfg: DictConfig, name: str) -> Plan:
             "algorithm: fiberpo, model: policy, _self_], or with a layout, defaults: [cluster/mixtral_8x7b, _self_]"
         )
     problems: list[str] = []
+    filled = _filled(cfg)
 
     def tried(make: Callable[[], Any]) -> Any:
         try:
             return make()
-        except OmegaConfBaseException as error:
-            if not _follows(cfg, error.full_key, problems):
-                problems.append(_key_and_line(error))
-        except ValueError as error:
-            if str(error) not in problems:
+        except (OmegaConfBaseException, ValueError) as error:
+            reference = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+            if isinstance(reference, OmegaConfBaseException):
+                if not _follows(cfg, reference.full_key, problems):
+                    problems.append(_key_and_line(reference))
+            elif str(error) not in problems:
                 problems.append(str(error))
         return None
 
     assumptions = tried(lambda: cluster_settings(cfg)) or _fallback(cfg)
-    filled = _filled(cfg)
     config = read_config(filled, tried)
     if cfg.get("resume") and cfg.resume.get("allow"):
         tried(lambda: RunRecord(filled).check_allowed())
@@ -67,12 +68,23 @@ def plan_of(cfg: DictConfig, name: str) -> Plan:
     if request is None:
         return Plan(name, assumptions, on_cpu(cfg), problems=problems)
     plan = make_plan(request, problems)
+    plan.unchecked += _not_there(cfg)
     if OmegaConf.is_interpolation(cfg.trainer, "devices") and "LOCAL_WORLD_SIZE" not in os.environ:
         plan.warnings.append(
             f"trainer.devices: {cfg.trainer.devices}, since LOCAL_WORLD_SIZE is not set, which the launcher sets to "
             "the ranks of a node; give trainer.devices"
         )
     return plan
+
+
+def _not_there(cfg: DictConfig) -> Iterator[str]:
+    """A line for each file that the configuration names and that is not there."""
+    for section, key in (("data", "train"), ("data", "heldout"), ("pretrained_checkpoint", "restore_from_path")):
+        if OmegaConf.is_missing(cfg[section], key):
+            continue
+        path = cfg[section].get(key)
+        if isinstance(path, str) and not Path(path).exists():
+            yield f"{section}.{key}: there is no {path}"
 
 
 def _key_and_line(error: OmegaConfBaseException) -> str:
@@ -183,7 +195,7 @@ def _labels(
 ) -> PromptLabels:
     """Labels of data.train, where it is there; else assumed ones."""
     path = None if OmegaConf.is_missing(cfg.data, "train") else Path(cfg.data.train)
-    if path is None or not path.is_file():
+    if path is None or not path.exists():
         return PromptLabels.assumed(hierarchy, prompts, assumptions.labels, of_tokens)
     records = load_prompts(path, tuple(reward_settings(cfg).graders or ()))
     labels, names = {}, {}

@@ -6,11 +6,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any
-
-from omegaconf import DictConfig
 
 TRAIN = """Trains the policy on this machine: starts as many ranks as the config and the machine call for.
 Under torchrun or srun it is one of the ranks. Ctrl-C stops the run with a checkpoint; the same command
@@ -50,8 +45,7 @@ def train(config: str, overrides: Sequence[str], ranks: int | None = None, verbo
     os.environ |= {} if is_rank() else adopt_srun()
     if is_rank():
         os.execv(sys.executable, command)
-    from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
-    from nemo_fiberpo.aligner.config.checks import read_training_config
+    from nemo_fiberpo.aligner.run import Run
     from nemo_fiberpo.cli.compose import compose
 
     cfg = compose(config, overrides)
@@ -60,8 +54,7 @@ def train(config: str, overrides: Sequence[str], ranks: int | None = None, verbo
         raise ValueError(f"--ranks: must be at least 1, got {number}")
     os.environ["LOCAL_WORLD_SIZE"] = os.environ["WORLD_SIZE"] = str(number)  # trainer.devices is read from it
     try:
-        read_training_config(cfg)
-        RunRecord(cfg).check()
+        Run(cfg).record.check()
     finally:
         del os.environ["LOCAL_WORLD_SIZE"], os.environ["WORLD_SIZE"]
     return run_ranks(command, number)
@@ -69,63 +62,33 @@ def train(config: str, overrides: Sequence[str], ranks: int | None = None, verbo
 
 def check(config: str, overrides: Sequence[str], say: Callable[[str], None], warn: Callable[[str], None]) -> int:
     """Say what was checked and what was not; the exit status, 1 where something is wrong."""
+    from nemo_fiberpo.aligner.run import Run
     from nemo_fiberpo.cli.compose import compose
+    from nemo_fiberpo.cli.launcher import ranks_for
+    from nemo_fiberpo.cli.planning import plan_of
 
-    cfg = compose(config, overrides)
-    problems: list[str] = []
-    checked = list(_checked(cfg, config, problems))
-    for line in checked:
-        say(f"checked      {line}\n")
-    for line in _NOT_CHECKED:
-        say(f"not checked  {line}\n")
+    cfg, problems = compose(config, overrides), []
+    if cfg.get("trainer", {}).get("num_nodes", 1) == 1 and "LOCAL_WORLD_SIZE" not in os.environ:
+        try:
+            os.environ["LOCAL_WORLD_SIZE"] = str(ranks_for(cfg))
+        except ValueError as error:
+            problems.append(str(error))
+    plan = plan_of(cfg, config)
+    problems += [problem for problem in plan.problems if problem not in problems]
+    if not problems:
+        say(f"ranks: {cfg.trainer.num_nodes} x {cfg.trainer.devices}\n")
+        try:
+            for line in Run(cfg).check():
+                say(f"{line}\n")
+        except ValueError as error:
+            problems.append(str(error))
+    if not problems:
+        say(_NOT_CHECKED)
     for problem in problems:
         warn(f"error: {problem}\n")
     return 1 if problems else 0
 
 
-_NOT_CHECKED = (
-    "each line of data against its grader, and the length of prompts in tokens: at the start of training",
-    "the weights of the policy, and other jobs in run_dir: at the start of training",
-    "memory: `fiberpo plan`",
-)
-
-
-def _checked(cfg: DictConfig, config: str, problems: list[str]) -> Any:
-    """A line for each thing that was checked; what is wrong goes to `problems`."""
-    from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
-    from nemo_fiberpo.aligner.config.settings import data_settings, reward_settings
-    from nemo_fiberpo.aligner.data.prompts import load_prompts
-    from nemo_fiberpo.cli.launcher import ranks_for
-    from nemo_fiberpo.cli.planning import plan_of
-
-    def attempt(make: Callable[[], Any]) -> Any:
-        try:
-            return make()
-        except ValueError as error:
-            if str(error) not in problems:
-                problems.append(str(error))
-        return None
-
-    nodes = cfg.get("trainer", {}).get("num_nodes", 1)
-    if nodes == 1 and "LOCAL_WORLD_SIZE" not in os.environ and (number := attempt(partial(ranks_for, cfg))):
-        os.environ["LOCAL_WORLD_SIZE"] = str(number)
-    problems += plan_of(cfg, config).problems
-    yield f"every section, alone and together, for {nodes} x {cfg.trainer.devices} ranks"
-    if problems:
-        return
-    data, graders = data_settings(cfg), tuple(reward_settings(cfg).graders or ())
-    for name, path in (("data.train", data.train), ("data.heldout", data.heldout)):
-        if path is None:
-            continue
-        if not Path(path).is_file():
-            yield f"{name}: {path} is not there yet"
-        elif (records := attempt(partial(load_prompts, Path(path), graders))) is not None:
-            domains = len({record.domain for record in records})
-            yield f"{name}: every line of {path}: {len(records)} prompts of {domains} domain{'s' * (domains > 1)}"
-    policy = Path(cfg.pretrained_checkpoint.restore_from_path)
-    yield f"the policy {policy}: " + ("its config" if policy.exists() else "it is not there yet")
-    record = RunRecord(cfg)
-    attempt(record.check)
-    newest = record.checkpoint if not problems else None
-    state = "no run is there" if not record.path.exists() else "the same run is there"
-    yield f"{cfg.run_dir}: {state}" + (f", saved at RL step {newest['step']}" if newest else "")
+_NOT_CHECKED = """not checked before training starts: each line of data against its grader, the length of prompts in
+tokens, other jobs in run_dir. `fiberpo plan` tells what memory it needs.
+"""

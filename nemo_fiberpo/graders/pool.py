@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 from nemo_fiberpo.graders.signals import held_back
 
-Failure = Literal["timeout", "crash"]
+Failure = Literal["timeout", "memory", "crash"]
 # grader's name, the prompt's grader fields, the response (or the line of data to check, see `process`)
 Item = tuple[str, dict[str, Any], str | dict[str, Any]]
 

@@ -16,7 +16,8 @@ than PIPE_BUF, so two writers never mix, and a killed one never leaves half of a
     pool -> supervisor   {"token", "sys_path", "graders", "samples", "memory_limit", "time_limit", "scratch"}   once
     supervisor -> pool   {"pid": of the worker} | {"refused": text} | {"died": cause}
     worker -> pool       {"ready": the isolation in force}, per chunk {"chunk": length}, per answer
-                         {"item": n, "score": x} | {"item": n, "failure": "timeout" | "crash", "reason": text}
+                         {"item": n, "score": x} |
+                         {"item": n, "failure": "timeout" | "memory" | "crash", "reason": text}
     pool -> worker       a chunk: [[item, name, record, response], ...]
     grading -> worker    lines: [] when it begins, then [item, {"score": x} | {"error": text}] for each answer
 

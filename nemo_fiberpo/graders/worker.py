@@ -195,6 +195,8 @@ class Worker:
     def blame(self, grading: _Grading, status: int, item: Item) -> dict[str, Any]:
         if grading.cause == "timeout":
             return {"failure": "timeout", "reason": f"no score within {self.limit(item):g} s"}
+        if grading.cause == "ended" and os.waitstatus_to_exitcode(status) == _OUT_OF_MEMORY:
+            return {"failure": "memory", "reason": f"the grading process died: {cause_of(status)}"}
         reason = f"died: {cause_of(status)}" if grading.cause == "ended" else grading.cause
         return {"failure": "crash", "reason": f"the grading process {reason}"}
 

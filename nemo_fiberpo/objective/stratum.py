@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..values import nearest, positive_number
+from ..values import nearest, positive_number, short
 from .gates import Gate, constant, find_gate
 
 
@@ -77,9 +77,9 @@ class Stratum:
         if self.beside is not None and not isinstance(self.beside, str):
             raise ValueError(f"beside: must be the name of a stratum, got {self.beside!r}")
         floor = self.min_tokens
-        if floor is not None and (isinstance(floor, bool) or not isinstance(floor, int) or floor < 2):
+        if floor is not None and (isinstance(floor, bool) or not isinstance(floor, int) or not 2 <= floor < 2**63):
             raise ValueError(
-                f"min_tokens: must be a whole number of at least 2, got {floor!r}; leave it out for no floor"
+                f"min_tokens: must be a whole number of at least 2, got {short(floor)}; leave it out for no floor"
             )
         object.__setattr__(self, "gate", find_gate(self.gate))
 

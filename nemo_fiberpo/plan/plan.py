@@ -54,7 +54,8 @@ class Request:
 
 @dataclass
 class Plan:
-    """What is known, None where a problem kept it from being computed; problems refuse the run, warnings do not."""
+    """What is known, None where a problem kept it from being computed; problems refuse the run, warnings do not.
+    `unchecked` are the files that the configuration names and that are not there."""
 
     name: str
     assumptions: Assumptions
@@ -71,11 +72,12 @@ class Plan:
     times: Times | None = None
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the fields, and what follows from them."""
         out: dict[str, Any] = {"name": self.name, "runs": not self.problems, "cpu": self.cpu}
-        out |= {"problems": self.problems, "warnings": self.warnings}
+        out |= {"problems": self.problems, "warnings": self.warnings, "unchecked": self.unchecked}
         for name in ("layout", "shape", "batches", "memory", "cells", "times", "assumptions"):
             value = getattr(self, name)
             out[name] = None if value is None else dataclasses.asdict(value)

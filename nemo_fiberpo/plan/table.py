@@ -31,6 +31,7 @@ def format_plan(plan: Plan) -> str:
     if plan.batches is not None and plan.cells is not None:
         lines += ["", *_cells(plan)]
     lines += [""] + [f"warning: {warning}" for warning in plan.warnings] if plan.warnings else []
+    lines += [""] + [f"not checked: {file}" for file in plan.unchecked] if plan.unchecked else []
     if plan.problems:
         return "\n".join(lines)
     if plan.cpu:

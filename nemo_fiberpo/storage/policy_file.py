@@ -7,6 +7,7 @@ of a tokenizer that is trusted, and some kinds of tokenizer unpickle their vocab
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
@@ -91,13 +92,16 @@ def _names(policy: Path) -> list[PurePosixPath]:
         return [name for _, name in members(archive, policy) if name.parts]
 
 
-def opened(policy: Path) -> tarfile.TarFile:
+@contextlib.contextmanager
+def opened(policy: Path) -> Iterator[tarfile.TarFile]:
     """The archive. ValueError for what is none."""
-    try:
-        reading.regular(policy).close()
-        return tarfile.open(policy)
-    except (OSError, tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{policy}: is no .nemo file or folder: {error}") from error
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(reading.regular(policy))
+            archive = stack.enter_context(tarfile.open(fileobj=file))
+        except (OSError, tarfile.TarError, EOFError) as error:
+            raise ValueError(f"{policy}: is no .nemo file or folder: {error}") from error
+        yield archive
 
 
 def members(archive: tarfile.TarFile, policy: Path) -> Iterator[tuple[tarfile.TarInfo, PurePosixPath]]:

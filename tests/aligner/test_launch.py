@@ -1,9 +1,12 @@
 """What every script does around its main."""
 
+import json
+
 import pytest
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from nemo_fiberpo.aligner.config.hydra import command_line
 from nemo_fiberpo.aligner.config.settings import data_settings
 from nemo_fiberpo.aligner.lifecycle.ending import explain
 
@@ -26,3 +29,31 @@ def test_an_error_about_the_input_is_one_line():
 def test_an_error_from_elsewhere_keeps_its_traceback():
     with pytest.raises(ValueError, match="invalid literal"):
         explain(lambda: int("x"))
+
+
+def test_torchrun_is_told_an_error_about_the_input(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit):
+        explain(lambda: data_settings(OmegaConf.create({"data": {"trian": "x.jsonl"}})))
+    assert json.loads((tmp_path / "error.json").read_text())["message"]["message"].startswith("error: data.trian")
+
+
+def test_ctrl_c_leaves_no_traceback():
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as left:
+        explain(main)
+    assert left.value.code == 130
+
+
+def test_options_may_stand_after_overrides():
+    given = ["run_dir=x", "--config-dir", "D", "hierarchy=tree", "-cn", "mine", "--cfg=job", "algorithm.epochs=2"]
+    options = ["--config-dir", "D", "-cn", "mine", "--cfg=job"]
+    assert command_line(given) == [*options, "run_dir=x", "hierarchy=tree", "++algorithm.epochs=2"]
+
+
+@pytest.mark.parametrize("argument", ["algorithm=null", "hierarchy=", "++model=3", "cluster=~"])
+def test_a_group_of_files_that_is_overridden_by_nothing_is_refused(argument):
+    with pytest.raises(SystemExit, match="^error: (algorithm|hierarchy|model|cluster): .*name a file of conf/"):
+        command_line([argument])

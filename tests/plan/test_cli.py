@@ -167,6 +167,10 @@ def test_one_rank_sends_nothing(run: Run):
             ["algorithm.val_check_interval=30", "data.heldout=null"],
             "algorithm.val_check_interval: 30 evaluates data.heldout, which is not given",
         ),
+        (["seed=x"], "seed: must be a whole number, got 'x'"),
+        (["model.optim.lr='1e-6'"], "model.optim.lr: must be a finite number, got '1e-6'"),
+        (["+model.num_layer=2"], "model.num_layer: nothing reads this key; did you mean 'num_layers'?"),
+        (["data.train=/tmp"], "/tmp: cannot be read: is no regular file"),
         (["algorithm.prompts_per_rollout=a"], "algorithm.prompts_per_rollout: must be a whole number"),
         (["algorithm.optimizer_steps=0"], "algorithm.optimizer_steps: must be a whole number"),
     ],
@@ -174,6 +178,11 @@ def test_one_rank_sends_nothing(run: Run):
 def test_what_the_training_script_refuses_is_refused_once(overrides: list[str], said: str):
     problems = plan_of("quickstart", *overrides).problems
     assert len(problems) == 1 and problems[0].startswith(said), problems
+
+
+def test_files_that_are_not_there_are_not_checked_and_it_says_so(run: Run):
+    status, printed, _ = run("quickstart", "data.train=/nope.jsonl")
+    assert status == 0 and "not checked: data.train: there is no /nope.jsonl" in printed
 
 
 def test_a_reference_that_leads_nowhere_is_said_whatever_else_is_wrong():

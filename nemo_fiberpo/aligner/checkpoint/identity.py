@@ -60,7 +60,7 @@ def identity_of(cfg: DictConfig) -> dict[str, Any]:
         found = {key: leaf for key, leaf in found.items() if key not in _OF_NO_EFFECT}
     for name in _TRAINER:
         found[f"trainer.{name}"] = cfg.trainer.get(name) if "trainer" in cfg else None
-    if cfg.algorithm.get("kl", {}).get("coefficient"):  # the policy that the penalty refers to
+    if (cfg.algorithm.get("kl") or {}).get("coefficient"):  # the policy that the penalty refers to
         found["pretrained_checkpoint.restore_from_path"] = cfg.pretrained_checkpoint.restore_from_path
     if found.get(_BY) == "expert_parallel":
         # Another size of this axis makes other partitions.

@@ -129,8 +129,9 @@ class AlgorithmSettings:
                 f"save_interval: {self.save_interval} must be a multiple of val_check_interval = "
                 f"{self.val_check_interval}"
             )
-        if not isinstance(self.kl.coefficient, (int, float)) or not 0 <= self.kl.coefficient < float("inf"):
-            raise ValueError(f"kl.coefficient: must be a finite number, at least 0, got {self.kl.coefficient!r}")
+        factor = self.kl.coefficient
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < float("inf"):
+            raise ValueError(f"kl.coefficient: must be a finite number, at least 0, got {factor!r}")
 
     @property
     def gating_map(self) -> RatioGating | None:

@@ -1,9 +1,13 @@
-"""Every check of a run's config that needs nothing but the config, for training, `fiberpo check` and `fiberpo plan`."""
+"""Every check of a run's config that needs nothing but the config, for training, `fiberpo check` and `fiberpo plan`.
+
+Every refusal is a ValueError that names the key.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -11,7 +15,9 @@ from omegaconf import DictConfig
 
 from nemo_fiberpo.aligner.config.algorithm import AlgorithmSettings
 from nemo_fiberpo.aligner.config.data import DataSettings
-from nemo_fiberpo.aligner.config.model_checks import partition_table
+from nemo_fiberpo.aligner.config.fields import build, fits, in_words, plain
+from nemo_fiberpo.aligner.config.model_checks import model_problems, partition_table
+from nemo_fiberpo.aligner.config.nemo_keys import check_nemo_keys
 from nemo_fiberpo.aligner.config.settings import (
     SECTIONS,
     RewardSettings,
@@ -23,17 +29,37 @@ from nemo_fiberpo.aligner.config.settings import (
     hierarchy_section,
     reward_settings,
     token_labels_section,
+    warm_start_settings,
 )
 from nemo_fiberpo.budget_warnings import budget_warnings, log_budget_warnings
-from nemo_fiberpo.config import reject_unknown_keys
+from nemo_fiberpo.config import as_plain, named_references, reject_unknown_keys
 from nemo_fiberpo.labelling.token_labels import TokenLabels
 from nemo_fiberpo.objective import ExpertPartitions, Hierarchy, check_gating
 from nemo_fiberpo.plan.batches import Batches
 from nemo_fiberpo.plan.lengths import too_long
-from nemo_fiberpo.values import positive_number
+from nemo_fiberpo.values import positive_number, short
 
 T = TypeVar("T")
 Attempt = Callable[[Callable[[], Any]], Any]
+_REQUIRED = ("hierarchy", "algorithm", "data", "rewards", "model", "trainer", "exp_manager", "pretrained_checkpoint")
+_OPTIONAL = ("warm_start", "cluster", "resume")  # a null is as if it were left out
+_VALUES: dict[str, Any] = {
+    "name": str,
+    "run_dir": str,
+    "data_dir": str | None,
+    "seed": int,
+    "cpu": bool,
+    "wandb": bool,
+    "collective_timeout": float,
+}
+_LOGGERS = {"wandb": "wandb", "mlflow": "mlflow", "clearml": "clearml", "neptune": "neptune"}  # name -> its package
+
+
+@dataclass(frozen=True)
+class PretrainedCheckpoint:
+    """The `pretrained_checkpoint` section: the policy that training begins from."""
+
+    restore_from_path: str
 
 
 @dataclass(frozen=True)
@@ -60,12 +86,16 @@ def read_config(cfg: DictConfig, attempt: Attempt = _directly) -> RunConfig:
 
     Raises ValueError naming the field. Logs `budget_warnings`.
     """
+    attempt(lambda: check_shape(cfg))
     # Typed as in training, where none is None.
     hierarchy, partitions = cast("tuple[Hierarchy, Any]", attempt(lambda: check_sections(cfg)) or (None, None))
     algorithm = attempt(lambda: algorithm_settings(cfg))
     data = attempt(lambda: data_settings(cfg))
     rewards = attempt(lambda: reward_settings(cfg))
-    attempt(lambda: check_precision(cfg.trainer.precision))
+    attempt(lambda: pretrained_checkpoint(cfg))
+    if cfg.get("warm_start") is not None:
+        attempt(lambda: warm_start_settings(cfg))
+    attempt(lambda: check_precision(cfg.trainer.get("precision")))
     attempt(lambda: check_accelerator(cfg))
     if algorithm is not None and data is not None:
         attempt(lambda: algorithm.check_data(data))
@@ -73,19 +103,57 @@ def read_config(cfg: DictConfig, attempt: Attempt = _directly) -> RunConfig:
         soft = partitions.soft_columns if partitions is not None else ()
         attempt(lambda: check_gating(algorithm.gating_map, hierarchy, soft))
         attempt(lambda: algorithm.check_passes(hierarchy.active, cfg.model.micro_batch_size))
+    attempt(lambda: check_nemo_keys(cfg))
     labels = token_labels_section(cfg) if hierarchy is not None else None
     return RunConfig(hierarchy, partitions, labels, algorithm, data, rewards)
 
 
 def read_training_config(cfg: DictConfig) -> RunConfig:
-    """`read_config`, with what is an error in training only: another host, and lengths and experts that the model's
-    config rules out by itself. The policy's own config joins it when the policy is loaded."""
-    config = read_config(cfg)
-    check_host(cfg)
-    check_lengths(cfg)
-    if config.partitions is not None and "num_moe_experts" in cfg.model:
-        partition_table(config.partitions, cfg.model)
-    return config
+    """`read_config`, with what is an error in training only: a reference that leads nowhere, another host, a logger
+    that is not installed, and what the model's config rules out by itself. The policy's own config joins it when the
+    policy is loaded."""
+    with named_references():  # a key that is not there at all, too
+        check_shape(cfg)
+        check_host(cfg)
+        config = read_config(cfg)
+        as_plain(cfg)
+        check_loggers(cfg.exp_manager)
+        for problem in model_problems(cfg.model, cfg.get("cpu", False)):
+            raise ValueError(problem)
+        check_batches(cfg, 1)
+        check_lengths(cfg)
+        if config.partitions is not None and "num_moe_experts" in cfg.model:
+            partition_table(config.partitions, cfg.model)
+        return config
+
+
+def pretrained_checkpoint(cfg: DictConfig) -> PretrainedCheckpoint:
+    """The `pretrained_checkpoint` section. Raises ValueError naming the field."""
+    made: PretrainedCheckpoint = build(
+        PretrainedCheckpoint, plain(cfg, "pretrained_checkpoint"), "pretrained_checkpoint"
+    )
+    return made
+
+
+def check_shape(cfg: DictConfig) -> None:
+    """Sections are mappings, and the keys beside them of their types; an unknown one is refused."""
+    reject_unknown_keys(cfg, SECTIONS)
+    values: dict[str, Any] = {}
+    for key in [key for key in _VALUES if key in cfg]:
+        with named_references(key):
+            values[key] = value = cfg[key]
+        if not fits(value, _VALUES[key]):
+            raise ValueError(f"{key}: must be {in_words(_VALUES[key])}, got {short(value)}")
+    for key in ("name", "run_dir"):
+        if values.get(key, "-") == "":
+            raise ValueError(f"{key}: is empty")
+    if not 0 <= values.get("seed", 0) < 2**31:
+        raise ValueError(f"seed: must be from 0 to {2**31 - 1}, got {short(values['seed'])}")
+    for name in (*_REQUIRED, *_OPTIONAL):
+        with named_references(name):
+            given = cfg.get(name)
+        if not isinstance(given, DictConfig) and (given is not None or name in _REQUIRED):
+            raise ValueError(f"{name}: must be a mapping, got {short(given)}")
 
 
 def check_sections(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None]:
@@ -95,7 +163,6 @@ def check_sections(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None]
     if "collective_timeout" in cfg:
         positive_number(cfg.collective_timeout, "collective_timeout")
     check_resume(cfg)
-    check_wandb(cfg)
     if (cfg.get("trainer") or {}).get("max_time") is not None:
         raise ValueError(
             f"trainer.max_time: {cfg.trainer.max_time!r} would stop Lightning's own loop, which does not run here; set "
@@ -107,15 +174,31 @@ def check_sections(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None]
     return hierarchy, partitions
 
 
-def check_wandb(cfg: DictConfig) -> None:
-    """ValueError unless `wandb` is true or false, and the package is there where it is true."""
-    wanted = cfg.get("wandb", False)
-    if not isinstance(wanted, bool):
-        raise ValueError(
-            f"wandb: must be true or false, got {wanted!r}; the project is exp_manager.wandb_logger_kwargs"
-        )
-    if wanted and importlib.util.find_spec("wandb") is None:
-        raise ValueError("wandb: true, but the package is not installed; pip install wandb, or set it to false")
+def check_loggers(exp_manager: Mapping[str, Any]) -> None:
+    """ValueError for a logger whose package is not installed."""
+    for name, package in _LOGGERS.items():
+        key = f"create_{name}_logger"
+        if exp_manager.get(key) and importlib.util.find_spec(package) is None:
+            raise ValueError(f"exp_manager.{key}: needs the package {package}, which is not installed; pip install it")
+
+
+def check_graders(graders: Mapping[str, str] | None) -> None:
+    """ValueError naming the grader of one's own whose module or function there is not."""
+    for name, target in (graders or {}).items():
+        module, _, function = target.partition(":")
+        where = f"rewards.graders.{name}"
+        try:
+            found = getattr(importlib.import_module(module), function, None)
+        except ImportError as error:
+            raise ValueError(
+                f"{where}: {target}: {error}. Modules are looked for where Python does, and beside the run config"
+            ) from error
+        except Exception as error:
+            raise ValueError(
+                f"{where}: {target}: importing {module} ends in {type(error).__name__}: {error}"
+            ) from error
+        if not callable(found):
+            raise ValueError(f"{where}: {target}: the module has no function {function!r}")
 
 
 def check_host(cfg: DictConfig) -> None:
@@ -150,7 +233,7 @@ def batch_sizes(cfg: DictConfig) -> Batches:
     return Batches(
         prompts=algorithm.prompts_per_rollout,
         group=algorithm.samples_per_prompt,
-        steps=algorithm.optimizer_steps,
+        steps=algorithm.get("optimizer_steps", 1),
         micro=cfg.model.micro_batch_size,
         forward=ppo.forward_micro_batch_size,
         generation=ppo.rollout_micro_batch_size,
@@ -165,5 +248,5 @@ def check_batches(cfg: DictConfig, data_parallel_size: int, context_parallel_siz
 
 def check_lengths(cfg: DictConfig) -> None:
     """ValueError naming the key of the model that the longest prompt and response do not fit in."""
-    for problem in too_long(cfg.model, cfg.data.max_prompt_length):
+    for problem in too_long(cfg.model, data_settings(cfg).max_prompt_length):
         raise ValueError(problem)

@@ -21,5 +21,8 @@ class DataSettings:
     heldout_greedy: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("train", "heldout"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name}: is empty; name a JSONL file")
         whole(self, "max_prompt_length", 1)
         choice(self, "too_long", TOO_LONG)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable
 
 from omegaconf import OmegaConf
@@ -19,10 +20,11 @@ def prepare_hydra() -> None:
 
 
 def register_resolvers() -> None:
-    """The arithmetic that conf/ uses, by the names NeMo-Aligner's scripts give it."""
+    """The arithmetic that conf/ uses, by the names NeMo-Aligner's scripts give it, and whether a precision is bf16."""
     OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
     OmegaConf.register_new_resolver("plus", lambda x, y: x + y, replace=True)
     OmegaConf.register_new_resolver("int_div", lambda x, y: x // y, replace=True)
+    OmegaConf.register_new_resolver("in_half", lambda precision: str(precision).startswith("bf16"), replace=True)
 
 
 def overrides(arguments: Iterable[str]) -> list[str]:
@@ -33,3 +35,41 @@ def overrides(arguments: Iterable[str]) -> list[str]:
     """
     checked = rf"(?!({'|'.join(_NEMO)})\.)\w+\.[^=]+="
     return [f"++{argument}" if re.match(checked, argument) else argument for argument in arguments]
+
+
+_GROUPS = ("hierarchy", "algorithm", "model", "cluster")  # folders of conf/, of which an override names a file
+_WITH_VALUE = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--package", "-p", "--cfg", "-c")
+
+
+def command_line(arguments: Iterable[str]) -> list[str]:
+    """The arguments of a script as Hydra takes them: its options first, since it takes no option after an override,
+    then `overrides`. Ends the script with one line where a group of files is overridden by nothing or by force."""
+    options: list[str] = []
+    given: list[str] = []
+    left = list(arguments)
+    while left:
+        argument = left.pop(0)
+        if not argument.startswith("-"):
+            given.append(argument)
+            continue
+        options.append(argument)
+        if argument in _WITH_VALUE and left:
+            options.append(left.pop(0))
+    for argument in given:
+        key, _, value = argument.partition("=")
+        name = key.lstrip("+~")
+        if name in _GROUPS and (key.startswith("++") or ("=" in argument and value in ("", "null", "~"))):
+            sys.exit(f"error: {name}: {argument!r}; name a file of conf/{name}, such as {name}=...")
+    return [*options, *overrides(given)]
+
+
+def find_modules_in(folders: Iterable[str]) -> None:
+    """Have Python find modules of the user's (graders, gates, token labels) in the folders of the run's config."""
+    sys.path += [folder for folder in folders if folder not in sys.path]
+
+
+def folders_of_config() -> list[str]:
+    """Where Hydra's own command line found the config."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return [source.path for source in HydraConfig.get().runtime.config_sources if source.schema == "file"]

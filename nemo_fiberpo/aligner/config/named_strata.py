@@ -1,4 +1,4 @@
-"""Strata by name in everything that Hydra composes, whichever form a file has them in.
+"""What Hydra composes: strata by name whichever form a file has them in, and files as `yaml_text` wants them.
 
 A hierarchy's `strata` and `branches` are mappings, which Hydra merges, or lists. Hydra cannot override an entry of a
 list by its name, nor lay a list over a mapping. Here a list becomes a mapping before anything is laid over it, and it
@@ -8,14 +8,17 @@ replaces what was there before it, as Hydra does with lists: in a file, and in a
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 
 from nemo_fiberpo.config import NAMED, strata_by_name
 from nemo_fiberpo.megatron.patching import Patch, Patches
+from nemo_fiberpo.yaml_text import check_yaml
 
 _LOADER = "hydra._internal.config_loader_impl:ConfigLoaderImpl"
+_FILES = "hydra._internal.core_plugins.file_config_source:FileConfigSource"
 _installed = False
 
 
@@ -28,9 +31,26 @@ def install() -> None:
             [
                 Patch(_LOADER, "_compose_config_from_defaults_list", reason, wrap=_compose),
                 Patch(_LOADER, "_apply_overrides_to_config", reason, wrap=_override),
+                Patch(_FILES, "load_config", "files whose values are not what they look like", wrap=_load),
             ]
         ).apply()
         _installed = True
+
+
+def _load(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a file: refused as `check_yaml` does, in Hydra's words for a file that it cannot load."""
+    from hydra.errors import ConfigCompositionException
+
+    def load(self: Any, config_path: str) -> Any:
+        path = Path(self.path) / self._normalize_file_name(config_path)
+        if path.is_file():
+            try:
+                check_yaml(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ConfigCompositionException(f"{path}: {error}") from error
+        return original(self, config_path)
+
+    return load
 
 
 def _compose(original: Callable[..., DictConfig]) -> Callable[..., DictConfig]:

@@ -8,6 +8,7 @@ NeMo's own.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,6 @@ from nemo_fiberpo.config import (
     parse_hierarchy,
     parse_token_labels,
     reject_unknown_keys,
-    section,
 )
 from nemo_fiberpo.graders.builtin import UNSAFE_TASKS
 from nemo_fiberpo.labelling.token_labels import TokenLabels
@@ -92,6 +92,12 @@ class RewardSettings:
             if task not in UNSAFE_TASKS:
                 raise ValueError(f"unsafe_tasks: {task!r} is unknown{nearest(task, UNSAFE_TASKS)}")
         object.__setattr__(self, "unsafe_tasks", sorted(set(tasks)))
+        for name, target in self.graders.items() if isinstance(self.graders, Mapping) else ():
+            if not isinstance(target, str) or not re.fullmatch(r"\w+(\.\w+)*:\w+", target):
+                raise ValueError(
+                    f"graders.{name}: must be package.module:function, got {target!r}; the module is found beside the "
+                    "run config, too"
+                )
         if (self.kind == "server") != (self.server is not None):
             raise ValueError("server: the reward server's address, for kind: server and only there")
         for entry in dataclasses.fields(self) if self.kind == "server" else ():
@@ -130,18 +136,29 @@ class WarmStartSettings:
     check_every: int
     check_prompts: int
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "check_every", "check_prompts"):
+            whole(self, name, 1)
+        positive_number(self.lr, "lr")
+        for name in ("stop_reward", "rehearsal"):
+            share = getattr(self, name)
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+                raise ValueError(f"{name}: must be a number from 0 to 1, got {share!r}")
+
 
 def hierarchy_section(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None]:
     """The `hierarchy` section, and how it partitions experts, if it does. Raises ValueError naming the field."""
-    with at("hierarchy."), section(cfg.hierarchy) as plain:
-        hierarchy = parse_hierarchy(plain)
-        return hierarchy, parse_expert_partitions(plain, hierarchy)
+    values = plain(cfg, "hierarchy")
+    with at("hierarchy."):
+        hierarchy = parse_hierarchy(values)
+        return hierarchy, parse_expert_partitions(values, hierarchy)
 
 
 def token_labels_section(cfg: DictConfig) -> TokenLabels | None:
     """`token_labels` and `ignore` of the `hierarchy` section. Raises ValueError naming the field."""
-    with at("hierarchy."), section(cfg.hierarchy) as plain:
-        return parse_token_labels(plain, parse_hierarchy(plain))
+    values = plain(cfg, "hierarchy")
+    with at("hierarchy."):
+        return parse_token_labels(values, parse_hierarchy(values))
 
 
 def algorithm_settings(cfg: DictConfig) -> AlgorithmSettings:

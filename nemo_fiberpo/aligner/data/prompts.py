@@ -9,7 +9,9 @@ One JSON object a line:
     response   optional reference answer, for a supervised warm start
     strata     optional {stratum: label} for strata of the hierarchy's own beside domain, prompt_group and trajectory,
                such as {"language": "en"}; labels are text
-Blank lines and a byte-order mark are skipped. Every refusal is a ValueError that names file, line and field.
+    meta       optional, anything: where the rest of a public data set can stay; nothing reads it
+Blank lines and a byte-order mark are skipped. Every refusal is a ValueError that names file, line and field, of the
+first ten lines that are wrong.
 """
 
 from __future__ import annotations
@@ -25,11 +27,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from nemo_fiberpo.aligner.data.jsonl import lines_of, parse_line
 from nemo_fiberpo.graders.builtin import ANSWER_FORMS, GRADER_FIELDS
+from nemo_fiberpo.labelling.expert_partitions import COLUMN
+from nemo_fiberpo.values import at, short
 
 _REQUIRED = ("prompt", "domain", "grader")
 _OPTIONAL = ("id", "response")
-_STRATA = "strata"
+_STRATA, _META = "strata", "meta"
+_OF_ROLLOUT = ("domain", "prompt_group", "trajectory", "state", COLUMN)  # strata whose labels are not for `strata`
+_ALL = "all"  # in metrics and tables, the mean over all domains
+_TOLD = 10  # lines that are wrong of which a message tells
 _JSON_NAMES: dict[type, str] = {str: "a string", dict: "an object"}
 
 
@@ -64,37 +72,31 @@ class PromptRecord:
 def load_prompts(path: str | Path, own_graders: Collection[str] = ()) -> list[PromptRecord]:
     """Read and check a JSONL file of prompts (format at the top of this module).
 
-    `own_graders` names the graders that the config adds to the ones that ship. ValueError names file, line and field.
+    `own_graders` names the graders that the config adds to the ones that ship. ValueError names file, line and field,
+    for a file that cannot be read the file.
     """
     records: list[PromptRecord] = []
+    wrong: list[str] = []
     seen: dict[str, str] = {}
-    for where, line in _lines(Path(path)):
-        record = _record(where, line, own_graders)
-        if record.id is not None and seen.setdefault(record.id, where) != where:
-            raise ValueError(f"{where}: id: {record.id!r} is also the id of {seen[record.id]}")
-        records.append(record)
+    for where, line in lines_of(Path(path)):
+        try:
+            record = _record(where, line, own_graders)
+            if record.id is not None and seen.setdefault(record.id, where) != where:
+                raise ValueError(f"{where}: id: {record.id!r} is also the id of {seen[record.id]}")
+            records.append(record)
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        more = f"\nand {len(wrong) - _TOLD} more of {len(wrong) + len(records)} lines" if len(wrong) > _TOLD else ""
+        raise ValueError("\n".join(wrong[:_TOLD]) + more)
     if not records:
         raise ValueError(f"{path}: no prompts in it; expected one JSON object a line")
     return records
 
 
-def _lines(path: Path) -> Iterable[tuple[str, str]]:
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8: {error}") from None
-            if line:
-                yield where, line
-
-
-def _record(where: str, line: str, own_graders: Collection[str]) -> PromptRecord:
-    try:
-        data = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from None
+def _record(where: str, line: bytes, own_graders: Collection[str]) -> PromptRecord:
+    with at(f"{where}: "):
+        data = parse_line(line)
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(data).__name__}")
     for name in _REQUIRED:
@@ -107,14 +109,37 @@ def _record(where: str, line: str, own_graders: Collection[str]) -> PromptRecord
     for name in _OPTIONAL:
         if name in data:
             _require(where, data, name, str)
+            if not data[name].strip():
+                raise ValueError(f"{where}: {name}: is empty; leave it out")
     strata = data.get(_STRATA, {})
-    if not isinstance(strata, dict) or not all(isinstance(label, str) for label in strata.values()):
-        raise ValueError(f"{where}: {_STRATA}: expected an object of stratum: label (text), found {strata!r}")
-    rest = {name: value for name, value in data.items() if name not in (*_REQUIRED, *_OPTIONAL, _STRATA)}
+    _check_names(where, "domain", [data["domain"]])
+    if data["domain"] == _ALL:
+        raise ValueError(f"{where}: domain: {_ALL!r} is what the mean over all domains is called; take another name")
+    _check_strata(where, strata)
+    known = (*_REQUIRED, *_OPTIONAL, _STRATA, _META)
+    rest = {name: value for name, value in data.items() if name not in known}
     if grader in GRADER_FIELDS and grader not in own_graders:
         _check_fields(where, grader, rest)
     prompt, domain, identity, response = data["prompt"], data["domain"], data.get("id"), data.get("response")
     return PromptRecord(prompt, domain, grader, rest, where, identity, response, strata)
+
+
+def _check_strata(where: str, strata: Any) -> None:
+    if not isinstance(strata, dict) or not all(isinstance(label, str) for label in strata.values()):
+        raise ValueError(f"{where}: {_STRATA}: expected an object of stratum: label (text), found {short(strata)}")
+    for name in strata:
+        if name in _OF_ROLLOUT:
+            raise ValueError(
+                f"{where}: {_STRATA}.{name}: {name!r} has labels of its own, these would not be read; take another name"
+            )
+    _check_names(where, _STRATA, [*strata, *strata.values()])
+
+
+def _check_names(where: str, field: str, names: Iterable[str]) -> None:
+    """They stand in the keys of metrics and in tables."""
+    for name in names:
+        if not name.strip() or not name.isprintable():
+            raise ValueError(f"{where}: {field}: {short(name)} is no name: it is empty, or has control characters")
 
 
 def _check_fields(where: str, grader: str, fields: dict[str, Any]) -> None:
@@ -124,9 +149,14 @@ def _check_fields(where: str, grader: str, fields: dict[str, Any]) -> None:
         _require(where, fields, name, required[name])
     for name in fields:
         if name not in known:
-            valid = [*_REQUIRED, *_OPTIONAL, _STRATA, *known]
-            raise ValueError(f"{where}: {name}: unknown field{_hint(name, valid)}; valid: {', '.join(valid)}")
+            valid = [*_REQUIRED, *_OPTIONAL, _STRATA, *known, _META]
+            raise ValueError(
+                f"{where}: {name}: unknown field{_hint(name, valid)}; valid: {', '.join(valid)}. What nothing reads "
+                f"can stay in {_META}"
+            )
         _require(where, fields, name, known[name])
+        if not fields[name] or (isinstance(fields[name], str) and not fields[name].strip()):
+            raise ValueError(f"{where}: {name}: is empty")
     forms = ANSWER_FORMS[grader]
     form = fields.get("answer_form", forms[0])
     if form not in forms:
@@ -138,7 +168,9 @@ def _require(where: str, data: dict[str, Any], name: str, kind: type) -> None:
         near = difflib.get_close_matches(name, data, n=1)
         raise ValueError(f"{where}: {name}: missing" + (f"; is {near[0]!r} meant to be it?" if near else ""))
     if not isinstance(data[name], kind):
-        raise ValueError(f"{where}: {name}: expected {_JSON_NAMES[kind]}, found {type(data[name]).__name__}")
+        number = kind is str and isinstance(data[name], int | float) and not isinstance(data[name], bool)
+        hint = f'; write "{json.dumps(data[name])}"' if number else ""
+        raise ValueError(f"{where}: {name}: expected {_JSON_NAMES[kind]}, found {type(data[name]).__name__}{hint}")
 
 
 def _hint(name: str, valid: Iterable[str]) -> str:

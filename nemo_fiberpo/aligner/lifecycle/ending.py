@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,8 +31,9 @@ def explain(main: Callable[[], None]) -> None:
     """Run a script's main, and leave its process groups. Exit status 75 if the run is not finished and can go on, 1 if
     it is not and cannot.
 
-    A ValueError raised by this package, which is about the user's input, is one line on the terminal. One from
-    elsewhere keeps its traceback; so do all with FIBERPO_TRACEBACK=1. What several ranks have to say is said once.
+    A ValueError raised by this package, which is about the user's input, is one line on the terminal, and torchrun
+    repeats it at the end of its report. One from elsewhere keeps its traceback; so do all with FIBERPO_TRACEBACK=1.
+    What several ranks have to say is said once.
     """
     try:
         main()
@@ -37,6 +41,8 @@ def explain(main: Callable[[], None]) -> None:
         leave()
         finish()
         sys.exit(NOT_FINISHED if stopped.can_go_on else 1)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except SaidByFirstRank:
         sys.exit(1)
     except ValueError as error:
@@ -46,6 +52,7 @@ def explain(main: Callable[[], None]) -> None:
         raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
         if os.environ.get("FIBERPO_TRACEBACK") or not raised_in.startswith("nemo_fiberpo"):
             raise
+        _tell_torchrun(f"error: {error}")
         sys.exit(1 if _was_said(text := f"error: {error}") else text)
     leave()
 
@@ -60,3 +67,11 @@ def _was_said(text: str) -> bool:
     except FileExistsError:
         return True
     return False
+
+
+def _tell_torchrun(message: str) -> None:
+    """Have torchrun's report, which comes after everything that a rank printed, end with this."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        told = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
+        Path(path).write_text(json.dumps({"message": told}))

@@ -21,12 +21,14 @@ from nemo_fiberpo.graders.signals import SIGNALS, die_with_parent, held_back
 NOT_FINISHED = os.EX_TEMPFAIL  # 75: not an error, run the same command again
 # Set for the ranks that `cli.launcher` starts: a folder, in which they mark what they have said.
 LAUNCHED = "FIBERPO_LAUNCHED"
-# Seconds within which a second SIGTERM is the first one again: torchrun passes its own on to ranks that a scheduler, or
-# the terminal, has signalled already.
+CTRL_C = "Ctrl-C: the RL step in progress ends and is saved; once more ends the run at once"
+# Seconds within which a second SIGTERM or SIGINT is the first one again: torchrun passes its own on to ranks that a
+# scheduler or a terminal has signalled already.
 SAME_SIGNAL = 5.0
+SAME_KEY = 0.3  # of Ctrl-C without torchrun
 
 _received = 0  # number of the first signal
-_ended_at: dict[int, float] = {}  # when each of the signals that end a process came first
+_first_at: float | None = None  # when a SIGTERM or SIGINT came
 
 
 class Stopped(Exception):
@@ -58,26 +60,26 @@ def install(main: str = "__main__") -> None:
 
 def shield_resource_tracker() -> None:
     """Start the process in which multiprocessing keeps track of semaphores so that a signal to the whole job lets it
-    live. It ignores SIGTERM by itself, not SIGUSR1; the next one that Python starts in its place knows nothing of the
-    semaphores that there are, and says so in a traceback for each when the run ends."""
+    live. It ignores SIGTERM and SIGINT by itself, not SIGUSR1; the next one that Python starts in its place knows
+    nothing of the semaphores that there are, and says so in a traceback for each when the run ends."""
     with held_back():
         resource_tracker.ensure_running()
 
 
 def _note(number: int, _frame: FrameType | None) -> None:
-    global _received
+    global _received, _first_at
+    if number == signal.SIGINT and not _received and os.environ.get("RANK", "0") == "0" and LAUNCHED not in os.environ:
+        os.write(2, f"\n{CTRL_C}\n".encode())
     _received = _received or number
     if number == signal.SIGUSR1:
         return
     now = time.monotonic()
-    first = _ended_at.setdefault(number, now)
-    if now > first and now - first > (SAME_SIGNAL if number == signal.SIGTERM or _under_torchrun() else 0.0):
+    same = SAME_SIGNAL if number == signal.SIGTERM or "TORCHELASTIC_RUN_ID" in os.environ else SAME_KEY
+    if _first_at is None:
+        _first_at = now
+    elif now - _first_at > same:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
-
-
-def _under_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def finish() -> None:

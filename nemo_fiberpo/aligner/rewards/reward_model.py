@@ -15,7 +15,7 @@ from torch import Tensor
 from nemo_fiberpo.aligner.config.settings import RewardSettings
 from nemo_fiberpo.aligner.data.prompts import PromptRecord, Tokenizer
 from nemo_fiberpo.aligner.rewards.critic import NoCritic
-from nemo_fiberpo.aligner.rewards.rules import CRASH, OK, TIMEOUT, RuleRewards, Scores, refuse_unsafe
+from nemo_fiberpo.aligner.rewards.rules import CRASH, EXHAUSTED, OK, RuleRewards, Scores
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -72,11 +72,10 @@ class RuleRewardModel(NoCritic):
         self._rewards: RuleRewards | None = None
         self.max_failed: float = self._options.pop("max_failed", 0.5)
         self.reasons: list[str] = []  # why this rank could not grade answers: the first three of the latest batch
-        refuse_unsafe(records, self._options.get("unsafe_tasks") or ())
 
     @property
     def drops_failures(self) -> bool:
-        """Whether a sample with grader_failed > 0 is to be masked out of the loss and of every baseline."""
+        """Whether a sample with grader_failed = CRASH is to be masked out of the loss and of every baseline."""
         return self._options.get("on_failure", "drop") == "drop"
 
     def start(self) -> None:
@@ -95,7 +94,8 @@ class RuleRewardModel(NoCritic):
         """Rewards float32 [B] and values (zeros) float32 [B, S - 1] on the batch's device.
 
         Reads response_tokens, prompt_lengths, response_lengths and prompt_index [B]; adds grader_failed int64 [B]
-        (0 graded, 1 timeout, 2 crash) to `rollout_batch`. RuntimeError on every rank if grading failed on the first.
+        (0 graded, 1 out of time or memory, 2 crash) to `rollout_batch`. RuntimeError on every rank if grading failed on
+        the first.
         """
         tokens = rollout_batch["response_tokens"]
         size, rank, source, group = self._place()
@@ -167,10 +167,19 @@ def make_reward_model(settings: RewardSettings, records: Sequence[PromptRecord],
     return RemoteRewardModel(OmegaConf.create(dict(settings.server or {})))
 
 
+def settled(rewards: Tensor, grader_failed: Tensor, drops_failures: bool) -> tuple[Tensor, Tensor]:
+    """Rewards with 0 where the grader failed, and int64 [B]: 0 for the samples that are left out of the loss and of
+    every baseline. Those are the crashes, where `drops_failures`; one that exhausts its time or memory stays.
+    """
+    valid = grader_failed != CRASH if drops_failures else torch.ones_like(grader_failed, dtype=torch.bool)
+    return torch.where(grader_failed != OK, 0.0, rewards), valid.long()
+
+
 def reward_metrics(
     rewards: Tensor, domain: Tensor, grader_failed: Tensor, domains: Sequence[str], drops_failures: bool
 ) -> dict[str, float]:
-    """Per domain: mean reward of the samples that count, and how many answers timed out or crashed their grader.
+    """Per domain: mean reward of the samples that count, and how many answers ran out of time or memory or crashed
+    their grader.
 
     All tensors [B], of the whole (gathered) rollout. Keys: "reward/{domain}", "grader_timeouts/{domain}",
     "grader_crashes/{domain}". A domain without samples has no "reward" key: 0 would be a claim.
@@ -178,9 +187,9 @@ def reward_metrics(
     metrics: dict[str, float] = {}
     for number, name in enumerate(domains):
         here = domain == number
-        counts = here & (grader_failed == OK) if drops_failures else here
+        counts = here & (grader_failed != CRASH) if drops_failures else here
         if bool(counts.any()):
             metrics[f"reward/{name}"] = rewards[counts].double().mean().item()
-        metrics[f"grader_timeouts/{name}"] = float((here & (grader_failed == TIMEOUT)).sum())
+        metrics[f"grader_timeouts/{name}"] = float((here & (grader_failed == EXHAUSTED)).sum())
         metrics[f"grader_crashes/{name}"] = float((here & (grader_failed == CRASH)).sum())
     return metrics

@@ -16,8 +16,10 @@ from nemo_fiberpo.graders.pool import Failure, GraderPool
 
 logger = logging.getLogger(__name__)
 
-OK, TIMEOUT, CRASH = 0, 1, 2  # values of the column grader_failed
-_CODES: dict[Failure | None, int] = {None: OK, "timeout": TIMEOUT, "crash": CRASH}
+# Values of the column grader_failed. An answer that exhausts its time or memory has reward 0 like a wrong one: if it
+# were left out of the loss, a policy would learn to hang the grader where it knows no answer.
+OK, EXHAUSTED, CRASH = 0, 1, 2
+_CODES: dict[Failure | None, int] = {None: OK, "timeout": EXHAUSTED, "memory": EXHAUSTED, "crash": CRASH}
 
 
 def refuse_unsafe(records: Sequence[PromptRecord], unsafe_tasks: Collection[str]) -> None:
@@ -41,7 +43,7 @@ class Scores:
 
     @property
     def codes(self) -> Tensor:
-        """int64 [n]: 0 graded, 1 timeout, 2 crash."""
+        """int64 [n]: 0 graded, 1 out of time or memory, 2 crash."""
         return torch.tensor([_CODES[failure] for failure in self.failed], dtype=torch.int64)
 
 
@@ -49,8 +51,9 @@ class RuleRewards:
     """Grades responses to `records` by their graders (see `graders.py`), `workers` processes at a time.
 
     score        "threshold": 1.0 for a score of at least 1, else 0.0; "raw": the score itself.
-    on_failure   what becomes of a response whose grader timed out or crashed: "drop" (no loss, no part in a baseline)
-                 and "zero" (reward 0) are for the trainer to apply, see `drops_failures`; "error" raises here.
+    on_failure   what becomes of a response whose grader crashed: "drop" (no loss, no part in a baseline) and "zero"
+                 (reward 0) are for the trainer to apply, see `drops_failures`; "error" raises here, and for a response
+                 that exhausts its time or memory too, which else has reward 0.
     time_limit   seconds of wall clock per response.
     graders      graders of one's own: {name: "package.module:function"}.
     unsafe_tasks tasks of reasoning-gym that evaluate answers as Python and may do so here; others are refused.
@@ -91,7 +94,7 @@ class RuleRewards:
 
     @property
     def drops_failures(self) -> bool:
-        """Whether a sample with grader_failed > 0 is to be masked out of the loss and of every baseline."""
+        """Whether a sample with grader_failed = CRASH is to be masked out of the loss and of every baseline."""
         return self.on_failure == "drop"
 
     def wait_until_ready(self) -> str:

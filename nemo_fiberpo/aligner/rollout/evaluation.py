@@ -15,7 +15,7 @@ from nemo_fiberpo.aligner.data.prompts import PromptDataset, collate_prompts
 from nemo_fiberpo.aligner.generation.inference_layout import generation_axis
 from nemo_fiberpo.aligner.generation.lockstep import deterministic
 from nemo_fiberpo.aligner.rewards.reward_model import decode_responses, stop_if_ungraded
-from nemo_fiberpo.aligner.rewards.rules import OK
+from nemo_fiberpo.aligner.rewards.rules import CRASH
 from nemo_fiberpo.aligner.rollout.dealing import padded_share
 
 
@@ -30,7 +30,7 @@ def evaluate(
         seed   of the sampling: the same prompts and seed give paired samples before and after training
 
     Returns rows {prompt_index, domain, mode, reward, response, length, ended}, by mode and prompt, the same on every
-    rank; prompt_index counts within `prompts`, reward is None where the response could not be graded.
+    rank; prompt_index counts within `prompts`, reward is None where the grader crashed on the response.
 
     SPMD: every rank calls this; prompts are sharded over data- and context-parallel ranks.
     """
@@ -74,7 +74,7 @@ def _evaluate_batch(
             "prompt_index": index,
             "domain": prompts.records[index].domain,
             "mode": mode,
-            "reward": reward if failed == OK else None,
+            "reward": reward if failed != CRASH else None,
             "response": text,
             "length": length,
             "ended": bool(ended),

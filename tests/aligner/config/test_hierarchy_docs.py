@@ -25,12 +25,13 @@ assert SECTION is not None
 OVERRIDES = {meaning: shlex.split(written)[0] for meaning, written in ROW.findall(SECTION[1])}
 FILES = dict(BLOCK.findall(SECTION[1]))
 CHECK = """
-import runpy, sys
+import contextlib, io, runpy, sys
 script, *commands = sys.argv[1:]
 for command in commands:
     sys.argv = [script, "--check", *command.split("\\n")]
     try:
-        runpy.run_path(script, run_name="__main__")
+        with contextlib.redirect_stdout(io.StringIO()):  # what was checked
+            runpy.run_path(script, run_name="__main__")
         print("fine")
     except SystemExit as leaving:
         print(leaving.code)

@@ -1,5 +1,6 @@
 """Every refusal of the config names the field, and for an unknown key the nearest valid one."""
 
+import json
 import subprocess
 import sys
 
@@ -163,7 +164,7 @@ CHECKED = {
     "": "fine",
 }
 CHECK = """
-import runpy, sys
+import contextlib, io, runpy, sys
 from pathlib import Path
 from tests.support.launching import ROOT, arguments
 script = str(ROOT / "examples" / "train_gpt_fiberpo.py")
@@ -171,7 +172,8 @@ given = sys.argv[1:]
 for wrong in given[1:]:
     sys.argv = [script, *arguments(Path(given[0]), *wrong.split()), "--check"]
     try:
-        runpy.run_path(script, run_name="__main__")
+        with contextlib.redirect_stdout(io.StringIO()):  # what was checked
+            runpy.run_path(script, run_name="__main__")
         print("fine")
     except SystemExit as leaving:
         print(leaving.code)
@@ -180,7 +182,8 @@ for wrong in given[1:]:
 
 def test_check_refuses_by_the_name_of_the_field(tmp_path):
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "1"}\n' * 8)
+    line = {"prompt": "1", "domain": "d", "grader": "math_verify", "answer": "1"}
+    (tmp_path / "data" / "train.jsonl").write_text(8 * f"{json.dumps(line)}\n")
     script = [sys.executable, "-c", CHECK, str(tmp_path), *CHECKED]
     said = subprocess.check_output(script, env=environment(), text=True).splitlines()
     assert [line[: len(words)] for line, words in zip(said, CHECKED.values(), strict=True)] == list(CHECKED.values())

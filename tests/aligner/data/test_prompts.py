@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -69,11 +70,27 @@ def test_a_file_with_mark_blank_lines_and_no_last_newline_is_read(tmp_path):
         (line(answr="7"), "answr: unknown field; did you mean 'answer'"),
         (line(grader="reasoning_gym", answer=None, task="gcd"), "entry: missing"),
         (
-            line(grader="reasoning_gym", answer=None, task="gcd", entry={}, answer_form="digits"),
+            line(grader="reasoning_gym", answer=None, task="gcd", entry={"a": 1}, answer_form="digits"),
             "answer_form: 'digits' is unknown; did you mean 'digit_list'",
         ),
         (line(answer_form="text"), "answer_form: 'text' is unknown; known: expression, literal"),
         (line(id="same"), "id: 'same' is also the id of"),
+        ('{"prompt": "a", "prompt": "b"}', "not valid JSON: prompt: stands twice in an object"),
+        ('{"prompt": {"a": 1, "a": 2}}', "not valid JSON: a: stands twice in an object"),
+        ('{"prompt": NaN}', "not valid JSON: NaN is no number of JSON"),
+        ('{"prompt": ' + "9" * 5000 + "}", "not valid JSON: Exceeds the limit"),
+        ("[" * 100_000, "nested too deep"),
+        (line(prompt="ab\ud800c"), "half of a surrogate pair ('\\ud800') behind"),
+        (line(answer=7), 'answer: expected a string, found int; write "7"'),
+        (line(answer=" "), "answer: is empty"),
+        (line(id=""), "id: is empty; leave it out"),
+        (line(source="web"), "source: unknown field; valid: prompt, domain, grader, id, response, strata, answer, "),
+        (line(grader="reasoning_gym", answer=None, task="gcd", entry={}), "entry: is empty"),
+        (line(strata={"domain": "x"}), "strata.domain: 'domain' has labels of its own, these would not be read"),
+        (line(strata={"trajectory": "x"}), "strata.trajectory: 'trajectory' has labels of its own"),
+        (line(domain="all"), "domain: 'all' is what the mean over all domains is called"),
+        (line(strata={"language": ""}), "strata: '' is no name"),
+        (line(domain="a\nb"), "domain: 'a\\nb' is no name: it is empty, or has control characters"),
     ],
 )
 def test_a_refusal_names_file_line_and_field(write, bad, message):
@@ -81,6 +98,30 @@ def test_a_refusal_names_file_line_and_field(write, bad, message):
     with pytest.raises(ValueError) as error:
         load_prompts(path)
     assert str(error.value).startswith(f"{path}:3: {message}")
+
+
+def test_ten_lines_that_are_wrong_are_told_and_how_many_there_are(write):
+    path = write(*[line(answer=n) if n != 3 else line() for n in range(13)])
+    with pytest.raises(ValueError) as error:
+        load_prompts(path)
+    told = str(error.value).splitlines()
+    assert [one.split(": ")[0] for one in told[:-1]] == [f"{path}:{n}" for n in (1, 2, 3, *range(5, 12))]
+    assert told[-1] == "and 2 more of 13 lines"
+
+
+def test_meta_is_free(write):
+    assert load_prompts(write(line(meta={"source": [1, None]})))[0].fields == {"answer": "7"}
+
+
+@pytest.mark.parametrize("kind", ["none", "folder", "fifo"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, kind):
+    path = tmp_path / "p.jsonl"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"p\.jsonl: cannot be read: "):
+        load_prompts(path)
 
 
 def test_bytes_that_are_not_utf8_and_an_empty_file_are_refused(tmp_path):

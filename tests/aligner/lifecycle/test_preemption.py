@@ -22,7 +22,7 @@ from tests.support.launching import environment
 CATCH = """
 import os, signal, time
 from nemo_fiberpo.aligner.lifecycle import preemption
-preemption.SAME_SIGNAL = {same}
+preemption.SAME_SIGNAL = preemption.SAME_KEY = {same}
 preemption.install()
 for name in {sent}:
     os.kill(os.getpid(), getattr(signal, name))
@@ -36,19 +36,28 @@ def caught(*sent: str, same: float = 5.0) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", script], env=environment(), text=True, capture_output=True)
 
 
-@pytest.mark.parametrize("sent", [("SIGUSR1",), ("SIGTERM",), ("SIGUSR1", "SIGTERM"), ("SIGUSR1", "SIGUSR1")])
+@pytest.mark.parametrize(
+    "sent", [("SIGUSR1",), ("SIGTERM",), ("SIGINT",), ("SIGUSR1", "SIGTERM"), ("SIGUSR1", "SIGUSR1")]
+)
 def test_a_signal_only_sets_a_flag_and_the_first_is_the_reason(sent):
     done = caught(*sent)
     assert (done.returncode, done.stdout) == (0, f"received {sent[0]}\n"), done.stderr
 
 
-def test_a_sigterm_that_a_launcher_repeats_is_one_sigterm():
-    assert caught("SIGTERM", "SIGTERM").returncode == 0
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_that_a_launcher_repeats_is_one_signal(name):
+    assert caught(name, name).returncode == 0
 
 
-def test_a_second_sigterm_ends_the_process_at_once():
-    done = caught("SIGTERM", "SIGTERM", same=0.0)
-    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_second_one_ends_the_process_at_once(name):
+    done = caught(name, name, same=0.0)
+    assert (done.returncode, done.stdout) == (-getattr(signal, name), "") and "Traceback" not in done.stderr
+
+
+def test_the_first_ctrl_c_tells_what_comes_of_it():
+    said = caught("SIGINT").stderr
+    assert said.count("Ctrl-C: the RL step in progress ends and is saved; once more ends the run at once") == 1
 
 
 SIGNALLED_WHILE_IT_ENDS = """
@@ -69,7 +78,7 @@ ending.explain(main)
 """
 
 
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM", "SIGINT"])
 def test_no_signal_changes_the_status_of_a_run_that_ends(name):
     script = SIGNALLED_WHILE_IT_ENDS.format(name=name)
     done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True)

@@ -98,7 +98,9 @@ def test_reward_metrics_leave_failures_out_of_the_mean_and_count_them():
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0])
     domain, failed = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 2])
     dropped = reward_metrics(rewards, domain, failed, ["math", "code", "none"], drops_failures=True)
-    assert dropped["reward/math"] == 0.5 and "reward/code" not in dropped and "reward/none" not in dropped
+    # the answer that ran out of time counts with 0: a policy must not gain by hanging its grader
+    assert dropped["reward/math"] == pytest.approx(1 / 3)
+    assert "reward/code" not in dropped and "reward/none" not in dropped
     assert (dropped["grader_timeouts/math"], dropped["grader_crashes/math"]) == (1, 0)
     assert (dropped["grader_timeouts/code"], dropped["grader_crashes/code"]) == (0, 1)
     assert reward_metrics(rewards, domain, failed, ["math", "code"], False)["reward/math"] == pytest.approx(1 / 3)

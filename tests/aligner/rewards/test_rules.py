@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nemo_fiberpo.aligner.data.prompts import PromptRecord
-from nemo_fiberpo.aligner.rewards.reward_model import RuleRewardModel, stop_if_ungraded
+from nemo_fiberpo.aligner.rewards.reward_model import RuleRewardModel, settled, stop_if_ungraded
 from nemo_fiberpo.aligner.rewards.rules import RuleRewards
 from nemo_fiberpo.graders.builtin import UNSAFE_TASKS
 from nemo_fiberpo.graders.pool import GraderPool
@@ -117,7 +117,7 @@ def test_a_formula_that_makes_sympy_hang_times_out():
         ("exit 0", "crash", "exit code 0"),
         ("exit 3", "crash", "exit code 3"),
         ("segfault", "crash", "SIGSEGV"),
-        ("allocate 100000000000", "crash", "out of memory"),
+        ("allocate 100000000000", "memory", "out of memory"),
         ("raise", "crash", "ZeroDivisionError: asked for"),
         ("sys_exit 0", "crash", "SystemExit"),
         ("nan", "crash", "not a finite number"),
@@ -249,10 +249,9 @@ def test_a_task_that_evaluates_answers_is_refused_unless_it_is_named(task):
     record = gym(task, {"answer": "1", "metadata": {}})
     message = rf"^made\.jsonl:1: task: '{task}' .* rewards\.unsafe_tasks=\[{task}\]"
     with pytest.raises(ValueError, match=message):
-        RuleRewardModel([record], Letters())
+        RuleRewardModel([record], Letters()).start()
     with pytest.raises(ValueError, match=message):
         RuleRewards([record], unsafe_tasks=[name for name in UNSAFE_TASKS if name != task])
-    RuleRewardModel([record], Letters(), {"unsafe_tasks": [task]})
 
 
 def test_an_answer_that_a_task_runs_costs_itself_alone(tmp_path):
@@ -366,3 +365,10 @@ def test_a_closed_pool_refuses_and_closes_again():
     rewards.close()
     with pytest.raises(RuntimeError, match="closed"):
         rewards.score([0], ["7"])
+
+
+def test_an_answer_that_hangs_the_grader_is_not_left_out_of_the_loss():
+    """Else a policy would learn to hang the grader where it knows no answer."""
+    given, failed = torch.tensor([1.0, 0.5, 0.5]), torch.tensor([0, 1, 2])
+    assert [column.tolist() for column in settled(given, failed, True)] == [[1.0, 0.0, 0.0], [1, 1, 0]]
+    assert [column.tolist() for column in settled(given, failed, False)] == [[1.0, 0.0, 0.0], [1, 1, 1]]

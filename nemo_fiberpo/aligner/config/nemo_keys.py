@@ -1,0 +1,127 @@
+"""The keys of NeMo's sections, `model`, `trainer` and `exp_manager`, that a run reads, each with its kind of value.
+
+nemo_keys.json is what two-step runs were seen to read, with the fields of the classes that NeMo builds from these
+sections (`python -m tests.faults keys` writes it). A key that a user sets and nothing reads is refused: it would be
+without effect and without a word.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from nemo_fiberpo.config import as_plain
+from nemo_fiberpo.values import is_finite, nearest, short
+
+FILE = Path(__file__).with_name("nemo_keys.json")
+SECTIONS = ("model", "trainer", "exp_manager")
+BY_HAND: dict[str, str] = {
+    # of what Lightning, NeMo's optimizer and this package read by other ways than the config's own
+    **dict.fromkeys(("trainer.num_nodes", "model.optim.lr", "model.optim.weight_decay"), "number!"),
+    **dict.fromkeys(("trainer.gradient_clip_val", "trainer.max_epochs", "trainer.max_steps"), "number"),
+    **dict.fromkeys(("trainer.benchmark", "trainer.deterministic", "trainer.enable_model_summary"), "any"),
+    **dict.fromkeys(("trainer.use_distributed_sampler", "trainer.enable_progress_bar"), "bool"),
+    **dict.fromkeys(("trainer.devices", "trainer.precision", "trainer.logger", "model.precision"), "any"),
+    **dict.fromkeys(("model.mcore_gpt", "model.transformer_engine", "model.megatron_amp_O2"), "bool"),
+    **dict.fromkeys(("model.ppo.trt_llm.enable", "trainer.ppo.trt_llm.enable", "trainer.ppo.trt_llm.reshard"), "bool"),
+    **dict.fromkeys(("trainer.ppo.gradient_clip_val", "model.optim.sched.min_lr"), "number"),
+    "model.optim.betas": "list!",
+    "model.optim.sched.name": "text!",
+    **dict.fromkeys(("model.seed", "model.ppo.rollout_micro_batch_size"), "number!"),
+    **dict.fromkeys(("model.data.data_prefix", "model.data.num_workers", "trainer.ppo.trt_llm"), "any"),
+    "model.moe_layer_freq": "any",
+    "model.overwrite_base_config": "mapping",
+    **dict.fromkeys(("trainer.ppo", "model.ppo", "model.optim", "model.optim.sched"), "mapping!"),
+}
+OPEN = (
+    *("model.ppo.trt_llm", "model.ppo.sampling_params", "model.ppo.length_params", "model.peft.lora_tuning"),
+    *("model.tokenizer", "model.mcore_customization_config", "model.nsys_profile", "model.memory_profile"),
+    *("model.overwrite_base_config", "exp_manager.ema", "model.chakra_profile"),
+    *(f"exp_manager.{name}_logger_kwargs" for name in ("wandb", "mlflow", "dllogger", "clearml", "neptune")),
+    *("exp_manager.summary_writer_kwargs", "exp_manager.early_stopping_callback_params", "exp_manager.fault_tolerance"),
+    "exp_manager.straggler_detection_params",
+)
+"""Mappings that NeMo hands on as they are, or whose keys are checked elsewhere: all keys are taken."""
+WITHOUT_EFFECT: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            *("trainer.accumulate_grad_batches", "trainer.val_check_interval", "trainer.check_val_every_n_epoch"),
+            *("trainer.limit_train_batches", "trainer.limit_val_batches", "trainer.limit_test_batches"),
+            *("trainer.log_every_n_steps", "trainer.num_sanity_val_steps", "trainer.min_steps", "trainer.min_epochs"),
+            *("trainer.fast_dev_run", "trainer.overfit_batches", "trainer.gradient_clip_algorithm"),
+        ),
+        "is of Lightning's own loop, which does not run here; the keys of `algorithm` and `trainer.ppo` say how long a "
+        "run is, and when it is evaluated and saved",
+    ),
+    **dict.fromkeys(
+        ("trainer.strategy", "trainer.plugins", "trainer.callbacks"),
+        "is made by NeMo's builder from the keys of `model`",
+    ),
+    **dict.fromkeys(
+        ("model.optim.eps", "model.optim.adam_beta1", "model.optim.adam_beta2"),
+        "is not passed to Megatron's optimizer: NeMo passes lr, weight_decay and betas",
+    ),
+    **dict.fromkeys(
+        ("model.optim.params", "model.optim.args", "model.optim._target_"),
+        "is of NeMo's other optimizers; this one is mcore_distributed_optim",
+    ),
+    "model.train_ds": "is of NeMo's pre-training; prompts are data.train",
+    "model.validation_ds": "is of NeMo's pre-training; held-out prompts are data.heldout",
+}
+"""Keys that NeMo has, and why a run here does not follow them."""
+
+
+def check_nemo_keys(cfg: DictConfig) -> None:
+    """ValueError naming the first key of NeMo's sections that nothing reads, with the nearest one that is read, or
+    whose value is of another kind than what is read; and one that is required and not there. A null is as if the key
+    were left out."""
+    read: dict[str, str] = json.loads(FILE.read_text())
+    for section in SECTIONS:
+        values = dict(_keys(section, as_plain(cfg[section])))
+        for key, value in values.items():
+            _check(key, value, read)
+        for key, kind in read.items():
+            if kind.endswith("!") and key.startswith(f"{section}.") and key not in values:
+                raise ValueError(f"{key}: is required: {_WORDS[kind.rstrip('!')]}")
+
+
+def _keys(where: str, values: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        key = f"{where}.{name}"
+        yield key, value
+        if isinstance(value, Mapping) and key not in OPEN:
+            yield from _keys(key, value)
+
+
+def _check(key: str, value: Any, read: Mapping[str, str]) -> None:
+    if key in WITHOUT_EFFECT:
+        raise ValueError(f"{key}: has no effect: it {WITHOUT_EFFECT[key]}; leave it out")
+    kind = read.get(key, "any" if key in OPEN else None)
+    if kind is None:
+        where = key.rpartition(".")[0]
+        beside = [other.rpartition(".")[2] for other in read if other.rpartition(".")[0] == where]
+        raise ValueError(f"{key}: nothing reads this key{_near(key.rpartition('.')[2], beside)}")
+    required = kind.endswith("!")
+    if (value is None and required) or (value is not None and not _fits(value, kind.rstrip("!"))):
+        raise ValueError(f"{key}: must be {_WORDS[kind.rstrip('!')]}, got {short(value)}")
+
+
+def _near(name: str, beside: list[str]) -> str:
+    hint = nearest(name, beside)
+    return hint if "did you mean" in hint else ", so that it would have no effect; leave it out"
+
+
+_WORDS = {
+    "bool": "true or false", "number": "a finite number", "text": "a text", "list": "a list", "mapping": "a mapping"
+}  # fmt: skip
+
+
+def _fits(value: Any, kind: str) -> bool:
+    if kind == "number":
+        return isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value)
+    kinds: dict[str, type] = {"bool": bool, "text": str, "list": list, "mapping": dict, "any": object}
+    return isinstance(value, kinds[kind])

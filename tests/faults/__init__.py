@@ -1,0 +1,1 @@
+"""Attacks on what a run reads: `python -m tests.faults payloads | damage | fuzz`. docs/faults.md has their figures."""
