@@ -61,9 +61,9 @@ class FiberPOConfig(PolicyLossConfig):
     """`actor.policy_loss`, with `_target_: nemo_fiberpo.integrations.verl.FiberPOConfig` and `loss_mode: fiberpo`.
 
     hierarchy   the path of a YAML file, or its content
-    objective   fiberpo: gated by the hierarchy; ppo, grpo, gspo, truly_ppo, apc: by `gating`, while the hierarchy
-                only reports
-    gating      the fields of that objective's map in `objective/ratio_gating.py`; for fiberpo {use_min: true or false}
+    objective   fiberpo: gated by the hierarchy; another of `OBJECTIVES`: by `gating`, while the hierarchy only reports
+    gating      the fields of that objective's map in `objective/ratio_gating.py` or `objective/baselines.py`; for
+                fiberpo {use_min: true or false}
     """
 
     hierarchy: Any = None
