@@ -1,6 +1,5 @@
-"""Figures 2 to 4: the settings of the paper's captions, and the order and the borders of what they show.
-
-The paper prints no values for them, so none are compared.
+"""Figures 2 to 4: the settings of the paper's captions, and the order and the borders of what they show. The paper
+prints no values for them, so none are compared. And what the demonstration of segments shows.
 """
 
 from __future__ import annotations
@@ -164,11 +163,36 @@ def test_figure_4_draws_what_the_package_computes(figure):
         torch.testing.assert_close(course.gated[at], residual + course.log_weight[at], rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize("number", [2, 3, 4])
-def test_one_command_draws_a_figure(number: int, tmp_path: Path):
+def test_the_segments_of_the_demonstration_are_those_that_were_drawn(figure):
+    module = figure("segments")
+    rollout = module.roll_out(groups=4)
+    assert torch.equal(rollout.segment == 1, torch.arange(module.LENGTH) > rollout.closes[:, None])
+    assert (rollout.tokens[:, 1:] == module.CLOSE).sum(1).eq(1).all()
+    torch.testing.assert_close(rollout.advantage[:, 0].view(4, -1).sum(1), torch.zeros(4, dtype=F64), rtol=0, atol=1e-5)
+    assert [stratum.name for stratum in module.ON.active] == ["trajectory", "segment_in_trajectory"]
+    assert [stratum.name for stratum in module.OFF.active] == ["trajectory"]
+
+
+def test_the_segment_that_is_trained_hard_is_held_and_the_other_goes_on_learning(figure):
+    module = figure("segments")
+    rollout = module.roll_out()
+    on, off = (module.train(rollout, hierarchy) for hierarchy in (module.ON, module.OFF))
+    assert max(on.of_segment("answer", "beyond")) > 0.1 and not any(on.of_segment("think", "beyond"))
+    assert max(off.trajectories) > max(on.trajectories) > 0.0
+    # The same until a gate acts.
+    first = next(step for step, share in enumerate(on.of_segment("answer", "beyond")) if share)
+    assert first > 5 and on.steps_of_one[: first + 1] == off.steps_of_one[: first + 1]
+    assert on.of_segment("answer", "drift")[-1] < 0.7 * off.of_segment("answer", "drift")[-1]
+    assert on.of_segment("think", "drift")[-1] > 2.0 * off.of_segment("think", "drift")[-1]
+    learned = [course.steps_of_one[-1] - course.steps_of_one[0] for course in (on, off)]
+    assert learned[0] > 0.01 and learned[1] < 0.5 * learned[0]
+
+
+@pytest.mark.parametrize("name", ["figure2", "figure3", "figure4", "segments"])
+def test_one_command_draws_a_figure(name: str, tmp_path: Path):
     pytest.importorskip("matplotlib")
-    command = [sys.executable, str(FIGURES / f"figure{number}.py"), str(tmp_path)]
+    command = [sys.executable, str(FIGURES / f"{name}.py"), str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    picture = tmp_path / f"figure{number}.png"
+    picture = tmp_path / f"{name}.png"
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size < 120_000

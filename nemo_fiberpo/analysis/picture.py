@@ -1,9 +1,10 @@
-"""The picture of a run: reward per domain, and how much of its budget each stratum's drift uses."""
+"""The picture of a run: reward per domain, how much of its budget each stratum's drift uses, and the drift of each
+label of `token_labels`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ CHANNELS: tuple[tuple[str, str, str, Any], ...] = (
     ("neg", "down (\N{MINUS SIGN})", "#000000", (0, (4, 2))),
 )
 FLOOR = 0.01  # budget use below this is drawn there
+MOST_LABELS = 8  # of a column of `token_labels` that are drawn
 
 
 def smooth(values: Sequence[float], window: int) -> NDArray[np.float64]:
@@ -126,19 +128,65 @@ def _plot_budgets(figure: SubFigure, curves: Curves) -> list[Axes]:
     return list(rows)
 
 
-@rc_context({"text.parse_math": False})  # a $ in the name of a domain is a $
-def plot_report(rewards: Curves, budgets: Curves, heldout: Heldout, path: Path, title: str = "") -> None:
-    """Write the picture: reward per domain on the left, budget used per stratum and channel on the right.
+def _plot_labels(figure: SubFigure, drifts: Curves, shares: Curves) -> list[Axes]:
+    """A row for each stratum that is a column of labels or joins one."""
+    places = list(dict.fromkeys((stratum, column) for stratum, column, _, _ in drifts))
+    rows = figure.subplots(len(places), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (stratum, column) in zip(rows, places, strict=True):
+        found = {(cell, channel): points for (*at, cell, channel), points in drifts.items() if at == [stratum, column]}
+        share = {cell: float(np.mean([value for _, value in shares[column, cell]])) for cell, _ in found}
+        _plot_label_drifts(axes, found, share)
+        of = f", {MOST_LABELS} of {len(share)} labels" if len(share) > MOST_LABELS else ""
+        axes.set_title(
+            (stratum if stratum == column else f"{stratum}, by {column}") + of, fontsize=10, loc="left", pad=3
+        )
+    figure.suptitle("Drift by label of the sampled tokens", fontsize=12)
+    figure.supylabel("|drift|, nats per token", fontsize=10)
+    rows[-1].set_xlabel("RL step\n\nsolid: up (+), dashed: down (\N{MINUS SIGN})")
+    return list(rows)
 
-    rewards  names (domain,): mean training reward per RL step
-    budgets  names (stratum, "pos" | "neg"): the largest |drift| / budget of the stratum's cells per RL step
-    heldout  domain -> (before, after)
+
+def _plot_label_drifts(
+    axes: Axes, drifts: Mapping[tuple[str, str], Sequence[tuple[int, float]]], share: Mapping[str, float]
+) -> None:
+    """A line per label and channel, of the labels with the most tokens."""
+    drawn = [cell for cell in share if cell in sorted(share, key=lambda cell: -share[cell])[:MOST_LABELS]]
+    for cell, colour in zip(drawn, (*COLOURS, "0.6"), strict=False):
+        for channel, _, _, dash in CHANNELS:
+            if points := drifts.get((cell, channel)):
+                label = f"{cell} ({share[cell]:.0%} of the tokens)" if channel == "pos" else None
+                axes.plot(*zip(*points, strict=True), color=colour, linestyle=dash, linewidth=1.5, label=label)
+    axes.set_ylim(0.0, (1.3 + 0.12 * len(drawn)) * axes.get_ylim()[1])  # the legend stands above the lines
+    axes.legend(loc="upper left", ncols=2, frameon=False, fontsize=8.5)
+
+
+@rc_context({"text.parse_math": False})  # a $ in the name of a domain is a $
+def plot_report(
+    rewards: Curves,
+    budgets: Curves,
+    heldout: Heldout,
+    path: Path,
+    title: str = "",
+    *,
+    label_drifts: Curves | None = None,
+    token_shares: Curves | None = None,
+) -> None:
+    """Write the picture: reward per domain, budget used per stratum and channel, and drift of labels if there are any.
+
+    rewards       names (domain,): mean training reward per RL step
+    budgets       names (stratum, "pos" | "neg"): the largest |drift| / budget of the stratum's cells per RL step
+    heldout       domain -> (before, after)
+    label_drifts  names (stratum, column, cell, "pos" | "neg"): |drift| of a label of `token_labels` per RL step
+    token_shares  names (column, cell), those of `label_drifts` among them: share of the tokens per RL step
     Draws without a display, on a figure of its own.
     """
-    figure = Figure(figsize=(13, 5.6), layout="constrained")
+    columns = 3 if label_drifts else 2
+    figure = Figure(figsize=(6.5 * columns, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subfigures(1, 2, wspace=0.03)
-    panels = [left.subplots(), *_plot_budgets(right, budgets)]
+    left, middle, *right = figure.subfigures(1, columns, wspace=0.03)
+    panels = [left.subplots(), *_plot_budgets(middle, budgets)]
+    if label_drifts:
+        panels += _plot_labels(right[0], label_drifts, token_shares or {})
     _plot_rewards(panels[0], rewards, heldout)
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)

@@ -53,8 +53,11 @@ def make_report(folder: Path, picture: Path | None = None, title: str = "") -> l
             f"{folder}: neither metrics.jsonl nor heldout_before.jsonl and heldout_after.jsonl in it"
         )
     heldout = {row.domain: (row.before, row.after) for row in rows if row.mode == "sampled"}
-    curves = run.curves if has_metrics else {"train_reward": {}, "budget_used": {}}
-    plot_report(curves["train_reward"], curves["budget_used"], heldout, picture or folder / "report.png", title)
+    curves = run.curves if has_metrics else {"train_reward": {}, "budget_used": {}, "token_share": {}}
+    plot_report(
+        curves["train_reward"], curves["budget_used"], heldout, picture or folder / "report.png", title,
+        label_drifts=run.label_drifts if has_metrics else {}, token_shares=curves["token_share"],
+    )  # fmt: skip
     return rows
 
 

@@ -24,6 +24,8 @@ METRIC_KEYS = {
     "entropy": r"train_rollouts/entropy",
     "budget_used": r"train_optim/gates/(?P<stratum>[^/]+)/(?P<channel>pos|neg)/budget_used_max",
     "drift": r"train_optim/gates/(?P<stratum>[^/]+)/(?P<channel>pos|neg)/drift_max",
+    "named_drift": r"train_optim/gates/(?P<place>[^/]+)/(?P<channel>pos|neg)/drift",
+    "token_share": r"train_rollouts/token_share/(?P<column>[^/.]+)\.(?P<cell>[^/.]+)",
     "tv": r"train_optim/gates/log_ratio/tv",
     "kl": r"train_optim/gates/log_ratio/kl",
     "rollout_time": r"timers/rollout_time",
@@ -101,6 +103,19 @@ class Run:
                     curve = found[kind][name]
                     curve[step] = max(float(value), curve.get(step, float("-inf")))
         return {kind: {name: sorted(at.items()) for name, at in curves.items()} for kind, curves in found.items()}
+
+    @property
+    def label_drifts(self) -> Curves:
+        """Drift of the labels of `token_labels`, by (stratum, column, cell, channel), in every stratum that is the
+        column or joins it."""
+        found: Curves = {}
+        for column, cell in self.curves["token_share"]:
+            for (place, channel), curve in self.curves["named_drift"].items():
+                if place == f"{column}.{cell}":
+                    found[column, column, cell, channel] = curve
+                elif place.endswith(f".{column}.{cell}"):
+                    found[place.removesuffix(f".{column}.{cell}"), column, cell, channel] = curve
+        return found
 
     @cached_property
     def optimizer_steps(self) -> list[OptimizerStep]:

@@ -38,7 +38,7 @@ from verl.workers.config.actor import PolicyLossConfig
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 from verl.workers.utils.losses import ppo_loss
 
-from nemo_fiberpo.config import load_hierarchy
+from nemo_fiberpo.config import load_hierarchy, load_token_labels
 from nemo_fiberpo.integrations.verl_batch import COEFFICIENTS, REFERENCE, ResponseBatch, Step
 from nemo_fiberpo.integrations.verl_columns import check_columns
 from nemo_fiberpo.megatron.groups import Axis, Reducer, TokenAxes
@@ -61,9 +61,9 @@ class FiberPOConfig(PolicyLossConfig):
     """`actor.policy_loss`, with `_target_: nemo_fiberpo.integrations.verl.FiberPOConfig` and `loss_mode: fiberpo`.
 
     hierarchy   the path of a YAML file, or its content
-    objective   fiberpo: gated by the hierarchy; ppo, grpo, gspo, truly_ppo, apc: by `gating`, while the hierarchy
-                only reports
-    gating      the fields of that objective's map in `objective/ratio_gating.py`; for fiberpo {use_min: true or false}
+    objective   fiberpo: gated by the hierarchy; another of `OBJECTIVES`: by `gating`, while the hierarchy only reports
+    gating      the fields of that objective's map in `objective/ratio_gating.py` or `objective/baselines.py`; for
+                fiberpo {use_min: true or false}
     """
 
     hierarchy: Any = None
@@ -83,6 +83,11 @@ class FiberPOConfig(PolicyLossConfig):
             raise ValueError(f"{where}.objective: must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
         hierarchy, kind, fields = load_hierarchy(self.hierarchy), OBJECTIVES[self.objective], dict(self.gating)
         check_columns(hierarchy)
+        if load_token_labels(self.hierarchy) is not None:
+            raise ValueError(
+                f"{where}.hierarchy: token_labels and ignore are for the NeMo-Aligner host; leave them out, with the "
+                "strata that use them. verl's response_mask already leaves out what a tool wrote"
+            )
         use_min = fields.pop("use_min", False) if kind is None else False
         try:
             gating = kind(**fields) if kind is not None else None

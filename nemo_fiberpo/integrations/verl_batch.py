@@ -114,4 +114,5 @@ class Step:
         cells, trajectories = batch.cells(data, self.hierarchy, self.reducer.axes)
         weighted = token_weights_of(config, trajectories, batch.mask) * batch.advantage.flatten()
         log_ratio = (batch.log_prob - batch.old).flatten()
-        return surrogate(log_ratio, weighted, cells, self.hierarchy, self.reducer, self.gating, self.use_min)
+        given = (log_ratio, weighted, cells, self.hierarchy, self.reducer, self.gating, self.use_min)
+        return surrogate(*given, old_log_probs=batch.old.flatten())

@@ -109,7 +109,8 @@ def one_pass_step(
         try:
             log_ratio = (torch.zeros_like(old) if misfit else log_probs.to(old.device) - old).reshape(-1)
             weighted = tokens.weighted_advantage[index].reshape(-1)
-            result = surrogate(log_ratio, weighted, parts[index], hierarchy, within, gating, use_min)
+            given = (log_ratio, weighted, parts[index], hierarchy, within, gating, use_min)
+            result = surrogate(*given, old_log_probs=old.reshape(-1))
         except ValueError as error:
             # The other ranks are in the middle of Megatron's schedule: they are told at its end.
             problems.append(f"micro-batch {index}: {error}")

@@ -135,7 +135,8 @@ def exact_step(
         problem = problem or _shape_problem(current, tokens.old_log_probs)
         log_ratio = _log_ratio(current, tokens) if problem is None else torch.zeros_like(flat_advantage)
         riders = agreement(reducer.axes, len(microbatches), problem, flat_advantage.device)
-        result = surrogate(log_ratio, flat_advantage, tokens.cells, hierarchy, reducer, gating, use_min, riders)
+        old = torch.cat([value.reshape(-1) for value in tokens.old_log_probs]) if parts else torch.zeros(0)
+        result = surrogate(log_ratio, flat_advantage, tokens.cells, hierarchy, reducer, gating, use_min, riders, old)
         flat, loss, report, reference = result.coefficients, -result.value, result.report, current or reference
     coefficients = split_like(flat, tokens.old_log_probs)
     extra, gaps = torch.zeros(()), [torch.zeros(())]

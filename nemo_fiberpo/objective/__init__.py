@@ -2,18 +2,21 @@
 
 from ..labelling.expert_partitions import ExpertPartitions
 from ..labelling.prefix_states import prefix_state_labels
+from .baselines import Cispo, DppoTv, Gmpo, Sapo
 from .fibration import gated_log_ratio, token_coefficients
 from .gates import Gate
 from .hierarchy import Hierarchy, build_cells
-from .ratio_gating import OBJECTIVES, Apc, Gspo, PpoClip, RatioGating, TrulyPpo, check_gating
+from .objectives import OBJECTIVES
+from .ratio_gating import Apc, Gspo, PpoClip, RatioGating, TrulyPpo, check_gating
 from .report import ChannelReport, NamedReport, Report, StratumReport
 from .sharing import Cells, Level, Reduce, Riders, SharedCells
 from .stratum import Budget, SlopeCap, Stratum
 from .surrogate import Surrogate, gated_ratio, on_policy_coefficients, surrogate, token_weights
 
 __all__ = [
-    "OBJECTIVES", "Apc", "Budget", "Cells", "ChannelReport", "ExpertPartitions", "Gate", "Gspo", "Hierarchy", "Level",
-    "NamedReport", "PpoClip", "RatioGating", "Reduce", "Report", "Riders", "SharedCells", "SlopeCap", "Stratum",
-    "StratumReport", "Surrogate", "TrulyPpo", "build_cells", "check_gating", "gated_log_ratio", "gated_ratio",
-    "on_policy_coefficients", "prefix_state_labels", "surrogate", "token_coefficients", "token_weights",
+    "OBJECTIVES", "Apc", "Budget", "Cells", "ChannelReport", "Cispo", "DppoTv", "ExpertPartitions", "Gate", "Gmpo",
+    "Gspo", "Hierarchy", "Level", "NamedReport", "PpoClip", "RatioGating", "Reduce", "Report", "Riders", "Sapo",
+    "SharedCells", "SlopeCap", "Stratum", "StratumReport", "Surrogate", "TrulyPpo", "build_cells", "check_gating",
+    "gated_log_ratio", "gated_ratio", "on_policy_coefficients", "prefix_state_labels", "surrogate",
+    "token_coefficients", "token_weights",
 ]  # fmt: skip

@@ -93,6 +93,7 @@ class Level:
     everywhere: bool  # every token lies in one
     sums: SegmentSum  # of joint cells by cell: [..., J] -> [..., C]
     part_sums: tuple[SegmentSum, ...]  # of joint cells by the names of each part: [..., J] -> [..., names]
+    part_cells: tuple[SegmentSum, ...]  # of acting cells by the names of each part: [..., acting] -> [..., names]
 
     @property
     def num_acting(self) -> int:

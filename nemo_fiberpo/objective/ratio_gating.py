@@ -1,4 +1,5 @@
-"""PPO, GRPO, GSPO, Truly-PPO and APC-Obj as ratio-gating maps: the other objectives of the framework.
+"""PPO, GRPO, GSPO, Truly-PPO and APC-Obj as ratio-gating maps: the other objectives of the framework. Later ones are in
+baselines.py.
 
 Ratio gating framework, (2), with ell_i the log-ratio and r_i = exp(ell_i) of live token i:
     J = sum_i w_i A_i G(r)_i,        c_j = dJ / d ell_j = sum_i w_i A_i dG_i / d ell_j
@@ -58,8 +59,8 @@ class RatioGating(Protocol):
     def stratum(self) -> str | None:
         """The stratum whose cells couple tokens; None for a map that acts token by token."""
 
-    def feature(self, x: Tensor, count: Tensor) -> Tensor:
-        """What is summed over a cell, from log-ratios and the token counts of their cells."""
+    def feature(self, x: Tensor, positive: Tensor, count: Tensor) -> Tensor:
+        """What is summed over a cell, from log-ratios, whether the advantage is >= 0, and the token counts of cells."""
 
     def gate(self, x: Tensor, positive: Tensor, total: Tensor, count: Tensor) -> Gated:
         """G from the log-ratios, whether the advantage is >= 0, and each token's cell's sum and count."""
@@ -89,7 +90,7 @@ class _TokenWise(_Checked):
 
     stratum: ClassVar[str | None] = None
 
-    def feature(self, x: Tensor, count: Tensor) -> Tensor:
+    def feature(self, x: Tensor, positive: Tensor, count: Tensor) -> Tensor:
         raise AssertionError("a token-wise map sums nothing")
 
 
@@ -136,7 +137,7 @@ class Gspo(_Checked):
     use_min: bool = True
     stratum: str = "trajectory"
 
-    def feature(self, x: Tensor, count: Tensor) -> Tensor:
+    def feature(self, x: Tensor, positive: Tensor, count: Tensor) -> Tensor:
         return x
 
     def gate(self, x: Tensor, positive: Tensor, total: Tensor, count: Tensor) -> Gated:
@@ -198,14 +199,14 @@ class Apc(_Checked):
     def _deviation(self, x: Tensor) -> Tensor:
         return x if self.space == "log" else x.clamp_max(LARGEST_EXPONENT).expm1()
 
-    def feature(self, x: Tensor, count: Tensor) -> Tensor:
+    def feature(self, x: Tensor, positive: Tensor, count: Tensor) -> Tensor:
         # A token beyond B zeroes all others whatever its size, and what is left of C1 after subtracting one of e^200
         # would be rounding. At 2 B it still zeroes them when the sum has been rounded.
         return torch.minimum(self._deviation(x).abs(), 4.0 * self.delta * count)
 
     def gate(self, x: Tensor, positive: Tensor, total: Tensor, count: Tensor) -> Gated:
         deviation = self._deviation(x)
-        others = (total - self.feature(x, count)).clamp_min(0.0)
+        others = (total - self.feature(x, positive, count)).clamp_min(0.0)
         room = (2.0 * self.delta * count - others).clamp_min(0.0)
         passes = (deviation.abs() <= room) & (room > 0.0)
         sign = deviation.sign()
@@ -215,17 +216,6 @@ class Apc(_Checked):
         own = torch.where(passes, outer * inner, 0.0)
         give = torch.where(~passes & (room > 0.0), -sign * outer, 0.0)
         return Gated(ratio, own, ~passes, give, take=sign * inner, others_only=True)
-
-
-OBJECTIVES: dict[str, type | None] = {
-    "fiberpo": None,
-    "ppo": PpoClip,
-    "grpo": PpoClip,
-    "gspo": Gspo,
-    "truly_ppo": TrulyPpo,
-    "apc": Apc,
-}
-"""Objective by name -> its map; None where the hierarchy's own gates act."""
 
 
 def check_gating(gating: RatioGating | None, hierarchy: Hierarchy, soft: Collection[str] = ()) -> None:

@@ -40,7 +40,8 @@ class NamedReport:
 
     token_share: float  # its live tokens, with those in merged cells, as a share of the stratum's
     # By channel. Of a cell: `drift` |X|, `budget_used` |X| / C, and `regime`, an index into STATES. Of a part: `drift`,
-    # |mean| of the channel over its tokens; `beyond`, the fraction of its cells not in pass.
+    # |mean| of the channel over its tokens; over its cells `budget_used_mean`, of |X| / C, and `beyond`, the
+    # fraction not in pass.
     figures: dict[str, dict[str, float]]
 
 
@@ -77,7 +78,8 @@ class Report:
         """Flat names for a logger: "{stratum}/{pos|neg}/{figure}", "{stratum}/regime/{name}",
         "{stratum}/{kl|tv}_{mean|max}", "{stratum}/merged_{cells|tokens}" where there is a floor; of named cells
         "{stratum}.{cell}/token_share", "{stratum}.{cell}/{pos|neg}/{drift|budget_used|regime}", and of named parts of a
-        join "{stratum}.{part}.{name}/token_share", "{stratum}.{part}.{name}/{pos|neg}/{drift|beyond}"."""
+        join "{stratum}.{part}.{name}/token_share", "{stratum}.{part}.{name}/{pos|neg}/{drift|budget_used_mean|beyond}".
+        """
         out: dict[str, float] = {}
         for stratum in self.strata:
             name = stratum.name
@@ -111,14 +113,14 @@ def empty_fields(cells: SharedCells) -> dict[str, Tensor]:
     histogram    [K, 2, BINS]: cells by |X| / C
     regimes      [K, 6]: cells in each of REGIMES, and in another
     named        [3, 2, names]: |X|, |X| / C and state of the cells that have a name
-    parts        [2, 2, names]: sums of the channels over this rank's tokens, and cells that do not pass
+    parts        [3, 2, names]: sums of the channels over this rank's tokens; over cells |X| / C; cells that do not pass
     """
     num = len(cells.levels)
     names = sum(len(level.names or ()) for level in cells.levels)
     of_parts = sum(len(part.names) for level in cells.levels for part in level.parts)
     shapes: dict[str, tuple[int, ...]] = {"value": (1,), "tokens": (4,), "largest": (1,), "sums": (num, 6, 2)}
     shapes |= {"maxima": (num, 3, 2), "histogram": (num, 2, BINS), "regimes": (num, len(REGIMES) + 1)}
-    shapes |= {"named": (3, 2, names), "parts": (2, 2, of_parts)}
+    shapes |= {"named": (3, 2, names), "parts": (3, 2, of_parts)}
     return {
         name: cells.count_J.new_full(shape, -torch.inf if name in MAXIMA else 0.0) for name, shape in shapes.items()
     }
@@ -163,9 +165,9 @@ def report_fields(drift: Drift, gates: Gates, cells: SharedCells, value: Tensor,
                 out["maxima"][index] = largest[..., nodes].amax(-1)
             if level.names:
                 of_cells.index_copy_(2, label[nodes], figures[..., nodes])
-            for part, of_tokens, out_of_part in zip(level.parts, level.part_sums, of_parts, strict=True):
-                beyond = _count(part.value(label[nodes]), (state[:, nodes] > 0) & owned[nodes], len(part.names))
-                out_of_part.copy_(torch.stack([of_tokens(drift.sums_2J), beyond]))
+            of_cell = torch.stack([figures[1, :, nodes], ((state[:, nodes] > 0) & owned[nodes]).double()])
+            for of_tokens, by_name, out_of_part in zip(level.part_sums, level.part_cells, of_parts, strict=True):
+                out_of_part.copy_(torch.cat([of_tokens(drift.sums_2J)[None], by_name(of_cell)]))
     return out
 
 
@@ -219,7 +221,7 @@ def _stratum_report(
 
 def _named_reports(level: Level, of_cells: Tensor, of_parts: Sequence[Tensor]) -> dict[str, NamedReport]:
     """Of named cells with tokens and a gate of their own, from [3, 2, names]; and of the names of each part of a join
-    that have tokens, from [2, 2, names]."""
+    that have tokens, from [3, 2, names]."""
     out, total, tallies = dict[str, NamedReport](), max(level.num_tokens, 1), list(level.tally)
 
     def add(name: str, tokens: float, keys: tuple[str, ...], figures: Tensor) -> None:
@@ -230,8 +232,9 @@ def _named_reports(level: Level, of_cells: Tensor, of_parts: Sequence[Tensor]) -
         tokens, acting = tallies.pop(0).tolist()
         for at in (at for at in range(len(level.names)) if acting[at]):
             add(level.names[at], tokens[at], ("drift", "budget_used", "regime"), of_cells[:, :, at])
+    of_part = ("drift", "budget_used_mean", "beyond")
     for part, (tokens, acting), sums in zip(level.parts, tallies, of_parts, strict=True):
-        figures = torch.stack([sums[0].abs() / tokens, sums[1] / acting.clamp_min(1.0)])
+        figures = torch.cat([sums[:1].abs() / tokens, sums[1:] / acting.clamp_min(1.0)])
         for at in tokens.nonzero().squeeze(1).tolist():
-            add(f"{part.name}.{part.names[at]}", float(tokens[at]), ("drift", "beyond"), figures[:, :, at])
+            add(f"{part.name}.{part.names[at]}", float(tokens[at]), of_part, figures[:, :, at])
     return out

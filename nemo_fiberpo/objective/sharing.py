@@ -198,12 +198,13 @@ class Cells(_Queries):
         named = (Part(self.stages.strata[index], column.names),) if column.names else ()
         figures = torch.stack([count_G.double() / self.unit, (~small_G).double()])
         device = label_C.device
+        acting_C = ~small_G[at_C].to(device)
         return Level(
             name=self.stages.strata[index],
             label_C=label_C,
             cell_J=cell_J,
             count_C=figures[0, at_C].to(device),
-            acting_C=~small_G[at_C].to(device),
+            acting_C=acting_C,
             owned_C=((owner_G == rank) & ~small_G)[at_C].to(device),
             slots=Slots(held_C.to(device), place_C.to(device), int(shared_G.sum())),
             num_cells=len(label_G),
@@ -216,6 +217,7 @@ class Cells(_Queries):
             everywhere=column.present_E is None,
             sums=SegmentSum(cell_J, len(label_C)),
             part_sums=tuple(SegmentSum(column.part_E(part), len(part.names)) for part in column.parts),
+            part_cells=tuple(SegmentSum(part.value(label_C[acting_C]), len(part.names)) for part in column.parts),
         )
 
     def _parents(self, index: int, label_C: Tensor, cell_E: Tensor, parent_2E: Tensor) -> Tensor:

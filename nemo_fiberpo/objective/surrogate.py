@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..values import nearest, positive_number
+from .baselines import DppoTv
 from .fibration import Drift, Tokens, checked, coefficients, find_bad, gate_cells, measure, narrowed, weigh
 from .hierarchy import Hierarchy
 from .ratio_gating import Gated, RatioGating, check_gating
@@ -88,6 +89,7 @@ def surrogate(
     gating: RatioGating | None = None,
     use_min: bool = False,
     riders: Riders = NO_RIDERS,
+    old_log_probs: Tensor | None = None,
 ) -> Surrogate:
     """J = sum_i w_i A_i rhat_i over all ranks, (18) and (30), its per-token coefficients, and the report of the gates.
 
@@ -98,6 +100,7 @@ def surrogate(
     gating   a map G of `ratio_gating` instead of FiberPO's: J = sum_i w_i A_i G(r)_i, (2). The hierarchy then only
              reports: its gates as they would act on these log-ratios, and as clipped tokens those that G cuts. A map
              that couples the tokens of a stratum needs it among the active ones, else ValueError
+    old_log_probs   [T], those that `log_ratio` is relative to; needed by `DppoTv` alone, which else is a ValueError
 
     The host reads twice from the device: what the first reduction says of bad input, and value and report at the end.
 
@@ -113,10 +116,21 @@ def surrogate(
         out, summed = coefficients(tokens, weighed, cells, drift, gates, reduce, head)
     else:
         check_gating(gating, hierarchy)
+        gating = _with_old(gating, old_log_probs, cells)
         out, summed = _evaluate_map(gating, tokens, cells, hierarchy, reduce, riders)
     fields = unpack(summed)
     value, report = make_report(fields, cells)
     return Surrogate(value, out, report, fields)
+
+
+def _with_old(gating: RatioGating, old_log_probs: Tensor | None, cells: SharedCells) -> RatioGating:
+    """The map, with the old log-probs of this rank's live tokens where it compares probabilities."""
+    if not isinstance(gating, DppoTv):
+        return gating
+    if old_log_probs is None:
+        raise ValueError("old_log_probs: DppoTv compares probabilities, so it needs those of the old policy")
+    checked(cells, None, old_log_probs=old_log_probs)
+    return gating.against(cells.layout.masked(old_log_probs.detach().double()))
 
 
 def _evaluate_map(
@@ -153,7 +167,7 @@ def _gate_tokens(
         return measure(tokens, cells, reduce, riders)[0], gating.gate(x, y >= 0, x, x), y, None
     level = cells.hard_level(gating.stratum)
     count = layout.at_tokens(level.at(level.count_C)).clamp_min(1.0)
-    sum_C = level.sums(layout.sum_tokens(gating.feature(x, count)))
+    sum_C = level.sums(layout.sum_tokens(gating.feature(x, y >= 0, count)))
     riders = Riders({**riders.parts, "feature": level.slots.pack(sum_C)}, riders.check)
     drift, summed = measure(tokens, cells, reduce, riders)
     total = layout.at_tokens(level.at(level.slots.unpack(sum_C, summed["feature"])))
@@ -166,11 +180,13 @@ def gated_ratio(
     cells: Cells | SharedCells,
     gating: RatioGating,
     reduce: Reduce | None = None,
+    old_log_probs: Tensor | None = None,
 ) -> Tensor:
     """G(r)_i of (2), float64 [T]; 1 at masked tokens. Arguments and errors as `surrogate`, of which this is the first
     reduction. SPMD: sharded like the tokens.
     """
     cells = checked(cells, None, log_ratio=log_ratio, weighted_advantage=weighted_advantage)
     tokens = Tokens.of(cells, log_ratio, weighted_advantage)
+    gating = _with_old(gating, old_log_probs, cells)
     ratio = _gate_tokens(gating, tokens, cells, reduce, NO_RIDERS)[1].ratio
     return cells.layout.masked(ratio, 1.0)

@@ -193,5 +193,5 @@ def _reductions(hierarchy: Hierarchy, cells: SharedCells, gating: RatioGating | 
         return buffer * cells.world_size  # as if every rank had the same
 
     nothing = torch.zeros(cells.num_tokens)
-    surrogate(nothing, nothing, cells, hierarchy, reduce, gating)
+    surrogate(nothing, nothing, cells, hierarchy, reduce, gating, old_log_probs=nothing)
     return len(sizes), sum(sizes) + AGREEMENT

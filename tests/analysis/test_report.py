@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from nemo_fiberpo.analysis.heldout import Row, format_table, heldout_table, paired_bootstrap
-from nemo_fiberpo.analysis.picture import plot_report
+from nemo_fiberpo.analysis.picture import _plot_labels, plot_report
 from nemo_fiberpo.analysis.report import format_markdown, make_report
 from nemo_fiberpo.analysis.runs import Run, read_heldout
 from tests.analysis.runs import answer, write
@@ -118,6 +120,54 @@ def test_what_a_run_did_not_leave_is_left_out_of_the_picture(run, missing):
         (run / name).unlink()
     assert len(make_report(run)) == (0 if "heldout_after.jsonl" in missing else 2)
     assert (run / "report.png").read_bytes().startswith(PNG)
+
+
+def labelled_rows(labels: int) -> list[dict]:
+    """Two optimizer steps of a run with a column `part` of labels, joined in `part_in_trajectory`, and domains."""
+    share = {f"train_rollouts/token_share/part.p{label}": 1.0 / labels for label in range(labels)}
+    rows: list[dict] = [{"rl_step": 0, "step": 0, **share}]
+    for number in range(2):
+        places = [f"part_in_trajectory.part.p{label}" for label in range(labels)] + ["part.p0", "domain.math"]
+        drifts = {
+            f"train_optim/gates/{place}/{channel}/drift": 0.01 * (number + at)
+            for at, place in enumerate(places)
+            for channel in ("pos", "neg")
+        }
+        rows.append({"rl_step": 0, "step": number, **drifts, "train_optim/gates/domain/pos/budget_used_max": 0.5})
+    return rows
+
+
+def test_the_drift_of_a_label_is_found_in_every_stratum_that_has_it(tmp_path):
+    write(tmp_path / "metrics.jsonl", *labelled_rows(2))
+    found = Run(tmp_path).label_drifts
+    inside, itself = ("part_in_trajectory", "part"), ("part", "part")
+    names = {(*inside, "p0"), (*inside, "p1"), (*itself, "p0")}
+    assert set(found) == {(*name, channel) for name in names for channel in ("pos", "neg")}
+    assert found[*inside, "p1", "pos"] == [(1, 0.02)], "the largest of the RL step"
+
+
+@pytest.mark.parametrize("labels", [1, 2, 11])
+def test_the_picture_has_a_column_more_with_labels(run, tmp_path, labels):
+    width = {}
+    for name, rows in (("without", metrics_rows(1)), ("with", labelled_rows(labels))):
+        write(tmp_path / name / "metrics.jsonl", *rows)
+        make_report(tmp_path / name)
+        drawn = (tmp_path / name / "report.png").read_bytes()
+        assert drawn.startswith(PNG)
+        width[name] = int.from_bytes(drawn[16:20], "big")
+    assert width["with"] == pytest.approx(1.5 * width["without"], abs=2)
+
+
+def test_the_labels_with_most_tokens_are_drawn():
+    drifts = {("p", "p", f"c{at}", channel): [(1, 0.1)] for at in range(11) for channel in ("pos", "neg")}
+    shares = {("p", f"c{at}"): [(1, at / 55)] for at in range(11)}
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    [axes] = _plot_labels(figure.subfigures(), drifts, shares)
+    entries = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert entries == [f"c{at} ({at / 55:.0%} of the tokens)" for at in range(3, 11)]
+    assert axes.get_title(loc="left") == "p, 8 of 11 labels"
+    assert len({line.get_color() for line in axes.lines}) == 8 and len(axes.lines) == 16
 
 
 def test_an_empty_folder_is_refused(tmp_path):

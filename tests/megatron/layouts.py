@@ -1,6 +1,6 @@
 """Every layout of 1, 2, 4 and 8 ranks that Megatron allows, each compared with one process: loss, metrics, gradients.
 
-    python -m tests.megatron.layouts [--ranks 1 2 4 8] [--write docs/layouts.md]
+    python -m tests.megatron.layouts [--ranks 1 2 4 8] [--variants seg ...] [--write docs/layouts.md]
 
 One line per layout as it goes; the exit status is 1 if any of them exceeds the bound. `bash tests/run.sh matrix` runs
 it on both versions of megatron-core and writes docs/layouts.md, which says what is compared and what is left out.
@@ -25,6 +25,7 @@ from tests.megatron.tiny import EXPERTS, Layout
 RANKS = (1, 2, 4, 8)
 MOST_LAYERS = 8
 EXPERT_CASES = {"ag-pad": "experts", "a2a-pad": "experts_soft"}
+SEGMENT_CASES = ("segments", "segments_inside")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +124,8 @@ def variants_of(ranks: int, groups: Layout, index: int, version: str) -> list[Va
             extra.append(make(f"vpp{vpp}", vpp=vpp, overlap=vpp == 2, **packed))
     if groups.tp > 1 and groups.ep == 1:
         extra.append(make("dense", "uneven", experts=0, sequence_parallel=False))
+    if groups.cp > 1 or groups.splits_sequence:
+        extra.append(make("seg", SEGMENT_CASES[index // 2 % 2], **packed))
     return base + extra
 
 
@@ -174,8 +177,8 @@ def line(row: Row) -> str:
     outcome = "ok" if row.passed else f"FAILED {row.problem}"
     return (
         f"{row.ranks} ranks  {label(row):28} loss {row.loss_error:.1e}  gradient {row.gradient_error:.1e}  metrics "
-        f"{'equal' if row.metrics else 'DIFFER'}  partitions {row.mass_error:.1e} "
-        f"{'equal' if row.labels else 'DIFFER'}  {row.reductions} all-reduces, {row.bytes} bytes  "
+        f"{'equal' if row.metrics else 'DIFFER'}  labels {'equal' if row.labels else 'DIFFER'}  "
+        f"router masses {row.mass_error:.1e}  {row.reductions} all-reduces, {row.bytes} bytes  "
         f"[{' '.join(row.variants)}]  {outcome}" + ("" if row.passed else f" ({row.worst})")
     )
 
@@ -192,7 +195,7 @@ def section(rows: Sequence[Row], version: str) -> str:
         f"{len(rows)} layouts ({counts} ranks) in {steps} steps, {len(failed)} failed. Largest relative error of the "
         f"loss {loss:.1e}, of any gradient {gradient:.1e}; metrics "
         f"{'equal' if all(row.metrics for row in rows) else 'DIFFER'} on all ranks of all layouts. Expert partitions "
-        f"{'equal' if all(row.labels for row in rows) else 'DIFFER'} at every token, router masses to "
+        f"and segments {'equal' if all(row.labels for row in rows) else 'DIFFER'} at every token, router masses to "
         f"{worst_of([row.mass_error for row in rows]):.1e}.",
         "",
         "| ranks | layout | variants | loss | gradient | all-reduces | bytes |",
@@ -221,10 +224,13 @@ def write(path: Path, rows: Sequence[Row], version: str) -> None:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS), choices=RANKS)
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these, see docs/layouts.md")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write this version's section of FILE")
     options = parser.parse_args(arguments)
-    if options.write and set(options.ranks) != set(RANKS):
-        parser.error(f"--write: replaces the whole section of a version, so it needs all of --ranks {RANKS}")
+    if options.write and (options.variants or set(options.ranks) != set(RANKS)):
+        parser.error(
+            f"--write: replaces the whole section of a version: it needs all variants and all of --ranks {RANKS}"
+        )
     version = megatron_version()
     print(f"megatron-core {version}", flush=True)
     plans = [
@@ -232,6 +238,9 @@ def main(arguments: Sequence[str]) -> int:
         for ranks in options.ranks
         for index, groups in enumerate(group_sets(ranks))
     ]
+    if options.variants:
+        plans = [(*plan, [entry for entry in variants if entry.name in options.variants]) for *plan, variants in plans]
+        plans = [plan for plan in plans if plan[2]]
     every = [variant for _, _, variants in plans for variant in variants]
     references = comparison.references_for([entry.layout for entry in every], sorted({entry.case for entry in every}))
     rows = []

@@ -21,13 +21,17 @@ occurs. Of every parameter the shards of all ranks are put together, and the err
 copy. Bound: {BOUND:g} for the loss and for every gradient. The metrics must be those of one process to 1e-9. The
 router's softmax, which Megatron computes in float32 in any model, is float64 here.
 
-**Expert partitions.** The hierarchies of all variants but `dense` have a stratum of expert partitions, a map of the 8
-experts to 3 partitions that no layout's expert-parallel ranks have. Each layout reads the labels from Megatron's own
-routers (`megatron/routing.py`) in a pass for log-probs: what `gating` returns, before the top-k selection, becomes
-probabilities of all experts, summed into partitions, added over the layers of all pipeline stages, gathered over
-sequence-parallel ranks; labels come back to the samples as log-probs do, and the step is taken with them. The one
-process works the masses out again from the inputs of its routers. Masses must agree to {BOUND:g} (they are kept in
-units of 2^-40, so that sums over layers are exact in any order), labels and soft memberships at every token.
+**Expert partitions.** The hierarchies of all variants but `dense` and `seg` have a stratum of expert partitions, a map
+of the 8 experts to 3 partitions that no layout's expert-parallel ranks have. Each layout reads the labels from
+Megatron's own routers (`megatron/routing.py`) in a pass for log-probs: what `gating` returns, before the top-k
+selection, becomes probabilities of all experts, summed into partitions, added over the layers of all pipeline stages,
+gathered over sequence-parallel ranks; labels come back to the samples as log-probs do, and the step is taken with them.
+The one process works the masses out again from the inputs of its routers. Masses must agree to {BOUND:g} (they are kept
+in units of 2^-40, so that sums over layers are exact in any order), labels and soft memberships at every token.
+
+**Segments.** `seg` runs on every layout that splits sequences over ranks. Each rank labels the responses of its own
+samples from their tokens (`labelling/`): segments between markers, which may be nested or never closed, and spans that
+are masked. The one process labels them character by character. Labels and masks must agree at every token.
 
 | hierarchy | variants |
 |---|---|
@@ -36,6 +40,7 @@ units of 2^-40, so that sums over layers are exact in any order), labels and sof
 | partition, (domain, p.), (group, p.), (trajectory, p.) | `a2a-thd`, `ag-thd`, packed rows of the others |
 | trajectory, (trajectory, partition) | `one` |
 | domain, group, trajectory | `dense` |
+| segment, (domain, s.), (trajectory, s.), and domain, group, trajectory, (trajectory, s.), in turn | `seg` |
 
 **Variants.** One set of process groups is used by several steps:
 
@@ -48,6 +53,7 @@ units of 2^-40, so that sums over layers are exact in any order), labels and sof
 | `slice`, `sum` | log-probs gathered over cp, with either backward pass of the gather |
 | `vpp2`, `vpp4` | virtual pipeline stages of a rank; `vpp2` with buckets reduced during the backward pass |
 | `dense` | no experts, no sequence parallelism |
+| `seg` | labels of the sampled tokens |
 
 `ag-pad` and `a2a-thd` have rotary positions, `ag-thd` and `a2a-pad` learned ones, the others either. Steps have `pp`
 micro-batches, 2 without pipeline stages. On 8 ranks each layout has two of the first four variants, both dispatchers

@@ -9,7 +9,18 @@ import pytest
 import torch
 
 from nemo_fiberpo.megatron.groups import Axis, Reducer, TokenAxes, exchange
-from nemo_fiberpo.objective import Apc, Budget, Gspo, Hierarchy, PpoClip, Stratum, TrulyPpo, surrogate
+from nemo_fiberpo.objective import (
+    Apc,
+    Budget,
+    DppoTv,
+    Gmpo,
+    Gspo,
+    Hierarchy,
+    PpoClip,
+    Stratum,
+    TrulyPpo,
+    surrogate,
+)
 from tests.megatron import comparison, tiny
 from tests.megatron.batches import Batch
 from tests.megatron.comparison import BOUND, Outcome, take_step
@@ -23,6 +34,8 @@ GATINGS = {
     "gspo": Gspo(0.02, 0.03),
     "truly_ppo": TrulyPpo(0.05, 0.3),
     "apc": Apc(0.04),
+    "gmpo": Gmpo(0.05, 0.08),
+    "dppo_tv": DppoTv(0.002, 1.1),
 }
 ONE = Layout(rope=False)
 LAYOUTS = [

@@ -30,10 +30,17 @@ class Batch:
     def cells(self) -> fpo.Cells:
         return HIERARCHY.cells(self.labels, self.mask.view(-1), shape=tuple(self.mask.shape))
 
+    @property
+    def old_log_probs(self) -> Tensor:
+        """[B, S] of the old policy, such that no probability of the current one is above 1."""
+        place = torch.arange(self.mask.numel()).view(self.mask.shape)
+        return -0.3 * (place % 7).double() - self.log_ratio.clamp_min(0.0)
+
     def surrogate(self, gating, weights: str) -> fpo.Surrogate:
         cells = self.cells
         weighted = fpo.token_weights(cells, weights) * self.advantage.repeat_interleave(self.mask.shape[1])
-        return fpo.surrogate(self.log_ratio.view(-1), weighted, cells, HIERARCHY, gating=gating)
+        old = self.old_log_probs.view(-1)
+        return fpo.surrogate(self.log_ratio.view(-1), weighted, cells, HIERARCHY, gating=gating, old_log_probs=old)
 
 
 def make_batch(seed: int, scale: float, rows: int = 16, length: int = 9) -> Batch:
@@ -56,4 +63,8 @@ GATINGS = [
     fpo.Apc(0.15),
     fpo.Apc(0.15, space="log"),
     fpo.Apc(0.15, stratum="domain"),
+    fpo.Cispo(0.5, 0.28),
+    fpo.Sapo(1.0, 1.05),
+    fpo.Gmpo(0.2, 0.3),
+    fpo.Gmpo(0.2, 0.3, use_min=False),
 ]

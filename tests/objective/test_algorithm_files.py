@@ -24,6 +24,10 @@ SHIPPED = {
     "gspo": ("gspo", "trajectory_mean", fpo.Gspo(3e-4, 4e-4)),
     "truly_ppo": ("truly_ppo", "token_mean", fpo.TrulyPpo(0.2, 0.3)),
     "apc": ("apc", "trajectory_mean", fpo.Apc(0.05)),
+    "cispo": ("cispo", "token_mean", fpo.Cispo(1.0, 4.0)),
+    "sapo": ("sapo", "trajectory_mean", fpo.Sapo(1.0, 1.05)),
+    "dppo_tv": ("dppo_tv", "token_mean", fpo.DppoTv(0.15, 20.0)),
+    "gmpo": ("gmpo", "trajectory_mean", fpo.Gmpo(0.4, 0.4)),
     "apc_state": ("apc", "token_mean", fpo.Apc(0.05, stratum="state")),
 }
 

@@ -122,13 +122,17 @@ def test_parts_of_a_join_by_hand():
     expected = {
         "a/token_share": 4 / 7,
         "a/pos/drift": 0.165,
+        "a/pos/budget_used_mean": 0.75,
         "a/pos/beyond": 0.5,
         "a/neg/drift": 0,
+        "a/neg/budget_used_mean": 0.75,
         "a/neg/beyond": 0.5,
         "b/token_share": 3 / 7,
         "b/pos/drift": 0.01,
+        "b/pos/budget_used_mean": 1.5,
         "b/pos/beyond": 1,
         "b/neg/drift": 0.2,
+        "b/neg/budget_used_mean": 1.5,
         "b/neg/beyond": 1,
     }
     found = {name.removeprefix("both.half."): value for name, value in metrics.items() if "both.half." in name}

@@ -14,6 +14,7 @@ from tests.verl.host import HIERARCHY, make_batch, save_model
 from tests.verl.ranks import steps
 
 FIBERPO = {"loss_mode": "fiberpo", "hierarchy": HIERARCHY}
+CONF = Path(__file__).parents[2] / "conf" / "hierarchy"
 CASE = {"micro_batch_size": 8, "policy_loss": FIBERPO}
 
 
@@ -72,6 +73,8 @@ def test_config_of_verl_takes_a_hierarchy(tmp_path: Path):
             },
             "expert_partition: verl does not",
         ),
+        ({"hierarchy": str(CONF / "think_answer.yaml")}, r"policy_loss\.hierarchy: token_labels and ignore are for"),
+        ({"hierarchy": {**HIERARCHY, "ignore": ["<t>", "</t>"]}}, "token_labels and ignore are for the NeMo-Aligner"),
     ],
 )
 def test_config_refuses(fields: dict[str, Any], message: str):

@@ -41,10 +41,10 @@ class HierarchyGating:
 class AlgorithmSettings:
     """How rollouts become optimizer steps.
 
-    objective            fiberpo: gated by the hierarchy; ppo, grpo, gspo, truly_ppo, apc: by `gating`, while the
-                         hierarchy only reports. conf/algorithm/ has a file for each, with its `weights`
-    gating               the fields of that objective's map in `objective/ratio_gating.py`; for fiberpo, those of
-                         `HierarchyGating`
+    objective            fiberpo: gated by the hierarchy; another of `OBJECTIVES`: by `gating`, while the hierarchy only
+                         reports. conf/algorithm/ has a file for each, with its `weights`
+    gating               the fields of that objective's map in `objective/ratio_gating.py` or `objective/baselines.py`;
+                         for fiberpo, those of `HierarchyGating`
     compile              whether the objective's passes over tokens are compiled: auto (on a GPU), true or false. The
                          environment variable NEMO_FIBERPO_COMPILE (auto, 1 or 0) comes before it
     samples_per_prompt   G, responses per prompt: the prompt group

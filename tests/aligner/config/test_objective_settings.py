@@ -9,7 +9,7 @@ import pytest
 from tests.aligner.test_layouts import rollout_and_steps
 
 pytestmark = pytest.mark.timeout(600)
-OBJECTIVES = ("fiberpo", "ppo", "grpo", "dapo", "gspo", "truly_ppo", "apc")
+OBJECTIVES = ("fiberpo", "ppo", "grpo", "dapo", "gspo", "truly_ppo", "apc", "cispo", "sapo", "dppo_tv", "gmpo")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,8 @@ def test_apc_at_the_level_of_states_trains(start, tmp_path):
 
 def test_the_same_rollout_gives_another_second_step_to_every_objective(runs):
     """The first steps of equal weights are equal: on-policy every objective is the policy gradient."""
-    for group in (("fiberpo", "grpo", "gspo", "apc"), ("ppo", "dapo", "truly_ppo")):
+    by_trajectory = ("fiberpo", "grpo", "gspo", "apc", "sapo", "gmpo")
+    for group in (by_trajectory, ("ppo", "dapo", "truly_ppo", "cispo", "dppo_tv")):
         first = {name: runs[name][0]["train_optim/grad_norm"] for name in group}
         assert max(first.values()) == pytest.approx(min(first.values()), rel=1e-5)
         second = {name: runs[name][1]["train_optim/loss"] for name in group}

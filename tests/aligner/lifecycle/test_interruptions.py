@@ -42,7 +42,7 @@ def test_a_signal_to_one_rank_saves_and_a_damaged_checkpoint_gives_way_to_the_on
 ):
     run_dir = fresh(start, tmp_path, "stopped")
     said = stopped_by_a_signal(run_dir, tmp_path / "output")
-    stopped = re.search(r"stopped by SIGUSR1 at RL step (\d) of 4: checkpoint saved; the same command goes on", said)
+    stopped = re.search(r"stopped by SIGUSR1 at RL step (\d) of 4: checkpoint saved; the same command resumes", said)
     assert stopped is not None, said[-8000:]
     # torchrun lists the ranks that had ended when it looked
     assert set(re.findall(r"exitcode +: (-?\d+) ", said)) == {"75"}, "ranks end with the status for 'run it again'"
