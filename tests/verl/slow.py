@@ -70,3 +70,9 @@ def relative_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float
     """Largest difference of any gradient, relative to the largest entry of that parameter's."""
     assert set(found) == set(wanted)
     return max(float((found[name].double() - wanted[name]).abs().max() / wanted[name].abs().max()) for name in wanted)
+
+
+def largest_difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """Of any entry of any parameter."""
+    assert set(found) == set(wanted)
+    return max(float((found[name] - wanted[name]).abs().max()) for name in wanted)

@@ -11,7 +11,7 @@ import torch
 from nemo_fiberpo import load_hierarchy
 from tests.verl.host import GROUPS, HIERARCHY, SAMPLES, Batch, make_batch, save_model
 from tests.verl.ranks import steps
-from tests.verl.slow import expected, relative_error
+from tests.verl.slow import expected, largest_difference, relative_error
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 ROWS = GROUPS * SAMPLES
@@ -78,8 +78,7 @@ def test_gradient_of_every_split_is_that_of_the_slow_loops(
 def test_parameters_after_a_step_do_not_depend_on_the_split(outcomes: Any, world_size: int):
     first = outcomes(1)["micro 1"]["parameters"]
     for m in MICRO_BATCHES:
-        found = outcomes(world_size)[f"micro {m}"]["parameters"]
-        assert max(float((found[name] - first[name]).abs().max()) for name in first) < 1e-5
+        assert largest_difference(outcomes(world_size)[f"micro {m}"]["parameters"], first) < 1e-5
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
