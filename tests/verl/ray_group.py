@@ -41,10 +41,18 @@ class RecordingWorker(TrainingWorker):
 def ray_on_this_machine(cpus: int) -> Iterator[None]:
     """A Ray of its own with so many CPUs, whose actors import this checkout."""
     variables = {"VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ray.init(
-        address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False,
-        runtime_env={"env_vars": variables},
-    )  # fmt: skip
+    for tries_left in (2, 1, 0):
+        try:
+            ray.init(
+                address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=100_000_000,
+                log_to_driver=False, runtime_env={"env_vars": variables},
+                _system_config={"worker_niceness": 0},  # else whatever else runs here starves the workers
+            )  # fmt: skip
+            break
+        except Exception:  # Ray gives its node 30 s to start, which may be too little on a busy machine
+            ray.shutdown()
+            if not tries_left:
+                raise
     try:
         yield
     finally:
