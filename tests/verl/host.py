@@ -39,7 +39,7 @@ def save_model(folder: Any, **config: Any) -> None:
 
 @dataclass
 class Batch:
-    """Rows of a rollout: prompts padded on the left, responses on the right."""
+    """Rows of a rollout: prompts padded on the left, responses on the right. The weights are rollout_correction's."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -50,11 +50,13 @@ class Batch:
     data_source: list[str]
     extra_info: list[dict[str, str]]
     ref_log_prob: Tensor
+    rollout_is_weights: Tensor | None = None
 
     def rows(self, index: list[int]) -> Batch:
-        return Batch(
-            *(value[index] if isinstance(value, Tensor) else [value[i] for i in index] for value in vars(self).values())
-        )
+        def of(values: Any) -> Any:
+            return values[index] if isinstance(values, Tensor) else values and [values[i] for i in index]
+
+        return Batch(*map(of, vars(self).values()))
 
     def tensordict(self, **settings: Any) -> Any:
         """As verl's trainer hands it to `update_actor`: without padding."""
@@ -73,6 +75,8 @@ class Batch:
             "advantages": self.advantages,
             "ref_log_prob": self.ref_log_prob,
         }
+        if self.rollout_is_weights is not None:
+            tensors["rollout_is_weights"] = self.rollout_is_weights
         columns = {"uid": self.uid, "data_source": self.data_source, "extra_info": self.extra_info}
         data = tu.get_tensordict({name: value.clone() for name, value in tensors.items()} | columns)
         return tu.assign_non_tensor(left_right_2_no_padding(data), temperature=1.0, **settings)
