@@ -26,6 +26,7 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "Qwen3": {
         "one rank": {},
         "DP 2": {},
+        "DP 2, distributed optimizer": {"use_distributed_optimizer": True},
         "TP 2 and SP": TP,
         "CP 2": {"context_parallel_size": 2},
         "PP 2": {"pipeline_model_parallel_size": 2},
@@ -33,6 +34,7 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "Qwen3-MoE": {
         "one rank": {},
         "EP 2": EP,
+        "EP 2, distributed optimizer": EP | {"use_distributed_optimizer": True},
         "TP 2 and SP": TP,
         "TP 2 and SP, EP 2": TP | EP,
     },
@@ -103,12 +105,12 @@ def make_worker(folder: Any, micro_batch_size: int, policy_loss: dict[str, Any],
 
     engine = McoreEngineConfig(
         vanilla_mbridge=True, use_dynamic_bsz=False, micro_batch_size_per_gpu=micro_batch_size,
-        infer_micro_batch_size_per_gpu=micro_batch_size, use_distributed_optimizer=False,
+        infer_micro_batch_size_per_gpu=micro_batch_size,
         override_transformer_config={"attention_backend": "unfused", "bias_activation_fusion": False,
                                      "apply_rope_fusion": False, "gradient_accumulation_fusion": False,
                                      "masked_softmax_fusion": False, "bias_dropout_fusion": False,
                                      "moe_grouped_gemm": False},
-        **layout,
+        **{"use_distributed_optimizer": False, **layout},
     )  # fmt: skip
     object.__setattr__(engine, "dtype", "float32")  # its check wants half precision, in which all is rounding
     config = McoreActorConfig(
@@ -242,7 +244,7 @@ def compare(folder: Any, expected: Expected, hierarchy: Any, model: str, layout:
     axes, ranks = LAYOUTS[model][layout], 1 if layout == "one rank" else 2
     sharded = {"tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size"} & set(axes)
     size = GROUPS * SAMPLES // MICRO_BATCHES // (1 if sharded else ranks)
-    results = run(step_on_layout, ranks, folder, expected.batch, size, axes, hierarchy, timeout=580)
+    results = run(step_on_layout, ranks, folder, expected.batch, size, axes, hierarchy, timeout=240)
     number = {name: part.number for result in results for name, part in result["gradients"].items()}
     gradients, parameters = (
         {name: by_halves(name, value, number[name]) for name, value in whole.items()}
