@@ -24,6 +24,7 @@ IMPORTS = {
     ),
     "test.lock": ("pytest", "hypothesis"),
     "mcore-newest.lock": ("megatron.core.parallel_state", "megatron.core.models.gpt"),
+    "mcore312.lock": ("megatron.core.parallel_state", "megatron.core.models.gpt", "nemo_fiberpo.megatron"),
     "verl.lock": ("verl.workers.engine_workers", "nemo_fiberpo.integrations.verl"),
 }
 

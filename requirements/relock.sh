@@ -10,7 +10,7 @@ trap 'rm -rf "$work"' EXIT
 
 known="$work/known"
 touch "$known"
-[ "${1:-}" = "--upgrade" ] || cat ./*.lock 2>/dev/null | grep -v "^megatron-core" >"$known" || true
+[ "${1:-}" = "--upgrade" ] || cat cpu.lock test.lock 2>/dev/null | grep -v "^megatron-core" >"$known" || true
 
 "$(find_python)" -m venv "$work/venv"
 pip() { "$work/venv/bin/python" -m pip --disable-pip-version-check "$@"; }

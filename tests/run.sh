@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Sets everything up and runs the tests.
-#   bash tests/run.sh                    lint, types, unit, mcore and slurm, in order; stops at the first that fails
-#   bash tests/run.sh lint types         only these stages: lint, types, unit, mcore, slurm, matrix, verl
+#   bash tests/run.sh                    every stage but matrix, in order; stops at the first that fails
+#   bash tests/run.sh lint types         only these stages: lint, types, unit, mcore, mcore312, verl, slurm, matrix
 #   bash tests/run.sh unit -- -k gates   what follows -- goes to pytest
-# unit is all of tests/ on the main environment; mcore is the Megatron seam again, on the newest megatron-core.
-# slurm is tests/slurm/run.sh, which starts a SLURM where it is root on Debian, and says so if it cannot.
+# unit is all of tests/ on the main environment; mcore is the Megatron seam again, on the newest megatron-core for Python
+# 3.11; mcore312 the same on the newest of all, where there is a Python 3.12; verl is tests/verl on the real verl. The
+# last two make environments of their own (requirements/setup_*.sh). slurm is tests/slurm/run.sh, which starts a SLURM
+# where it is root on Debian. What could not be run is in the last lines.
 # Only where it is named: matrix compares every layout of up to 8 ranks with one process on both versions of megatron-core
-# (about an hour on two cores) and writes docs/layouts.md; verl is tests/verl on the real verl, in .venv-verl, which
-# requirements/setup_verl.sh makes.
+# (about an hour on two cores) and writes docs/layouts.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 lint() {
@@ -29,29 +30,39 @@ matrix() {
     python -m tests.megatron.layouts --write docs/layouts.md
     PYTHONPATH="$PWD/.venv/mcore-newest" python -m tests.megatron.layouts --write docs/layouts.md
 }
-verl() {
-    bash requirements/setup_verl.sh
-    .venv-verl/bin/python -m pytest tests/verl "$@"
+mcore312() {
+    if ! find_python 3.12 >/dev/null 2>&1; then
+        echo "== SKIPPED, no test ran on megatron-core 0.17 or later: no Python 3.12 at \$PYTHON, on PATH or with pyenv" |
+            tee -a "$SKIPPED"
+        return
+    fi
+    bash requirements/setup_mcore312.sh && .venv-mcore312/bin/python -m pytest "${TWO[@]}" tests/megatron "$@"
 }
+verl() { bash requirements/setup_verl.sh && .venv-verl/bin/python -m pytest tests/verl "$@"; }
 
 stages=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case "$1" in
-        lint | types | unit | mcore | slurm | matrix | verl) stages+=("$1") ;;
-        *) echo "error: unknown stage '$1'; there are: lint types unit mcore slurm matrix verl" >&2; exit 2 ;;
+        lint | types | unit | mcore | mcore312 | verl | slurm | matrix) stages+=("$1") ;;
+        *) echo "error: unknown stage '$1'; there are: lint types unit mcore mcore312 verl slurm matrix" >&2; exit 2 ;;
     esac
     shift
 done
 [ $# -eq 0 ] || shift
-[ ${#stages[@]} -gt 0 ] || stages=(lint types unit mcore slurm)
-[ "${stages[*]}" = verl ] || bash requirements/setup.sh test
+[ ${#stages[@]} -gt 0 ] || stages=(lint types unit mcore mcore312 verl slurm)
+case "${stages[*]}" in verl | mcore312) ;; *) bash requirements/setup.sh test ;; esac
 source requirements/env.sh
+source requirements/python.sh
+SKIPPED=$(mktemp) # a line for each stage that could not run here
+export SKIPPED
+trap 'rm -f "$SKIPPED"' EXIT
 
 for stage in "${stages[@]}"; do
     begun=$SECONDS
     echo "== $stage"
-    case "$stage" in unit | mcore | verl) arguments=("$@") ;; *) arguments=() ;; esac
+    case "$stage" in unit | mcore | mcore312 | verl) arguments=("$@") ;; *) arguments=() ;; esac
     "$stage" "${arguments[@]}" || { echo "== $stage failed after $((SECONDS - begun)) s"; exit 1; }
     echo "== $stage passed in $((SECONDS - begun)) s"
 done
-echo "== all passed in $SECONDS s, set-up included"
+cat "$SKIPPED"
+echo "== all passed in $SECONDS s, set-up included$([ ! -s "$SKIPPED" ] || echo "; not run: see above")"

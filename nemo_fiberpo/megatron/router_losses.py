@@ -180,14 +180,14 @@ class _Losses:
     def _micro_batch(self, scores: Tensor, chosen: Tensor, per_row: Tensor) -> Tensor:
         counts, n = self._summed(chosen.sum(dim=(0, 1)), self._tp_cp), per_row.sum()
         value = self._balance(scores.sum(dim=(0, 1)), n, counts, n)
-        self._log("load_balancing_loss", value, reduce_group=self._tp_cp)
+        self._log("load_balancing_loss", value, self._tp_cp)
         return value
 
     def _rows(self, scores: Tensor, chosen: Tensor, per_row: Tensor) -> Tensor:
         counts = self._summed(chosen.sum(dim=0), self._tp_cp)
         of_rows = self._balance(scores.sum(dim=0), per_row, counts, per_row)
         value = of_rows.sum() / (per_row > 0).sum().clamp(min=1)
-        self._log("seq_load_balancing_loss", value, reduce_group=self._tp_cp)
+        self._log("seq_load_balancing_loss", value, self._tp_cp)
         return value
 
     def _global(self, scores: Tensor, chosen: Tensor, _: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ class _Losses:
         router.ga_steps += 1
         mean = router.global_tokens_per_expert / router.ga_steps
         value = self._balance(scores.sum(dim=(0, 1)), counts.sum() / router.topk, mean, mean.sum() / router.topk)
-        self._log("global_load_balancing_loss", value, reduce_group=group, reduce_group_has_dp=True)
+        self._log("global_load_balancing_loss", value, group, has_dp=True)
         return value
 
     def _balance(self, scores: Tensor, n: Tensor, counts: Tensor, counted: Tensor) -> Tensor:
@@ -211,11 +211,17 @@ class _Losses:
             dist.all_reduce(counts, group=group)
         return counts
 
-    def _log(self, name: str, loss: Tensor, **groups: Any) -> None:
-        from megatron.core.transformer.moe.moe_utils import save_to_aux_losses_tracker
+    def _log(self, name: str, loss: Tensor, group: dist.ProcessGroup | None = None, has_dp: bool = False) -> None:
+        from megatron.core.transformer.moe import moe_utils
 
         layers = self._config.num_layers + (getattr(self._config, "mtp_num_layers", None) or 0)
-        save_to_aux_losses_tracker(name, loss, self._router.layer_number, layers, **groups)
+        entry = (name, loss, self._router.layer_number, layers)
+        tracker = getattr(moe_utils, "get_moe_metrics_tracker", None)
+        if tracker is not None:
+            tracker().record(*entry, reduce_group=group, needs_dp_avg=not has_dp)
+        else:
+            options = {"reduce_group_has_dp": True} if has_dp else {}
+            moe_utils.save_to_aux_losses_tracker(*entry, reduce_group=group, **options)
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -160,7 +160,7 @@ def without_trace(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     # Megatron's DDP keeps a list called `buffers`, so the method of torch's Module is called by its class.
     buffers = [(buffer, buffer.clone()) for chunk in chunks for buffer in torch.nn.Module.buffers(chunk)]
     log = auxiliary_loss_log() if getattr(config, "num_moe_experts", None) else {}
-    logged = {name: (entry, dict(entry), entry["values"].clone()) for name, entry in log.items()}
+    logged = {name: (entry, dict(fields_of(entry)), fields_of(entry)["values"].clone()) for name, entry in log.items()}
     try:
         for name in hooks:
             setattr(config, name, None)
@@ -172,16 +172,19 @@ def without_trace(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
             buffer.copy_(value)
         log.clear()
         for name, (entry, fields, values) in logged.items():
-            entry.update(fields)
-            entry["values"].copy_(values)
+            fields_of(entry).update(fields)
+            fields["values"].copy_(values)
             log[name] = entry
 
 
-def auxiliary_loss_log() -> dict[str, dict[str, Any]]:
-    """Megatron's layer-wise log of auxiliary losses; it moved from `parallel_state` to `moe_utils`."""
+def auxiliary_loss_log() -> dict[str, Any]:
+    """Megatron's layer-wise log of auxiliary losses itself, no copy; it moved from `parallel_state` to `moe_utils`, and
+    from there into a tracker, whose old getter gives copies."""
     from megatron.core import parallel_state
     from megatron.core.transformer.moe import moe_utils
 
+    if hasattr(moe_utils, "get_moe_metrics_tracker"):
+        return moe_utils.get_moe_metrics_tracker().metrics
     for module in (moe_utils, parallel_state):
         getter = getattr(module, "get_moe_layer_wise_logging_tracker", None)
         if getter is not None:
@@ -189,3 +192,8 @@ def auxiliary_loss_log() -> dict[str, dict[str, Any]]:
     raise ImportError(
         "megatron-core has no get_moe_layer_wise_logging_tracker, which pass A needs to leave no state behind"
     )
+
+
+def fields_of(entry: Any) -> dict[str, Any]:
+    """The fields of an entry of that log, to read and to change: it is a dict, or in a tracker an object."""
+    return entry if isinstance(entry, dict) else vars(entry)

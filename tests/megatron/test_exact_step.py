@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_fiberpo.megatron.groups import TokenAxes
-from nemo_fiberpo.megatron.schedule import auxiliary_loss_log, schedule_cp_factor
+from nemo_fiberpo.megatron.schedule import auxiliary_loss_log, fields_of, schedule_cp_factor
 from nemo_fiberpo.megatron.step import current_log_probs
 from tests.megatron import batches, comparison, tiny
 from tests.megatron.batches import Batch, same_metrics
@@ -199,7 +199,7 @@ def trace_worker(rank: int, world: int, layout: Layout, pickled: bytes) -> None:
         chunks = tiny.chunks_of(model)
 
         def state() -> dict[str, torch.Tensor]:
-            log = {name: entry["values"] for name, entry in auxiliary_loss_log().items()}
+            log = {name: fields_of(entry)["values"] for name, entry in auxiliary_loss_log().items()}
             buffers = {
                 f"{index} {name}": buffer
                 for index, chunk in enumerate(chunks)

@@ -14,7 +14,7 @@ import torch
 
 from nemo_fiberpo.megatron.groups import TokenAxes
 from nemo_fiberpo.megatron.router_losses import balancing_real_tokens
-from nemo_fiberpo.megatron.schedule import Policy, auxiliary_loss_log, refuse_inexact
+from nemo_fiberpo.megatron.schedule import Policy, auxiliary_loss_log, fields_of, refuse_inexact
 from nemo_fiberpo.megatron.sequences import Routed, padded_rows
 from tests.megatron import batches, tiny
 from tests.megatron.batches import Batch
@@ -51,7 +51,7 @@ def by_hand_worker(rank: int, world: int) -> dict[str, list[float]]:
             assert vars(router).keys() == before.keys()
             assert all(vars(router)[name] is value for name, value in before.items() if name not in ("training",))
             for name, entry in auxiliary_loss_log().items():
-                logged.setdefault(name, []).append(float(entry["values"][0]))
+                logged.setdefault(name, []).append(float(fields_of(entry)["values"][0]))
     return logged
 
 

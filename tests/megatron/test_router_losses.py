@@ -83,8 +83,8 @@ def counted_for_bias() -> Iterator[list[torch.Tensor]]:
     counts: list[torch.Tensor] = []
     before = module.get_updated_expert_bias
 
-    def read(tokens: torch.Tensor, bias: torch.Tensor, rate: float) -> torch.Tensor:
-        before(tokens, bias, rate)  # sums the tokens over the ranks in place
+    def read(tokens: torch.Tensor, bias: torch.Tensor, rate: float, **groups: Any) -> torch.Tensor:
+        before(tokens, bias, rate, **groups)  # sums the tokens over the ranks in place
         counts.append(tokens.clone())
         return bias  # it stays: the next pass is the same function
 

@@ -279,6 +279,10 @@ class Gradient:
     index: int
     number: int
 
+    def part_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """The same part of another tensor of the parameter's full shape."""
+        return whole if self.dim is None else whole.chunk(self.number, self.dim)[self.index]
+
 
 def gradients(model: Any) -> dict[str, Gradient]:
     """Gradients of this rank's parameters, by full name; what DDP has scattered is gathered first."""
@@ -309,8 +313,7 @@ def largest_gradient_error(results: list[dict[str, Gradient]], expected: dict[st
     numbers: dict[str, int] = {}
     for result in results:
         for name, part in result.items():
-            wanted = expected[name] if part.dim is None else expected[name].chunk(part.number, part.dim)[part.index]
-            square = float((part.value - wanted).square().sum())
+            square = float((part.value - part.part_of(expected[name])).square().sum())
             numbers[name] = part.number
             # not max(): it would drop a NaN
             worst = squares.setdefault(name, {}).get(part.index, 0.0)

@@ -7,7 +7,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-skip() { echo "== SKIPPED, no test of tests/slurm was run: $*"; exit 0; }
+# tests/run.sh shows the lines of $SKIPPED again at its end.
+skip() { echo "== SKIPPED, no test of tests/slurm was run: $*" | tee -a "${SKIPPED:-/dev/null}"; exit 0; }
 missing() {
     local program
     for program in slurmctld slurmd sbatch munged; do

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,7 +39,7 @@ def save_model(folder: Any, **config: Any) -> None:
 
 @dataclass
 class Batch:
-    """Rows of a rollout: prompts padded on the left, responses on the right."""
+    """Rows of a rollout: prompts padded on the left, responses on the right. The weights are rollout_correction's."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -49,11 +50,13 @@ class Batch:
     data_source: list[str]
     extra_info: list[dict[str, str]]
     ref_log_prob: Tensor
+    rollout_is_weights: Tensor | None = None
 
     def rows(self, index: list[int]) -> Batch:
-        return Batch(
-            *(value[index] if isinstance(value, Tensor) else [value[i] for i in index] for value in vars(self).values())
-        )
+        def of(values: Any) -> Any:
+            return values[index] if isinstance(values, Tensor) else values and [values[i] for i in index]
+
+        return Batch(*map(of, vars(self).values()))
 
     def tensordict(self, **settings: Any) -> Any:
         """As verl's trainer hands it to `update_actor`: without padding."""
@@ -72,6 +75,8 @@ class Batch:
             "advantages": self.advantages,
             "ref_log_prob": self.ref_log_prob,
         }
+        if self.rollout_is_weights is not None:
+            tensors["rollout_is_weights"] = self.rollout_is_weights
         columns = {"uid": self.uid, "data_source": self.data_source, "extra_info": self.extra_info}
         data = tu.get_tensordict({name: value.clone() for name, value in tensors.items()} | columns)
         return tu.assign_non_tensor(left_right_2_no_padding(data), temperature=1.0, **settings)
@@ -129,8 +134,10 @@ def log_probs_of(model: Any, batch: Batch) -> Tensor:
     return torch.stack(out)
 
 
-def make_worker(folder: Any, micro_batch_size: int, policy_loss: dict[str, Any], **actor: Any) -> Any:
-    """verl's own worker with the actor's loss, as ActorRolloutRefWorker makes it."""
+def worker_config(
+    folder: Any, micro_batch_size: int, policy_loss: dict[str, Any], **actor: Any
+) -> tuple[Any, Callable[..., Any]]:
+    """The config of verl's worker, and the actor's loss, as ActorRolloutRefWorker makes them."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import (
         FSDPActorConfig,
@@ -139,12 +146,10 @@ def make_worker(folder: Any, micro_batch_size: int, policy_loss: dict[str, Any],
         HFModelConfig,
         TrainingWorkerConfig,
     )
-    from verl.workers.engine_workers import TrainingWorker
     from verl.workers.utils.losses import ppo_loss
 
     from nemo_fiberpo.integrations.verl import FiberPOConfig
 
-    os.environ.setdefault("LOCAL_RANK", "0")
     engine = FSDPEngineConfig(
         strategy="fsdp2", use_torch_compile=False, use_dynamic_bsz=actor.get("use_dynamic_bsz", False),
         micro_batch_size_per_gpu=micro_batch_size, max_token_len_per_gpu=actor.get("ppo_max_token_len_per_gpu", 64),
@@ -158,19 +163,55 @@ def make_worker(folder: Any, micro_batch_size: int, policy_loss: dict[str, Any],
         path=str(folder), load_tokenizer=False, use_remove_padding=False, enable_gradient_checkpointing=False,
         override_config={"attn_implementation": "eager"},
     )  # fmt: skip
-    worker = TrainingWorker(
-        TrainingWorkerConfig(
-            model_type="language_model",
-            model_config=model,
-            engine_config=engine,
-            optimizer_config=FSDPOptimizerConfig(lr=1e-3, clip_grad=1e9),
-            checkpoint_config=CheckpointConfig(),
-        )
+    worker = TrainingWorkerConfig(
+        model_type="language_model",
+        model_config=model,
+        engine_config=engine,
+        optimizer_config=FSDPOptimizerConfig(lr=1e-3, clip_grad=1e9),
+        checkpoint_config=CheckpointConfig(),
     )
+    return worker, partial(ppo_loss, config=config)
+
+
+def make_worker(folder: Any, *arguments: Any, **actor: Any) -> Any:
+    """verl's own worker, ready to train; arguments as of `worker_config`."""
+    from verl.workers.engine_workers import TrainingWorker
+
+    os.environ.setdefault("LOCAL_RANK", "0")
+    config, loss = worker_config(folder, *arguments, **actor)
+    worker = TrainingWorker(config)
     worker.flops_counter = None  # knows GPUs only
     worker.reset()
-    worker.set_loss_fn(partial(ppo_loss, config=config))
+    worker.set_loss_fn(loss)
     return worker
+
+
+def full(value: Any) -> Tensor:
+    """A copy of a parameter or gradient, all shards together. Every rank calls this."""
+    return (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
+
+
+def recorded_gradients(engine: Any) -> dict[str, Tensor]:
+    """Is filled with the gradients at the engine's next optimizer step."""
+    gradients: dict[str, Tensor] = {}
+    step = engine.optimizer_step
+
+    def recording() -> Any:
+        gradients.update({name: full(p.grad) for name, p in engine.module.named_parameters()})
+        return step()
+
+    engine.optimizer_step = recording
+    return gradients
+
+
+def parameters(engine: Any) -> dict[str, Tensor]:
+    return {name: full(p) for name, p in engine.module.named_parameters()}
+
+
+def mini_batch(batch: Batch, rows: int, **settings: Any) -> Any:
+    """`batch` as `train_mini_batch` takes it, for one optimizer step over `rows` rows of all ranks."""
+    sizes = {"mini_batch_size": rows, "global_batch_size": rows}
+    return batch.tensordict(**sizes, epochs=1, seed=0, dataloader_kwargs={"shuffle": False}, **settings)
 
 
 def one_step(
@@ -180,23 +221,10 @@ def one_step(
 
     without   a column that is taken out of the rows
     """
-    gradients: dict[str, Tensor] = {}
-    engine, step = worker.engine, worker.engine.optimizer_step
-
-    def full(value: Any) -> Tensor:
-        return (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
-
-    def recording() -> Any:
-        gradients.update({name: full(p.grad) for name, p in engine.module.named_parameters()})
-        return step()
-
-    engine.optimizer_step = recording
+    gradients = recorded_gradients(worker.engine)
     rows = len(batch.uid)
-    part = batch.rows(list(range(rank, rows, world_size)))
-    sizes = {"mini_batch_size": rows, "global_batch_size": rows}
-    data = part.tensordict(**sizes, epochs=1, seed=0, dataloader_kwargs={"shuffle": False}, **settings)
+    data = mini_batch(batch.rows(list(range(rank, rows, world_size))), rows, **settings)
     if without:
         del data[without]
     output = worker.train_mini_batch(data)
-    parameters = {name: full(p) for name, p in engine.module.named_parameters()}
-    return {"gradients": gradients, "parameters": parameters, "metrics": output["metrics"]}
+    return {"gradients": gradients, "parameters": parameters(worker.engine), "metrics": output["metrics"]}

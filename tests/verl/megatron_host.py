@@ -1,4 +1,4 @@
-"""A tiny dense Qwen3 under verl's Megatron engine on CPUs, with the same weights on every layout."""
+"""A tiny Qwen3 or Qwen3-MoE under verl's Megatron engine on CPUs, with the same weights on every layout."""
 
 from __future__ import annotations
 
@@ -15,21 +15,38 @@ from nemo_fiberpo import load_hierarchy
 from tests.megatron import tiny
 from tests.objective.reference import evaluate
 from tests.support.distributed import run
-from tests.verl.host import GROUPS, RESPONSE, SAMPLES, VOCABULARY, Batch
+from tests.verl import host
+from tests.verl.host import GROUPS, RESPONSE, SAMPLES, VOCABULARY, Batch, mini_batch
 from tests.verl.slow import label_lists, token_weight
 
 LAYERS, MICRO_BATCHES = 2, 4
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "one rank": {},
-    "DP 2": {},
-    "TP 2 and SP": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-    "CP 2": {"context_parallel_size": 2},
-    "PP 2": {"pipeline_model_parallel_size": 2},
+TP: dict[str, Any] = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+EP: dict[str, Any] = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
+    "Qwen3": {
+        "one rank": {},
+        "DP 2": {},
+        "DP 2, distributed optimizer": {"use_distributed_optimizer": True},
+        "TP 2 and SP": TP,
+        "CP 2": {"context_parallel_size": 2},
+        "PP 2": {"pipeline_model_parallel_size": 2},
+    },
+    "Qwen3-MoE": {
+        "one rank": {},
+        "EP 2": EP,
+        "EP 2, distributed optimizer": EP | {"use_distributed_optimizer": True},
+        "TP 2 and SP": TP,
+        "TP 2 and SP, EP 2": TP | EP,
+    },
 }
+"""Settings of verl's Megatron engine, by model and layout. All but the first of each have two ranks."""
 
 
-def save_model(folder: Any) -> None:
-    """The config of a dense Qwen3 of two layers; its weights are those of `load_weights`."""
+def save_model(folder: Any, model: str) -> None:
+    """The config of a model of two layers; its weights are those of `load_weights`."""
+    if model == "Qwen3-MoE":
+        host.save_model(folder)
+        return
     from transformers import Qwen3Config
 
     config = Qwen3Config(
@@ -88,11 +105,12 @@ def make_worker(folder: Any, micro_batch_size: int, policy_loss: dict[str, Any],
 
     engine = McoreEngineConfig(
         vanilla_mbridge=True, use_dynamic_bsz=False, micro_batch_size_per_gpu=micro_batch_size,
-        infer_micro_batch_size_per_gpu=micro_batch_size, use_distributed_optimizer=False,
+        infer_micro_batch_size_per_gpu=micro_batch_size,
         override_transformer_config={"attention_backend": "unfused", "bias_activation_fusion": False,
                                      "apply_rope_fusion": False, "gradient_accumulation_fusion": False,
-                                     "masked_softmax_fusion": False, "bias_dropout_fusion": False},
-        **layout,
+                                     "masked_softmax_fusion": False, "bias_dropout_fusion": False,
+                                     "moe_grouped_gemm": False},
+        **{"use_distributed_optimizer": False, **layout},
     )  # fmt: skip
     object.__setattr__(engine, "dtype", "float32")  # its check wants half precision, in which all is rounding
     config = McoreActorConfig(
@@ -124,7 +142,8 @@ class PadToken:
 
 
 def one_step(worker: Any, batch: Batch, step: Callable[[Any], Any] | None = None) -> dict[str, Any]:
-    """A mini-batch of this rank's rows: its parts of the gradients, and metrics where verl has them.
+    """A mini-batch of this rank's rows: its parts of the gradients and, after the optimizer step, of the parameters;
+    metrics where verl has them.
 
     step   in place of verl's `train_mini_batch`, given the mini-batch
     """
@@ -138,20 +157,24 @@ def one_step(worker: Any, batch: Batch, step: Callable[[Any], Any] | None = None
 
     engine.optimizer_step = recording
     rank, size, rows = engine.get_data_parallel_rank(), engine.get_data_parallel_size(), len(batch.uid)
-    part = batch.rows(list(range(rank, rows, size)))
-    sizes = {"mini_batch_size": rows, "global_batch_size": rows}
-    data = part.tensordict(**sizes, epochs=1, seed=0, dataloader_kwargs={"shuffle": False})
+    data = mini_batch(batch.rows(list(range(rank, rows, size))), rows)
     output = (step or worker.train_mini_batch)(data)
-    return {"gradients": gradients, "metrics": output["metrics"] if output is not None and step is None else None}
+    metrics = output["metrics"] if output is not None and step is None else None
+    parameters = {
+        name: dataclasses.replace(gradients[name], value=parameter.detach().clone())
+        for name, parameter in tiny.named_parameters(list(engine.module))
+    }
+    return {"gradients": gradients, "parameters": parameters, "metrics": metrics}
 
 
 @dataclasses.dataclass
 class Expected:
-    """The batch with old log-probs near those of the model, J, and the gradient of -J."""
+    """The batch with old log-probs near those of the model, J, the gradient of -J, and parameters after a step."""
 
     batch: Batch
     value: float
     gradients: dict[str, Tensor]
+    parameters: dict[str, Tensor]
 
 
 def reference(rank: int, world_size: int, folder: Any, batch: Batch, hierarchy: Any) -> Expected:
@@ -186,7 +209,8 @@ def reference(rank: int, world_size: int, folder: Any, batch: Batch, hierarchy: 
             worker.engine.train_batch(data, loss)
 
     found = one_step(worker, batch, step)
-    return Expected(batch, outcome.value, {name: part.value for name, part in found["gradients"].items()})
+    whole = ({name: part.value for name, part in found[kind].items()} for kind in ("gradients", "parameters"))
+    return Expected(batch, outcome.value, *whole)
 
 
 def prepare(rank: int, world_size: int) -> None:
@@ -205,12 +229,32 @@ def step_on_layout(
     return one_step(worker, batch)
 
 
-def compare(folder: Any, expected: Expected, hierarchy: Any, layout: str) -> tuple[float, str, dict[str, Any]]:
-    """Largest relative error of any gradient on a layout, whose it is, and verl's metrics."""
-    axes, ranks = LAYOUTS[layout], 1 if layout == "one rank" else 2
-    size = GROUPS * SAMPLES // MICRO_BATCHES // (2 if layout == "DP 2" else 1)
+@dataclasses.dataclass
+class Comparison:
+    """A layout beside the reference: the largest relative error of any gradient and whose it is, the largest difference
+    of any parameter after the step, and verl's metrics."""
+
+    gradient: float
+    name: str
+    parameter: float
+    metrics: dict[str, Any]
+
+
+def compare(folder: Any, expected: Expected, hierarchy: Any, model: str, layout: str) -> Comparison:
+    axes, ranks = LAYOUTS[model][layout], 1 if layout == "one rank" else 2
+    sharded = {"tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size"} & set(axes)
+    size = GROUPS * SAMPLES // MICRO_BATCHES // (1 if sharded else ranks)
     results = run(step_on_layout, ranks, folder, expected.batch, size, axes, hierarchy, timeout=240)
-    number = axes.get("tensor_model_parallel_size", 1)
-    wanted = {name: by_halves(name, value, number) for name, value in expected.gradients.items()}
-    error, name = tiny.largest_gradient_error([result["gradients"] for result in results], wanted)
-    return error, name, next(result["metrics"] for result in results if result["metrics"] is not None)
+    number = {name: part.number for result in results for name, part in result["gradients"].items()}
+    gradients, parameters = (
+        {name: by_halves(name, value, number[name]) for name, value in whole.items()}
+        for whole in (expected.gradients, expected.parameters)
+    )
+    error, worst = tiny.largest_gradient_error([result["gradients"] for result in results], gradients)
+    difference = max(
+        float((part.value - part.part_of(parameters[name])).abs().max())
+        for result in results
+        for name, part in result["parameters"].items()
+    )
+    metrics = next(result["metrics"] for result in results if result["metrics"] is not None)
+    return Comparison(error, worst, difference, metrics)

@@ -26,6 +26,8 @@ def expected(folder: Any, batch: Batch, hierarchy: Any, weights: str = "seq-mean
     live = batch.response_mask.bool()
     ell = torch.where(live, log_probs.detach() - batch.old_log_probs.double(), 0.0)
     weight = token_weight(live, weights) * batch.advantages.double()
+    if batch.rollout_is_weights is not None:
+        weight = weight * batch.rollout_is_weights.double()
     labels, names = label_lists(batch)
     outcome = evaluate(
         load_hierarchy(hierarchy),
@@ -62,6 +64,10 @@ def token_weight(live: Tensor, kind: str) -> Tensor:
     count = live.sum(1, keepdim=True)
     if kind == "token-mean":
         return live.double() / live.sum()
+    if kind == "seq-mean-token-sum":
+        return live.double() / len(live)
+    if kind == "seq-mean-token-sum-norm":
+        return live.double() / live.numel()  # by the width of the responses where no loss_scale_factor is set
     assert kind == "seq-mean-token-mean"
     return live.double() / (count * len(live))
 
@@ -70,3 +76,9 @@ def relative_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float
     """Largest difference of any gradient, relative to the largest entry of that parameter's."""
     assert set(found) == set(wanted)
     return max(float((found[name].double() - wanted[name]).abs().max() / wanted[name].abs().max()) for name in wanted)
+
+
+def largest_difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """Of any entry of any parameter."""
+    assert set(found) == set(wanted)
+    return max(float((found[name] - wanted[name]).abs().max()) for name in wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from nemo_fiberpo import load_hierarchy
 from tests.verl.host import GROUPS, HIERARCHY, SAMPLES, Batch, make_batch, save_model
 from tests.verl.ranks import steps
-from tests.verl.slow import expected, relative_error
+from tests.verl.slow import expected, largest_difference, relative_error
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 ROWS = GROUPS * SAMPLES
@@ -19,6 +20,7 @@ MICRO_BATCHES = (1, 2, 8)
 FLOAT32 = 1e-5
 FIBERPO = {"loss_mode": "fiberpo", "hierarchy": HIERARCHY}
 MEAN = {"loss_agg_mode": "seq-mean-token-mean"}
+AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 GSPO = {**FIBERPO, "objective": "gspo", "gating": {"low": 0.02, "high": 0.03}}
 PENALTIES = {"entropy_coeff": 0.05, "use_kl_loss": True, "kl_loss_coef": 0.1}
 
@@ -41,7 +43,7 @@ def cases(world_size: int) -> dict[str, dict[str, Any]]:
     whole = {"micro_batch_size": rows, "policy_loss": FIBERPO, **MEAN}
     split = {**whole, "micro_batch_size": rows // 8}
     out = {f"micro {m}": {**whole, "micro_batch_size": rows // m} for m in MICRO_BATCHES}
-    out["token-mean"] = {**split, "loss_agg_mode": "token-mean"}
+    out |= {mode: {**split, "loss_agg_mode": mode} for mode in AGGREGATIONS}
     out["dynamic"] = {**split, "use_dynamic_bsz": True, "ppo_max_token_len_per_gpu": 48}
     out["gspo"] = {**(whole if world_size == 1 else split), "policy_loss": GSPO}
     entropy = {"settings": {"calculate_entropy": True}}
@@ -78,14 +80,23 @@ def test_gradient_of_every_split_is_that_of_the_slow_loops(
 def test_parameters_after_a_step_do_not_depend_on_the_split(outcomes: Any, world_size: int):
     first = outcomes(1)["micro 1"]["parameters"]
     for m in MICRO_BATCHES:
-        found = outcomes(world_size)[f"micro {m}"]["parameters"]
-        assert max(float((found[name] - first[name]).abs().max()) for name in first) < 1e-5
+        assert largest_difference(outcomes(world_size)[f"micro {m}"]["parameters"], first) < 1e-5
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_tokens_weigh_as_verl_aggregates_losses(outcomes: Any, folder: Any, batch: Batch, world_size: int):
-    wanted = expected(folder, batch, HIERARCHY, "token-mean")
-    assert relative_error(outcomes(world_size)["token-mean"]["gradients"], wanted.gradients) < FLOAT32
+@pytest.mark.parametrize("mode", AGGREGATIONS)
+def test_tokens_weigh_as_verl_aggregates_losses(outcomes: Any, folder: Any, batch: Batch, world_size: int, mode: str):
+    wanted = expected(folder, batch, HIERARCHY, mode)
+    assert relative_error(outcomes(world_size)[mode]["gradients"], wanted.gradients) < FLOAT32
+
+
+def test_importance_weights_of_the_rollout_multiply_advantages(folder: Any, batch: Batch):
+    weights = 0.5 + torch.rand(batch.old_log_probs.shape, generator=torch.Generator().manual_seed(4))
+    weighted = dataclasses.replace(batch, rollout_is_weights=weights)
+    case = {"micro_batch_size": 2, "policy_loss": FIBERPO, **MEAN}
+    found, wanted = steps(2, folder, weighted, [case])[0], expected(folder, weighted, HIERARCHY)
+    assert relative_error(found["gradients"], wanted.gradients) < FLOAT32
+    assert relative_error(found["gradients"], expected(folder, batch, HIERARCHY).gradients) > 0.05
 
 
 def test_gates_of_the_parts_would_give_another_gradient(folder: Any, batch: Batch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -17,24 +19,30 @@ FLOAT32 = 1e-5
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    path = tmp_path_factory.mktemp("qwen3")
-    save_model(path)
-    return path
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Expected]]:
+    """By model: its folder, and what a step of it must give."""
+    weights = tmp_path_factory.mktemp("old_policy")
+    host.save_model(weights)
+    batch = host.make_batch(weights)
+
+    @cache
+    def of(model: str) -> tuple[Any, Expected]:
+        folder = tmp_path_factory.mktemp(model)
+        save_model(folder, model)
+        return folder, run(reference, 1, folder, batch, HIERARCHY, timeout=240)[0]
+
+    return of
 
 
-@pytest.fixture(scope="module")
-def expected(folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Expected:
-    other = tmp_path_factory.mktemp("qwen3_moe")
-    host.save_model(other)
-    return run(reference, 1, folder, host.make_batch(other), HIERARCHY, timeout=240)[0]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradient_of_every_layout_is_that_of_the_slow_loops(folder: Any, expected: Expected, layout: str):
-    error, name, metrics = compare(folder, expected, HIERARCHY, layout)
-    assert error < FLOAT32, name
-    assert metrics["actor/pg_loss"][0] == pytest.approx(-expected.value, rel=1e-6)
-    assert metrics["recompute_error"][0] < 1e-5
-    assert metrics["gate_all_reduces"][0] == load_hierarchy(HIERARCHY).num_reductions
-    assert metrics["gates/token/live"][0] == int(expected.batch.response_mask.sum())
+@pytest.mark.parametrize("model, layout", [(model, layout) for model in LAYOUTS for layout in LAYOUTS[model]])
+def test_step_of_every_layout_is_that_of_the_slow_loops(
+    expected: Callable[[str], tuple[Any, Expected]], model: str, layout: str
+):
+    folder, wanted = expected(model)
+    found = compare(folder, wanted, HIERARCHY, model, layout)
+    assert found.gradient < FLOAT32, found.name
+    assert found.parameter < FLOAT32
+    assert found.metrics["actor/pg_loss"][0] == pytest.approx(-wanted.value, rel=1e-6)
+    assert found.metrics["recompute_error"][0] < 1e-5
+    assert found.metrics["gate_all_reduces"][0] == load_hierarchy(HIERARCHY).num_reductions
+    assert found.metrics["gates/token/live"][0] == int(wanted.batch.response_mask.sum())
