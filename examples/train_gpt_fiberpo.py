@@ -26,9 +26,9 @@ from nemo_fiberpo.aligner import launch
 from nemo_fiberpo.aligner.checkpoint.resume import find_checkpoint
 from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
 from nemo_fiberpo.aligner.config.model_checks import first_token, partition_table
-from nemo_fiberpo.aligner.config.settings import (
+from nemo_fiberpo.aligner.config.nemo import check_precision
+from nemo_fiberpo.aligner.config.sections import (
     algorithm_settings,
-    check_precision,
     data_settings,
     reward_settings,
     token_labels_section,

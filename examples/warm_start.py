@@ -23,7 +23,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_fiberpo.aligner import launch
 from nemo_fiberpo.aligner.checkpoint.resume import take_directory
 from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
-from nemo_fiberpo.aligner.config.settings import check_precision, data_settings, reward_settings, warm_start_settings
+from nemo_fiberpo.aligner.config.nemo import check_precision
+from nemo_fiberpo.aligner.config.sections import data_settings, reward_settings, warm_start_settings
 from nemo_fiberpo.aligner.lifecycle.ending import explain
 from nemo_fiberpo.aligner.lifecycle.first_rank import decided
 

@@ -20,20 +20,21 @@ ALIGNER = [
     "actor", "trainer", "launch", "stopping",
 ]  # fmt: skip
 ROOMS = [
-    "values", "labelling", "objective", "diagnostics", "budget_warnings", "config", "__init__",
+    "values", "fields", "labelling", "objective", "diagnostics", "budget_warnings", "config", "__init__",
     "plan", "graders", "megatron", "storage", *(f"aligner.{name}" for name in ALIGNER),
     "conversion", "integrations", "analysis", "cli",
 ]  # fmt: skip
-BELOW = {"values", "labelling", "objective"}
+BELOW = {"values", "fields", "labelling", "objective"}
 ALLOWED = {
     "values": set(),
-    "labelling": {"values"},
+    "fields": {"values"},
+    "labelling": {"values", "fields"},
     "objective": BELOW,
     "diagnostics": BELOW,
     "budget_warnings": {"objective"},
     "config": {"budget_warnings", *BELOW},
     "__init__": {"config", "objective"},
-    "plan": {"objective", "labelling"},
+    "plan": BELOW,
     "graders": set(),
     "megatron": {"config", "objective", "labelling", "__init__"},
     "storage": {"megatron"},
@@ -46,7 +47,7 @@ ALLOWED = {
 PURE = {"megatron", "nemo", "nemo_aligner", "omegaconf", "hydra", "numpy", "torch.distributed"}
 # What no file of a room may import from outside; submodules included.
 FORBIDDEN = {
-    **dict.fromkeys(["values", "labelling", "objective", "diagnostics"], PURE),
+    **dict.fromkeys(["values", "fields", "labelling", "objective", "diagnostics"], PURE),
     "budget_warnings": {"megatron", "nemo", "nemo_aligner", "omegaconf", "hydra", "torch.distributed"},
     "config": {"megatron", "nemo", "nemo_aligner", "hydra", "torch.distributed"},
     "__init__": {"megatron", "nemo", "nemo_aligner", "hydra", "torch.distributed"},

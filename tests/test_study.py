@@ -28,7 +28,7 @@ ONE_OF_EACH = {(run.setting, run.objective): run for run in RUNS.values()}
 def test_the_config_of_a_run_is_accepted(run):
     compose = pytest.importorskip("nemo_fiberpo.cli.compose").compose
     launch = pytest.importorskip("nemo_fiberpo.aligner.launch")
-    settings = pytest.importorskip("nemo_fiberpo.aligner.config.settings").algorithm_settings
+    settings = pytest.importorskip("nemo_fiberpo.aligner.config.sections").algorithm_settings
     cfg = compose("quickstart", ["run_dir=/nowhere", *launch.overrides(run.overrides)])
     hierarchy, _ = launch.check_sections(cfg)
     settings(cfg).check_passes(hierarchy.active, cfg.model.micro_batch_size)

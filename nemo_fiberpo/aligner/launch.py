@@ -20,23 +20,21 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_fiberpo.aligner.config import named_strata
-from nemo_fiberpo.aligner.config.settings import (
-    SECTIONS,
+from nemo_fiberpo.aligner.config.sections import (
     check_resume,
     cluster_settings,
     hierarchy_section,
+    run_settings,
     token_labels_section,
 )
 from nemo_fiberpo.aligner.lifecycle.preemption import shield_resource_tracker
 from nemo_fiberpo.budget_warnings import budget_warnings, log_budget_warnings
-from nemo_fiberpo.config import reject_unknown_keys
 from nemo_fiberpo.megatron.timeouts import limit_collectives
 from nemo_fiberpo.objective import ExpertPartitions, Hierarchy
 from nemo_fiberpo.plan.batches import Batches
 from nemo_fiberpo.plan.lengths import too_long
 from nemo_fiberpo.storage import pickles
 from nemo_fiberpo.storage.policy_file import read_config
-from nemo_fiberpo.values import positive_number
 
 _NEMO = ("model", "trainer", "exp_manager", "hydra")  # sections whose unknown keys Hydra refuses
 
@@ -67,9 +65,7 @@ def overrides(arguments: Iterable[str]) -> list[str]:
 def check_sections(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None]:
     """Refuse unknown sections; the hierarchy, and how it partitions experts, if it does. ValueError names the field.
     Logs `budget_warnings`."""
-    reject_unknown_keys(cfg, SECTIONS)
-    if "collective_timeout" in cfg:
-        positive_number(cfg.collective_timeout, "collective_timeout")
+    run_settings(cfg)
     check_resume(cfg)
     if (cfg.get("trainer") or {}).get("max_time") is not None:
         raise ValueError(

@@ -17,9 +17,9 @@ from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
 from nemo_fiberpo.aligner.config.algorithm import AlgorithmSettings
 from nemo_fiberpo.aligner.config.data import DataSettings
 from nemo_fiberpo.aligner.config.model_checks import model_problems, partition_table
-from nemo_fiberpo.aligner.config.settings import (
+from nemo_fiberpo.aligner.config.nemo import check_precision
+from nemo_fiberpo.aligner.config.sections import (
     algorithm_settings,
-    check_precision,
     cluster_settings,
     data_settings,
     reward_settings,

@@ -30,11 +30,10 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..values import positive_number
+from ..fields import check, setting
 from .hierarchy import Hierarchy
 
 LARGEST_EXPONENT = 500.0
-SPACES = ("ratio", "log")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,19 +68,9 @@ class _Checked:
     """Refuses wrong arguments, ValueError by name."""
 
     def __post_init__(self) -> None:
-        for name, value in list(vars(self).items()):
-            if name in ("low", "high", "eps", "alpha", "delta"):
-                object.__setattr__(self, name, positive_number(value, name))
-            if name in ("low", "eps") and value > 1.0:
-                raise ValueError(
-                    f"{name}: must be at most 1, since a ratio is at least 0 = 1 - 1, got {float(value)!r}"
-                )
-            if name == "use_min" and not isinstance(value, bool):
-                raise ValueError(f"{name}: must be true or false, got {value!r}")
-            if name == "stratum" and (not isinstance(value, str) or not value):
-                raise ValueError(f"stratum: must be the name of a stratum, got {value!r}")
-            if name == "space" and value not in SPACES:
-                raise ValueError(f"space: must be one of {', '.join(SPACES)}, got {value!r}")
+        check(self)
+        if getattr(self, "stratum", None) == "":
+            raise ValueError("stratum: must be the name of a stratum, got ''")
 
 
 class _TokenWise(_Checked):
@@ -108,9 +97,14 @@ class PpoClip(_TokenWise):
     There is no dual clip: max(r, 1 - low) has no upper bound.
     """
 
-    low: float
-    high: float
-    use_min: bool = True
+    low: float = setting(above=0, at_most=1)
+    """Clip of the ratio from below, at 1 - `low`."""
+
+    high: float = setting(above=0)
+    """Clip of the ratio from above, at 1 + `high`."""
+
+    use_min: bool = setting(True)
+    """Whether PPO's minimum is taken. `false`: the ratio is clipped whatever the sign of the advantage."""
 
     def gate(self, x: Tensor, positive: Tensor, total: Tensor, count: Tensor) -> Gated:
         ratio, low, high = _exp(x), 1.0 - self.low, 1.0 + self.high
@@ -131,10 +125,17 @@ class Gspo(_Checked):
     advantage; in GSPO it is one per trajectory.
     """
 
-    low: float
-    high: float
-    use_min: bool = True
-    stratum: str = "trajectory"
+    low: float = setting(above=0, at_most=1)
+    """Clip of the ratio from below, at 1 - `low`."""
+
+    high: float = setting(above=0)
+    """Clip of the ratio from above, at 1 + `high`."""
+
+    use_min: bool = setting(True)
+    """Whether PPO's minimum is taken. `false`: the ratio is clipped whatever the sign of the advantage."""
+
+    stratum: str = setting("trajectory")
+    """Stratum whose cells are clipped as one; an active one of the hierarchy."""
 
     def feature(self, x: Tensor, count: Tensor) -> Tensor:
         return x
@@ -157,9 +158,14 @@ class TrulyPpo(_TokenWise):
     Wang et al. 2019, Truly Proximal Policy Optimization, arXiv 1903.07940, there PPO-RB.
     """
 
-    eps: float
-    alpha: float
-    use_min: bool = True
+    eps: float = setting(above=0, at_most=1)
+    """Clip of the ratio, at 1 - `eps` and 1 + `eps`."""
+
+    alpha: float = setting(above=0)
+    """Slope with which the objective falls beyond the clip."""
+
+    use_min: bool = setting(True)
+    """Whether PPO's minimum is taken. `false`: the ratio is gated whatever the sign of the advantage."""
 
     def gate(self, x: Tensor, positive: Tensor, total: Tensor, count: Tensor) -> Gated:
         ratio, low, high = _exp(x), 1.0 - self.eps, 1.0 + self.eps
@@ -191,9 +197,15 @@ class Apc(_Checked):
     No minimum and no sign of A: the censoring depends on the ratios only. Bounded by |G - 1| <= B (log: |log G|).
     """
 
-    delta: float
-    stratum: str = "trajectory"
-    space: str = "ratio"
+    delta: float = setting(above=0)
+    """Radius: the mean total variation that the tokens of a cell share."""
+
+    stratum: str = setting("trajectory")
+    """Stratum whose cells share the budget; an active one of the hierarchy. With `state` this is APC-Obj at the level
+    of states, see `hierarchy=state`."""
+
+    space: str = setting("ratio", choices=("ratio", "log"))
+    """What is budgeted: the deviation r - 1 of the ratio, or its logarithm."""
 
     def _deviation(self, x: Tensor) -> Tensor:
         return x if self.space == "log" else x.clamp_max(LARGEST_EXPONENT).expm1()

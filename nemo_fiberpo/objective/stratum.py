@@ -3,57 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..values import nearest, positive_number
+from ..fields import check, setting
+from ..values import nearest, positive_number, whole_number
 from .gates import Gate, constant, find_gate
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Budgets C+ (`pos`) and C- (`neg`) of the two channels of a cell: the drift up to which its gate passes."""
+    """Budgets of the two channels of a cell: the drift up to which its gate passes, in nats of log-ratio per token."""
 
-    pos: float
-    neg: float
+    pos: float = setting(above=0)
+    """C+, for log-probs that rise."""
+
+    neg: float = setting(above=0)
+    """C-, for log-probs that fall."""
 
     def __post_init__(self) -> None:
-        for name in ("pos", "neg"):
-            object.__setattr__(self, name, positive_number(getattr(self, name), name))
+        check(self)
 
 
 @dataclass(frozen=True)
 class SlopeCap:
     """Rollback slope k = min(token count of the cell, `cap`)."""
 
-    cap: float
+    cap: float = setting(above=0)
+    """Largest slope."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "cap", positive_number(self.cap, "cap"))
+        check(self)
 
 
 @dataclass(frozen=True)
 class Stratum:
     """One level of the chain, or a branch."""
 
-    name: str
-    budget: Budget  # of its cells
-    budgets: Mapping[str, Budget] = field(default_factory=dict)  # overrides it for cells by name
-    slope: float | SlopeCap | None = None  # rollback slope k of (10); None for the cell's token count
-    enabled: bool = True  # a stratum that is switched off takes no part, as if it were not in the chain
-    # The classifications whose common refinement this is: its cells are their intersections. Without it, tokens are
-    # labelled by the stratum's own name.
-    join: tuple[str, ...] = ()
-    # coarser stratum -> names of its cells: elsewhere this stratum is missing
-    only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    beside: str | None = None  # of a branch: the stratum after which it is extracted; the finest one by default
-    # A cell with fewer live tokens, over all ranks, is merged into its parent: it has no drift of its own, and what is
-    # finer in it is measured from the parent. Without it every cell counts, even of one token.
-    min_tokens: int | None = None
-    # a name in `gates.GATES`, "package.module:function", or a `Gate`
-    gate: Gate = "rollback"  # type: ignore[assignment]  # made a Gate below
+    name: str = setting()
+    """Name of the stratum, and of the label that the data give it. In a mapping it is the key."""
+
+    budget: Budget = setting(form="{pos: number, neg: number}, both greater than 0")
+    """Budgets of its cells, in nats of log-ratio per token: C+ for upward and C- for downward drift."""
+
+    budgets: Mapping[str, Budget] = setting(default_factory=dict, form="{cell: {pos: number, neg: number}}")
+    """Budgets of single cells, by name, in place of `budget`."""
+
+    slope: float | SlopeCap | None = setting(None, form="number greater than 0, {cap: number}, or null")
+    """Rollback slope k of (10): how steeply the gate falls past its budget. `{cap: k}` is the cell's token count, at
+    most k; null is the token count."""
+
+    enabled: bool = setting(True)
+    """`false` switches the stratum off, as if it were not in the hierarchy."""
+
+    join: tuple[str, ...] = setting((), form="list of names")
+    """Classifications whose intersections are the cells. Without it the data label the stratum by its own name."""
+
+    only: Mapping[str, tuple[str, ...]] = setting(default_factory=dict, form="{coarser stratum: list of its cells}")
+    """Cells of a coarser stratum in which this stratum exists. Elsewhere the level is missing."""
+
+    beside: str | None = setting(None, form="name of a stratum, or null")
+    """Of a branch: the stratum of the chain after which it is extracted; null: the finest."""
+
+    min_tokens: int | None = setting(None, form="whole number, at least 2, or null")
+    """A cell with fewer live tokens, over all ranks, is merged into its parent: it has no drift of its own, and finer
+    cells in it are measured from the parent. null: every cell counts, even of one token."""
+
+    gate: Gate = setting("rollback", form="rollback, clip, soft, or package.module:function")  # made a Gate below
+    """Shape of the gate past its budget, see docs/hierarchy.md."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -137,9 +156,7 @@ def check_structure(strata: Sequence[Stratum], branches: Sequence[Stratum], swee
     """Refuse strata that do not fit together; ValueError names the field."""
     if not strata:
         raise ValueError("strata: at least one stratum is required")
-    if isinstance(sweeps, bool) or not isinstance(sweeps, int) or sweeps < 1:
-        raise ValueError(f"sweeps: must be a whole number of at least 1, got {sweeps!r}")
-    if sweeps > 1 and not branches:
+    if whole_number(sweeps, "sweeps", 1) > 1 and not branches:
         raise ValueError("sweeps: repeats the extraction of branches, but there are none; a chain is exact at once")
     placed = {f"strata[{index}]": stratum for index, stratum in enumerate(strata)}
     placed |= {f"branches[{index}]": branch for index, branch in enumerate(branches)}

@@ -31,7 +31,7 @@ SHIPPED = {
 def composed(*overrides: str):
     hydra = pytest.importorskip("hydra")
     launch = pytest.importorskip("nemo_fiberpo.aligner.launch")
-    settings = pytest.importorskip("nemo_fiberpo.aligner.config.settings")
+    settings = pytest.importorskip("nemo_fiberpo.aligner.config.sections")
     launch.register_resolvers()
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base=None):
         cfg = hydra.compose("quickstart", ["run_dir=/nowhere", *launch.overrides(overrides)])

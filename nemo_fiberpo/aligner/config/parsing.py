@@ -1,4 +1,4 @@
-"""Sections of a config as checked dataclasses: what `settings` and `algorithm` share."""
+"""From a section of a config to its checked dataclass."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_fiberpo.config import mapping, reject_unknown_keys
-from nemo_fiberpo.values import nearest
 
 
 def plain(cfg: DictConfig, section: str) -> dict[str, Any]:
@@ -28,17 +27,3 @@ def build(kind: type, values: dict[str, Any], where: str, **extra: Any) -> Any:
         return kind(**values, **extra)
     except ValueError as error:
         raise ValueError(f"{where}.{error}") from error
-
-
-def whole(settings: Any, name: str, least: int) -> None:
-    """ValueError unless that field is a whole number of at least `least`."""
-    value = getattr(settings, name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: must be a whole number of at least {least}, got {value!r}")
-
-
-def choice(settings: Any, name: str, valid: tuple[str, ...]) -> None:
-    """ValueError with the nearest valid value unless that field has one of them."""
-    value = getattr(settings, name)
-    if value not in valid:
-        raise ValueError(f"{name}: {value!r} is unknown{nearest(value, valid)}")
