@@ -45,6 +45,8 @@ class Bounds:
 
     def words(self) -> str:
         """The limits of a number."""
+        if self.at_least is not None and self.at_most is not None:
+            return f", from {self.at_least:g} to {self.at_most:g}"
         limits = {"at least": self.at_least, "greater than": self.above, "at most": self.at_most}
         return "".join(f", {words} {limit:g}" for words, limit in limits.items() if limit is not None)
 

@@ -14,11 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from nemo_fiberpo.cli import analysing
+from nemo_fiberpo.cli import analysing, reference
 from nemo_fiberpo.cli.compose import known
 
 EXAMPLES = """examples:
   fiberpo plan cluster/mixtral_8x7b                    will it run, and what will it need?
+  fiberpo config algorithm                             what do its keys mean?
   fiberpo compare runs/seed0 runs/seed1 runs/grpo      what did they do?
   fiberpo calibrate runs/grpo                          budgets from the drift of a run
   fiberpo import-hf /models/Mixtral-8x7B mixtral.nemo  a Hugging Face model as a policy
@@ -58,6 +59,9 @@ def _main(arguments: Sequence[str] | None) -> int:
     try:
         if given.command == "plan":
             return _plan(given.config, [*given.overrides, *more], given.json)
+        if given.command == "config":
+            _say(reference.config(given.section, given.markdown) + "\n", sys.stdout)
+            return 0
         if given.command in ("compare", "calibrate"):
             analysing.run(given, partial(_say, stream=sys.stdout), partial(_say, stream=sys.stderr))
             return 0
@@ -90,6 +94,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         "overrides", nargs="*", metavar="KEY=VALUE", help="as the training script takes them: model.micro_batch_size=2"
     )
     plan.add_argument("--json", action="store_true", help="print everything as JSON")
+    reference.add_command(commands, raw)
     analysing.add_commands(commands, raw)
     for name, (source, target, reads, writes) in CONVERSIONS.items():
         does = "a Hugging Face model as a policy" if name == "import-hf" else "a policy as a Hugging Face model"

@@ -31,7 +31,7 @@ _MOST = torch.iinfo(torch.int16).max + 1
 
 @dataclass(frozen=True)
 class ExpertPartitions:
-    """How the experts of a mixture are partitioned, and tokens are labelled by the partitions.
+    """How the experts of a mixture are partitioned. Tokens are labelled by the partitions.
 
     Raises ValueError naming the field.
     """

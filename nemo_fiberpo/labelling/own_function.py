@@ -16,7 +16,7 @@ MOST_CELLS = 1000
 
 @dataclass(frozen=True)
 class OwnFunction:
-    """function "package.module:function": (token ids, text, prompt record) -> (labels, names), of one response.
+    """A function of your own: (token ids, text, prompt record) -> (labels, names), of one response.
 
     labels  an integer per token id; label v is called names[v], names without . / = or space
 

@@ -11,7 +11,7 @@ from ..values import whole_number
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What `fiberpo plan` assumes about the machine and the data; training reads `host` only."""
+    """Machine and data, for `fiberpo plan`. Training reads `host` only."""
 
     host: str = setting("nemo_aligner", choices=("nemo_aligner", "megatron"))
     """Who trains. `nemo_aligner`: this package's actor. `megatron`: a trainer of your own on `nemo_fiberpo.megatron`,

@@ -38,7 +38,7 @@ class HierarchyGating:
 
 @dataclass(frozen=True)
 class AlgorithmSettings:
-    """How rollouts become optimizer steps; conf/algorithm/ has a file for each objective."""
+    """How rollouts become optimizer steps. conf/algorithm/ has a file for each objective."""
 
     samples_per_prompt: int = setting(at_least=1)
     """Responses per prompt; together they are a prompt group."""

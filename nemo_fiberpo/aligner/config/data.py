@@ -9,7 +9,7 @@ from nemo_fiberpo.fields import check, setting
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Which prompts are trained on, and which are held out."""
+    """The prompts to train on and to hold out."""
 
     train: str = setting(may_change=True)
     """JSON lines of prompts to train on. Their format is in nemo_fiberpo/aligner/data/prompts.py. A resumed run may

@@ -9,9 +9,12 @@ from nemo_fiberpo.values import nearest
 
 PRECISIONS = ("bf16", "bf16-mixed", 32, "32", "32-true")
 NEMO: dict[str, str] = {
-    "model": "The policy and its layout: NeMo's config of a Megatron-core GPT, laid over that of the .nemo checkpoint.",
-    "trainer": "NeMo's config of Lightning's trainer, and in `ppo` of NeMo-Aligner's PPOTrainer.",
-    "exp_manager": "NeMo's experiment manager: loggers, and which checkpoints are kept.",
+    "model": "The policy and its layout; NeMo's own. It is laid over the config in the .nemo checkpoint. These are "
+    "the keys that conf/model/policy.yaml sets or this package reads; NeMo has more.",
+    "trainer": "Lightning's trainer; NeMo's own. These are the keys that conf/base.yaml sets or this package reads; "
+    "NeMo has more.",
+    "exp_manager": "Loggers and checkpoints; NeMo's own. These are the keys that conf/base.yaml sets or this package "
+    "reads; NeMo has more.",
 }
 """Section -> what it is."""
 
@@ -28,6 +31,14 @@ KEYS: dict[str, str] = {
     "model.sequence_parallel": "Whether tensor-parallel ranks share sequences between layers. A mixture of experts "
     "with tensor parallelism needs it.",
     "model.gradient_as_bucket_view": "Whether gradients lie in the buffers that are reduced.",
+    "model.expert_tensor_parallel_size": "Ranks that share each expert; null: as `tensor_model_parallel_size`.",
+    "model.num_moe_experts": "Experts of a mixture; null for a dense policy. Usually the checkpoint has it.",
+    "model.moe_token_dispatcher_type": "allgather or alltoall. With several experts per rank and tensor parallelism "
+    "only allgather is right in megatron-core 0.11.0.",
+    "model.encoder_seq_length": "Longest sequence, prompt and response together.",
+    "model.override_vocab_size": "Rows of the embedding; null: those of the tokenizer, padded.",
+    "model.transformer_engine": "Whether layers are those of Transformer Engine. It must be false on a CPU.",
+    "model.tokenizer": "NeMo's tokenizer. It must be the one that belongs to the policy.",
     "model.micro_batch_size": "Samples per forward and backward pass on a data-parallel rank.",
     "model.global_batch_size": "Samples per optimizer step over all ranks; follows from `algorithm`.",
     "model.hidden_dropout": "Must be 0: the forward passes of an optimizer step must be the same function.",
@@ -54,7 +65,7 @@ KEYS: dict[str, str] = {
     "model.optim.check_for_nan_in_grad": "Megatron's check on one rank. Leave it false: where the norm of a gradient "
     "is not finite, the run ends on all ranks.",
     "model.optim.sched": "Learning-rate schedule of NeMo; its horizon is `trainer.max_steps`.",
-    "trainer.num_nodes": "Nodes.",
+    "trainer.num_nodes": "Number of nodes.",
     "trainer.devices": "Ranks per node; by default those that the launcher started.",
     "trainer.accelerator": "gpu, or cpu with `cpu: true`.",
     "trainer.precision": "bf16, bf16-mixed or 32. float16 is refused: the exact step has no loss scale.",
@@ -63,17 +74,17 @@ KEYS: dict[str, str] = {
     "`exp_manager.max_time_per_run`.",
     "trainer.max_steps": "Horizon of the learning-rate schedule, in optimizer steps; -1: all that the prompts allow.",
     "trainer.max_epochs": "Follows from `algorithm.data_epochs`.",
-    "trainer.logger": "Must be false: `exp_manager` makes the loggers.",
-    "trainer.enable_checkpointing": "Must be false: `exp_manager` makes the checkpoints.",
-    "trainer.use_distributed_sampler": "Must be false: prompts are dealt to ranks by whole prompt groups.",
+    "trainer.logger": "Leave it false: `exp_manager` makes the loggers.",
+    "trainer.enable_checkpointing": "Leave it false: `exp_manager` makes the checkpoints.",
+    "trainer.use_distributed_sampler": "Leave it false: prompts are dealt to ranks by whole prompt groups.",
     "trainer.enable_progress_bar": "Lightning's progress bar, which this loop does not use.",
     "trainer.ppo": "Follows from `algorithm` and `model`; change it there.",
     "exp_manager.explicit_log_dir": "Folder of checkpoints, TensorBoard and logs. The experiment manager moves other "
     "files in it away.",
-    "exp_manager.exp_dir": "Must be null: `explicit_log_dir` names the folder.",
+    "exp_manager.exp_dir": "Leave it null: `explicit_log_dir` names the folder.",
     "exp_manager.name": "Name of the run for loggers.",
-    "exp_manager.log_tflops_per_sec_per_gpu": "Must be false: NeMo counts for its own training loop.",
-    "exp_manager.log_step_timing": "Must be false, for the same reason.",
+    "exp_manager.log_tflops_per_sec_per_gpu": "Leave it false: NeMo counts in Lightning's loop, which does not run.",
+    "exp_manager.log_step_timing": "Leave it false, for the same reason.",
     "exp_manager.create_tensorboard_logger": "Whether metrics go to TensorBoard, beside `metrics.jsonl`.",
     "exp_manager.create_wandb_logger": "Whether metrics go to Weights & Biases; `wandb_logger_kwargs` has its options.",
     "exp_manager.resume_if_exists": "Whether a run resumes from its newest whole checkpoint; false refuses a "
@@ -81,9 +92,8 @@ KEYS: dict[str, str] = {
     "exp_manager.create_checkpoint_callback": "Whether checkpoints are written.",
     "exp_manager.max_time_per_run": "Time limit, dd:hh:mm:ss. The run saves a checkpoint before it is over, and ends "
     "with status 75.",
-    "exp_manager.checkpoint_callback_params": "Which checkpoints are kept.",
     "exp_manager.checkpoint_callback_params.monitor": "What decides which checkpoints are kept; `step`: the newest.",
-    "exp_manager.checkpoint_callback_params.mode": "max: those of the largest `monitor` are kept.",
+    "exp_manager.checkpoint_callback_params.mode": "`max`: the checkpoints with the largest `monitor` are kept.",
     "exp_manager.checkpoint_callback_params.save_top_k": "How many checkpoints are kept.",
     "exp_manager.checkpoint_callback_params.save_last": "Whether the newest is saved twice. Needed only for a "
     "`monitor` other than `step`: a run resumes from any checkpoint.",

@@ -14,7 +14,7 @@ from nemo_fiberpo.values import nearest
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """How responses are scored: by graders in processes that can be killed, or by a reward-model server."""
+    """How responses are scored. Graders run in processes that can be killed; or a reward-model server is asked."""
 
     kind: str = setting("rules", choices=("rules", "server"))
     """`rules`: the grader that each line of the data names, see docs/graders.md. `server`: NeMo-Aligner's reward-model

@@ -14,23 +14,23 @@ class RunSettings:
     """Keys at the top level of a run's config."""
 
     name: str = setting("fiberpo")
-    """Name of the run, by which `run_dir` and the loggers call it."""
+    """Name of the run, for `run_dir` and the loggers."""
 
     run_dir: str | None = setting(None)
-    """Folder of the run: metrics, checkpoints, logs, the trained policy. A run in it is resumed by the same command."""
+    """Folder of metrics, checkpoints and logs. The run in it is resumed when the same command is given again."""
 
     data_dir: str | None = setting(None)
-    """Folder of the data and the tokenizer that the quickstart makes. Other runs do not read it."""
+    """Folder of the quickstart's data and tokenizer. Other runs do not read it."""
 
     seed: int = setting(1234, at_least=0)
-    """Seed of the order of prompts, of sampling and of fresh weights."""
+    """Seed of prompt order, sampling and fresh weights."""
 
     cpu: bool = setting(False)
-    """Whether to run without a GPU, in float32; set `trainer.accelerator: cpu` too."""
+    """Whether to run without a GPU. Set `trainer.accelerator: cpu` too."""
 
     collective_timeout: float = setting(1800.0, above=0)
-    """Seconds after which a rank gives up waiting for the others, in every process group. Must be longer than any rank
-    can be busy by itself: grading, saving a checkpoint, a response far longer than the others."""
+    """Seconds before a rank gives up on the others. It holds in every process group, and must be longer than a rank can
+    be busy by itself: grading, saving a checkpoint, a response far longer than the others."""
 
     def __post_init__(self) -> None:
         check(self)

@@ -9,7 +9,7 @@ from nemo_fiberpo.fields import check, setting
 
 @dataclass(frozen=True)
 class WarmStartSettings:
-    """The supervised warm start of the quickstart, examples/warm_start.py; other runs leave this section out."""
+    """The supervised warm start of the quickstart. examples/warm_start.py reads it; other runs have no such section."""
 
     data: str = setting()
     """JSON lines of prompts with `response`."""
