@@ -27,9 +27,9 @@ fiberpo config algorithm                      # a section
 fiberpo config algorithm.samples_per_prompt   # a key
 ```
 
-Defaults are those of a run that inherits `base`; `???` marks what every run must give. A config file or a command line
-holds only what differs, such as `algorithm.epochs=2`. When a run is resumed, its keys must be as they were, but for
-those that are marked here, those of the layout, and those that `resume.allow` names; see
+Defaults are those of a run that inherits `base`; `???` marks what must be given. A config file or a command line holds
+only what differs, such as `algorithm.epochs=2`. When a run is resumed, every key must have its former value, with three
+exceptions: keys that are marked here, the layout, and what `resume.allow` names; see
 [checkpoints.md](checkpoints.md#what-may-change-on-a-resume).
 
 This file is written by `python -m nemo_fiberpo.cli config --markdown > docs/config.md`.
