@@ -69,7 +69,7 @@ class Hierarchy:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The names under which the data must label tokens: those of the active strata, and the parts of joins."""
+        """The names under which the data must label tokens: those of the active strata, and what joins join."""
         return tuple(dict.fromkeys(column for stratum in self.active for column in stratum.columns))
 
     @property

@@ -39,14 +39,14 @@ LARGEST_EXPONENT = 500.0
 @dataclass(frozen=True, eq=False)
 class Gated:
     """A map G at the tokens of this rank, float64 [T], and its derivatives in the form
-    dG_i / d ell_j = own_i [i = j] + give_i take_j [same cell, and i != j if `others_only`]
+    dG_i / d ell_j = diagonal_i [i = j] + left_i right_j [same cell, and i != j if `others_only`]
     """
 
     ratio: Tensor  # G_i
-    own: Tensor
+    diagonal: Tensor
     clipped: Tensor  # bool: the gate has cut the token's own ratio
-    give: Tensor | None = None  # None, as `take`, for a map that couples no tokens
-    take: Tensor | None = None
+    left: Tensor | None = None  # None, as `right`, for a map that couples no tokens
+    right: Tensor | None = None
     others_only: bool = False
 
 
@@ -142,7 +142,7 @@ class Gspo(_Checked):
 
     def gate(self, x: Tensor, positive: Tensor, total: Tensor, count: Tensor) -> Gated:
         whole = PpoClip(self.low, self.high, self.use_min).gate(total / count, positive, total, count)
-        return Gated(whole.ratio, torch.zeros_like(x), whole.clipped, give=whole.own, take=1.0 / count)
+        return Gated(whole.ratio, torch.zeros_like(x), whole.clipped, left=whole.diagonal, right=1.0 / count)
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,8 @@ class TrulyPpo(_TokenWise):
         above, below = ratio >= high, ratio <= low
         clipped = torch.where(positive, above, below) if self.use_min else above | below
         rolled = (1.0 + self.alpha) * ratio.clamp(low, high) - self.alpha * ratio
-        own = torch.where(clipped, -self.alpha * ratio, ratio)
-        return Gated(torch.where(clipped, rolled, ratio), own, clipped)
+        diagonal = torch.where(clipped, -self.alpha * ratio, ratio)
+        return Gated(torch.where(clipped, rolled, ratio), diagonal, clipped)
 
 
 @dataclass(frozen=True)
@@ -224,9 +224,9 @@ class Apc(_Checked):
         clipped = torch.where(passes, deviation, sign * room)
         ratio, one = _exp(clipped) if self.space == "log" else 1.0 + clipped, torch.ones_like(x)
         outer, inner = (ratio, one) if self.space == "log" else (one, _exp(x))  # dG / d clipped, d Delta / d ell
-        own = torch.where(passes, outer * inner, 0.0)
-        give = torch.where(~passes & (room > 0.0), -sign * outer, 0.0)
-        return Gated(ratio, own, ~passes, give, take=sign * inner, others_only=True)
+        diagonal = torch.where(passes, outer * inner, 0.0)
+        left = torch.where(~passes & (room > 0.0), -sign * outer, 0.0)
+        return Gated(ratio, diagonal, ~passes, left, right=sign * inner, others_only=True)
 
 
 OBJECTIVES: dict[str, type | None] = {

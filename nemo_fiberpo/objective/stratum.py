@@ -112,13 +112,13 @@ class Stratum:
         slope = "token count" if self.slope is None else self.slope
         if isinstance(slope, SlopeCap):
             slope = f"min(token count, {slope.cap:g})"
-        parts = [f"{self.name:<15} C+ {self.budget.pos:g}  C- {self.budget.neg:g}  k {slope}"]
-        parts += [f"{name}: C+ {budget.pos:g} C- {budget.neg:g}" for name, budget in self.budgets.items()]
-        parts += [f"gate {self.gate.name}"] if self.gate.name != "rollback" else []
-        parts += [f"join of {', '.join(self.join)}"] if self.join else []
-        parts += [f"cells below {self.min_tokens} tokens merged"] if self.min_tokens else []
-        parts += [f"only in {key} {', '.join(kept)}" for key, kept in self.only.items()]
-        return "  ".join(parts) + role + ("" if self.enabled else "  (switched off)")
+        phrases = [f"{self.name:<15} C+ {self.budget.pos:g}  C- {self.budget.neg:g}  k {slope}"]
+        phrases += [f"{name}: C+ {budget.pos:g} C- {budget.neg:g}" for name, budget in self.budgets.items()]
+        phrases += [f"gate {self.gate.name}"] if self.gate.name != "rollback" else []
+        phrases += [f"join of {', '.join(self.join)}"] if self.join else []
+        phrases += [f"cells below {self.min_tokens} tokens merged"] if self.min_tokens else []
+        phrases += [f"only in {key} {', '.join(kept)}" for key, kept in self.only.items()]
+        return "  ".join(phrases) + role + ("" if self.enabled else "  (switched off)")
 
     def check_names(self, names: Sequence[str] | None) -> None:
         """Refuse overrides without names of cells, or an override that none of the names matches."""
@@ -187,14 +187,16 @@ def check_structure(strata: Sequence[Stratum], branches: Sequence[Stratum], swee
 
 
 def _check_join(where: str, stratum: Stratum, placed: Mapping[str, Stratum], chain: Sequence[str]) -> None:
-    for index, part in enumerate(stratum.join):
-        if part == stratum.name:
-            raise ValueError(f"{where}.join: names {part!r} itself, whose name it has; give the join a name of its own")
-        if part in stratum.join[:index]:
-            raise ValueError(f"{where}.join: names {part!r} twice; a classification joined with itself is itself")
-        inner = next((other for other in placed.values() if other.name == part and other.join), None)
+    for index, column in enumerate(stratum.join):
+        if column == stratum.name:
+            raise ValueError(
+                f"{where}.join: names {column!r} itself, whose name it has; give the join a name of its own"
+            )
+        if column in stratum.join[:index]:
+            raise ValueError(f"{where}.join: names {column!r} twice; a classification joined with itself is itself")
+        inner = next((other for other in placed.values() if other.name == column and other.join), None)
         if inner is not None:
-            raise ValueError(f"{where}.join: {part!r} is a join; name its parts instead: {list(inner.join)}")
+            raise ValueError(f"{where}.join: {column!r} is a join; name what it joins instead: {list(inner.join)}")
     if len(stratum.join) < 2:
         raise ValueError(f"{where}.join: must name two or more classifications, got {list(stratum.join)}")
     nested = [name for name in chain if name in stratum.join]
@@ -253,7 +255,7 @@ def _check_branch(where: str, branch: Stratum, strata: Sequence[Stratum], earlie
     if beside not in [stratum.name for stratum in active]:
         raise ValueError(f"{where}.beside: {beside!r} is switched off")
     above = strata[: names.index(beside) + 1]
-    taken = {part for stratum in above if not stratum.only for part in (stratum.name, *stratum.columns)}
+    taken = {name for stratum in above if not stratum.only for name in (stratum.name, *stratum.columns)}
     if set(branch.columns) <= taken:
         raise ValueError(f"{where}: {nothing_left(branch.name, beside)}")
     if beside == active[-1].name and set(active[-1].columns) <= set(branch.columns):

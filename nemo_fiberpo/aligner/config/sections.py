@@ -49,15 +49,15 @@ def run_settings(cfg: DictConfig) -> RunSettings:
 
 def hierarchy_section(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None]:
     """The `hierarchy` section, and how it partitions experts, if it does. Raises ValueError naming the field."""
-    with at("hierarchy."), section(cfg.hierarchy) as plain:
-        hierarchy = parse_hierarchy(plain)
-        return hierarchy, parse_expert_partitions(plain, hierarchy)
+    with at("hierarchy."), section(cfg.hierarchy) as values:
+        hierarchy = parse_hierarchy(values)
+        return hierarchy, parse_expert_partitions(values, hierarchy)
 
 
 def token_labels_section(cfg: DictConfig) -> TokenLabels | None:
     """`token_labels` and `ignore` of the `hierarchy` section. Raises ValueError naming the field."""
-    with at("hierarchy."), section(cfg.hierarchy) as plain:
-        return parse_token_labels(plain, parse_hierarchy(plain))
+    with at("hierarchy."), section(cfg.hierarchy) as values:
+        return parse_token_labels(values, parse_hierarchy(values))
 
 
 def algorithm_settings(cfg: DictConfig) -> AlgorithmSettings:
