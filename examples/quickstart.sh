@@ -10,7 +10,6 @@ source requirements/env.sh
 
 export PYTHONWARNINGS=ignore TQDM_DISABLE=1 # NeMo's imports warn a lot, and one line a step is enough
 
-python examples/train_gpt_fiberpo.py --check --config-name quickstart "$@"
-launch() { torchrun --standalone --nproc_per_node 2 "$@"; }
-launch examples/warm_start.py --config-name quickstart "$@"
-launch examples/train_gpt_fiberpo.py --config-name quickstart "$@"
+fiberpo check quickstart "$@"
+torchrun --standalone --nproc_per_node 2 examples/warm_start.py --config-name quickstart "$@"
+fiberpo train quickstart "$@"

@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +21,31 @@ import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_fiberpo.aligner import launch
+from nemo_fiberpo.aligner import build
 from nemo_fiberpo.aligner.checkpoint.resume import take_directory
 from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
+from nemo_fiberpo.aligner.config.checks import check_lengths, check_sections
+from nemo_fiberpo.aligner.config.hydra import overrides, prepare_hydra
 from nemo_fiberpo.aligner.config.nemo import check_precision
 from nemo_fiberpo.aligner.config.sections import data_settings, reward_settings, warm_start_settings
 from nemo_fiberpo.aligner.lifecycle.ending import explain
-from nemo_fiberpo.aligner.lifecycle.first_rank import decided
+from nemo_fiberpo.aligner.lifecycle.first_rank import decided, is_first_rank
 
-launch.prepare_hydra()
+prepare_hydra()
 
 
 def run(cfg: DictConfig) -> None:
-    hierarchy, _ = launch.check_sections(cfg)
+    hierarchy, _ = check_sections(cfg)
     settings, data, reward = warm_start_settings(cfg), data_settings(cfg), reward_settings(cfg)
     check_precision(cfg.trainer.precision)
-    launch.check_lengths(cfg)
+    check_lengths(cfg)
     record, target = RunRecord(cfg), Path(cfg.pretrained_checkpoint.restore_from_path)
     if decided(cfg.collective_timeout, lambda: whether_to_train(cfg, record, target)) is None:
         return
     # The other ranks wait for this file, whose text says which data is complete.
     complete = Path(cfg.data_dir) / "complete"
-    if os.environ.get("RANK", "0") == "0":
-        if not launch.says(complete, f"seed {cfg.seed}"):
+    if is_first_rank():
+        if not holds(complete, f"seed {cfg.seed}"):
             print("warm start: making the data", flush=True)
             from quickstart_data import write_quickstart_data
 
@@ -50,7 +53,7 @@ def run(cfg: DictConfig) -> None:
             write_quickstart_data(Path(cfg.data_dir), seed=cfg.seed)
             complete.write_text(f"seed {cfg.seed}\n")
         record.remember(0)
-    launch.start(cfg)
+    build.start(cfg)
 
     from nemo_aligner.utils.train_script_utils import init_distributed
 
@@ -66,13 +69,13 @@ def run(cfg: DictConfig) -> None:
         replicas = math.prod(cfg.model[axis] for axis in axes)
         ranks = int(os.environ.get("WORLD_SIZE", "1")) // replicas
         cfg.model.micro_batch_size = settings.batch_size // ranks
-    trainer = launch.create_trainer(cfg)
-    launch.wait_until_says(complete, f"seed {cfg.seed}")
+    trainer = build.create_trainer(cfg)
+    wait_until_holds(complete, f"seed {cfg.seed}")
     actor = FiberPOActor(cfg.model, trainer)
     init_distributed(trainer, actor)
     bos_id = first_token(cfg.model, actor.tokenizer)
     checks = PromptDataset(data.train, actor.tokenizer, data.max_prompt_length, bos_id=bos_id)
-    optimizer, scheduler, _ = launch.initialise(cfg, trainer, actor, checks, settings.steps)
+    optimizer, scheduler, _ = build.initialise(cfg, trainer, actor, checks, settings.steps)
     examples = tokenize(load_prompts(settings.data), actor.tokenizer, bos_id)
     grader = make_reward_model(reward, checks.records, actor.tokenizer)
 
@@ -95,6 +98,20 @@ def whether_to_train(cfg: DictConfig, record: RunRecord, target: Path) -> dict[s
     return None
 
 
+def holds(path: Path, text: str) -> bool:
+    """Whether the file is there and holds `text`."""
+    return path.exists() and path.read_text().strip() == text
+
+
+def wait_until_holds(path: Path, text: str, seconds: float = 300.0) -> None:
+    """Until the first rank has written `text` to `path`, before process groups exist. TimeoutError if it does not."""
+    until = time.monotonic() + seconds
+    while not holds(path, text):
+        if time.monotonic() > until:
+            raise TimeoutError(f"{path} does not hold {text!r} after {seconds:.0f} s")
+        time.sleep(0.1)
+
+
 def teach(settings, step, examples, actor, grader, checks, ranks: int, generator: torch.Generator) -> None:
     """Take `step` on batches of examples until every domain of `checks` is answered well enough, or `settings.steps`.
 
@@ -114,7 +131,7 @@ def teach(settings, step, examples, actor, grader, checks, ranks: int, generator
             means = mean_rewards(rows, "sampled")
             # A domain that is left out is forgotten within a few steps.
             share = {domain: settings.rehearsal if means[domain] >= settings.stop_reward else 1.0 for domain in share}
-            if launch.is_first_rank():
+            if is_first_rank():
                 line = ", ".join(f"{domain} {means[domain]:.2f}" for domain in checks.domains)
                 print(f"warm start: step {number + 1}, reward {line}", flush=True)
             if max(share.values()) < 1.0:
@@ -188,13 +205,13 @@ def save(actor, optimizer, target: Path) -> None:
 
     finite.check_weights(actor, optimizer, str(target))
     scratch = target.with_suffix(".partial")
-    if launch.is_first_rank():
+    if is_first_rank():
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
     torch.distributed.barrier()
     actor.save_to(str(scratch / target.name))
     torch.distributed.barrier()
-    if launch.is_first_rank():
+    if is_first_rank():
         os.replace(scratch / target.name, target)
         found = manifest.entries(target.parent, [target.name])
         manifest.write_atomically(policy_file.seal_of(target), manifest.Manifest(found, {}).text())
@@ -209,5 +226,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = launch.overrides(sys.argv[1:])
+    sys.argv[1:] = overrides(sys.argv[1:])
     main()

@@ -15,14 +15,13 @@ PACKAGE = ROOT / "nemo_fiberpo"
 
 # The rooms, lowest first: a room may import itself, and of those below it what ALLOWED has. Files that stand beside the
 # rooms of `aligner` are rooms of their own.
-ALIGNER = [
-    "cpu", "lifecycle", "config", "data", "generation", "rewards", "rollout", "finite", "checkpoint", "loggers",
-    "actor", "trainer", "launch", "stopping",
-]  # fmt: skip
 ROOMS = [
     "values", "fields", "labelling", "objective", "diagnostics", "budget_warnings", "config", "__init__",
-    "plan", "graders", "megatron", "storage", *(f"aligner.{name}" for name in ALIGNER),
-    "conversion", "integrations", "analysis", "cli",
+    "plan", "graders", "megatron", "storage",
+    "aligner.cpu", "aligner.lifecycle", "aligner.config", "aligner.data", "aligner.generation", "aligner.rewards",
+    "aligner.rollout", "aligner.finite", "aligner.checkpoint",
+    "analysis", "aligner.loggers", "aligner.actor", "aligner.trainer", "aligner.build", "aligner.run",
+    "conversion", "integrations", "cli",
 ]  # fmt: skip
 BELOW = {"values", "fields", "labelling", "objective"}
 ALLOWED = {
@@ -38,7 +37,7 @@ ALLOWED = {
     "graders": set(),
     "megatron": {"config", "objective", "labelling", "__init__"},
     "storage": {"megatron"},
-    **{f"aligner.{name}": set(ROOMS[: ROOMS.index(f"aligner.{name}")]) for name in ALIGNER},
+    **{room: set(ROOMS[: ROOMS.index(room)]) for room in ROOMS if room.startswith("aligner.")},
     "conversion": {"config", "storage", "aligner.cpu"},
     "integrations": {"megatron", "config", "objective", "__init__"},
     "analysis": {"aligner.checkpoint", "config", "objective"},

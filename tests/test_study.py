@@ -27,10 +27,11 @@ ONE_OF_EACH = {(run.setting, run.objective): run for run in RUNS.values()}
 @pytest.mark.parametrize("run", ONE_OF_EACH.values(), ids=lambda run: f"{run.setting}-{run.objective}")
 def test_the_config_of_a_run_is_accepted(run):
     compose = pytest.importorskip("nemo_fiberpo.cli.compose").compose
-    launch = pytest.importorskip("nemo_fiberpo.aligner.launch")
+    checks = pytest.importorskip("nemo_fiberpo.aligner.config.checks")
+    hydra_config = pytest.importorskip("nemo_fiberpo.aligner.config.hydra")
     settings = pytest.importorskip("nemo_fiberpo.aligner.config.sections").algorithm_settings
-    cfg = compose("quickstart", ["run_dir=/nowhere", *launch.overrides(run.overrides)])
-    hierarchy, _ = launch.check_sections(cfg)
+    cfg = compose("quickstart", ["run_dir=/nowhere", *hydra_config.overrides(run.overrides)])
+    hierarchy, _ = checks.check_sections(cfg)
     settings(cfg).check_passes(hierarchy.active, cfg.model.micro_batch_size)
     assert cfg.model.optim.lr == run.lr
     assert settings(cfg).samples_per_step == cfg.model.micro_batch_size, "one micro-batch a step, as passes: 1 wants"

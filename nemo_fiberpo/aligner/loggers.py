@@ -124,14 +124,24 @@ def _number(value: Any) -> float | None:
         return None
 
 
+def _duration(seconds: float) -> str:
+    """As "40 s", "7 min", "3 h 20 min"."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
 class Progress:
-    """One line per RL step: reward in all and per domain, and how much of its budget each stratum uses at most."""
+    """One line per RL step: reward in all and per domain, how much of its budget each stratum uses at most, and the
+    time of the step and of those that are left, at the mean of this process."""
 
     def __init__(self, total_steps: int, stream: TextIO | None = None):
         self._total, self._stream = total_steps, stream or sys.stdout
         self._rollout: dict[str, float] = {}
         self._gates: dict[str, float] = {}
-        self._since = time.monotonic()
+        self._since = self._begun = time.monotonic()
+        self._steps = 0  # that this process has taken
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         for name, value in metrics.items():
@@ -145,6 +155,8 @@ class Progress:
 
     def _print(self, step: int) -> None:
         now = time.monotonic()
+        self._steps += 1
+        left = (self._total - step - 1) * (now - self._begun) / self._steps
         per_domain = [
             f"{name.removeprefix('reward/')} {value:.2f}"
             for name, value in self._rollout.items()
@@ -154,7 +166,8 @@ class Progress:
         reward = self._rollout.get("rewards", math.nan)
         print(
             f"step {step + 1:>{len(str(self._total))}}/{self._total}  reward {reward:.3f}"
-            f" ({', '.join(per_domain)})  most of a budget used: {used}  {now - self._since:.1f} s",
+            f" ({', '.join(per_domain)})  most of a budget used: {used}"
+            f"  {now - self._since:.1f} s, {_duration(left)} left",
             file=self._stream,
             flush=True,
         )

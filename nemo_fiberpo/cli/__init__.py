@@ -1,6 +1,7 @@
-"""`fiberpo`: what a run will need before it starts, what runs did, and models from and to Hugging Face.
+"""`fiberpo`: trains, tells what a run will need before it starts and what runs did, and converts models.
 
-Its exit status is 0, 1 where the planned run cannot run, and 2 where what it was given cannot be read.
+Its exit status is 0, 1 where a run failed or cannot run, 2 where what it was given cannot be read, and 75 where a run
+is not finished, which the same command resumes.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-from nemo_fiberpo.cli import analysing, reference
+from nemo_fiberpo.cli import analysing, reference, training
 from nemo_fiberpo.cli.compose import known
 
 EXAMPLES = """examples:
+  fiberpo train my_run                                 train on this machine
+  fiberpo check my_run                                 what is wrong with it?
   fiberpo plan cluster/mixtral_8x7b                    will it run, and what will it need?
   fiberpo config algorithm                             what do its keys mean?
   fiberpo compare runs/seed0 runs/seed1 runs/grpo      what did they do?
@@ -26,6 +29,8 @@ EXAMPLES = """examples:
   fiberpo export-hf runs/my_run/policy.nemo my_policy  a policy as a Hugging Face model
 """
 PLAN_EXAMPLES = """examples:
+  fiberpo train my_run                                 train on this machine
+  fiberpo check my_run                                 what is wrong with it?
   fiberpo plan cluster/llama3_1_8b trainer.num_nodes=2 hierarchy=tree
   fiberpo plan /data/my_run.yaml --json
 
@@ -48,17 +53,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
-    parser, plan = _parsers()
+    parser, of_runs = _parsers()
     # argparse ends a list of arguments at the first option; what follows it are overrides too.
     given, more = parser.parse_known_args(arguments)
-    if given.command != "plan" or any(argument.startswith("-") for argument in more):
+    if given.command not in of_runs or any(argument.startswith("-") for argument in more):
         given = parser.parse_args(arguments)
-    if given.command == "plan" and given.config is None:
-        _say(f"{plan.format_help()}\nerror: which configuration?\n", sys.stderr)
-        return 2
+    if given.command in of_runs:
+        if given.config_name is not None and given.config is not None:  # as the script has it: what follows overrides
+            given.overrides.insert(0, given.config)
+        given.config = given.config_name or given.config
+        if given.config is None:
+            _say(f"{of_runs[given.command].format_help()}\nerror: which configuration?\n", sys.stderr)
+            return 2
+        given.overrides += more
     try:
+        if given.command == "train":
+            return training.train(given.config, given.overrides, given.ranks, given.verbose)
+        if given.command == "check":
+            return training.check(
+                given.config, given.overrides, partial(_say, stream=sys.stdout), partial(_say, stream=sys.stderr)
+            )
         if given.command == "plan":
-            return _plan(given.config, [*given.overrides, *more], given.json)
+            return _plan(given.config, given.overrides, given.json)
         if given.command == "config":
             _say(reference.config(given.section, given.markdown) + "\n", sys.stdout)
             return 0
@@ -71,27 +87,37 @@ def _main(arguments: Sequence[str] | None) -> int:
         return 2
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """Of `fiberpo`, and of `fiberpo plan`."""
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Of `fiberpo`, and of its commands that take a config and overrides."""
     raw = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
-    description = "What a run will need, what runs did, and models from and to Hugging Face."
+    description = "Multi-scale trust regions for reinforcement learning of language models."
     parser = argparse.ArgumentParser(
-        prog="fiberpo", description=description, epilog=EXAMPLES, formatter_class=raw, allow_abbrev=False
+        prog="fiberpo",
+        usage="fiberpo COMMAND ...",
+        description=description,
+        epilog=EXAMPLES,
+        formatter_class=raw,
+        allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    plan = commands.add_parser(
+    # argparse measures this name alone when it places the help of the commands.
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND ...", prog="fiberpo")
+    of_runs: dict[str, argparse.ArgumentParser] = {}
+
+    def add(name: str, **texts: Any) -> argparse.ArgumentParser:
+        of_runs[name] = command = commands.add_parser(name, formatter_class=raw, allow_abbrev=False, **texts)
+        command.add_argument(
+            "config", nargs="?", metavar="CONFIG", help="a file of conf/ by its name, or a path to a YAML file"
+        )
+        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as model.micro_batch_size=2")
+        command.add_argument("--config-name", metavar="CONFIG", help="the same, as the training script has it")
+        return command
+
+    training.add_commands(add)
+    plan = add(
         "plan",
         help="what a run will need, or why it cannot run",
         description="Ranks, groups, memory, cells and collectives of a run, or why it cannot run.",
         epilog=PLAN_EXAMPLES.format(names="\n  ".join(known()) or "none: there is no conf/ here"),
-        formatter_class=raw,
-        allow_abbrev=False,
-    )
-    plan.add_argument(
-        "config", nargs="?", metavar="CONFIG", help="a file of conf/ by its name, or a path to a YAML file"
-    )
-    plan.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="as the training script takes them: model.micro_batch_size=2"
     )
     plan.add_argument("--json", action="store_true", help="print everything as JSON")
     reference.add_command(commands, raw)
@@ -103,7 +129,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         )
         convert.add_argument("source", metavar=source, type=Path, help=reads)
         convert.add_argument("target", metavar=target, type=Path, help=writes)
-    return parser, plan
+    return parser, of_runs
 
 
 def _plan(config: str, overrides: Sequence[str], as_json: bool) -> int:

@@ -111,12 +111,13 @@ def compose(config: str, overrides: Sequence[str] = ()) -> DictConfig:
     from hydra.errors import HydraException, OverrideParseException
     from hydra.types import RunMode
 
-    from nemo_fiberpo.aligner import launch
+    from nemo_fiberpo.aligner.config.hydra import overrides as for_hydra
+    from nemo_fiberpo.aligner.config.hydra import prepare_hydra
 
-    launch.prepare_hydra()
+    prepare_hydra()
     source = find(config)
     try:
-        given = launch.overrides(overrides)
+        given = for_hydra(overrides)
         OverridesParser.create().parse_overrides(given)
         if source.tree is not None:
             given.append(f"hydra.searchpath=[{','.join(_search_path(source))}]")

@@ -12,26 +12,22 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_fiberpo.aligner import launch
 from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
-from nemo_fiberpo.aligner.config.algorithm import AlgorithmSettings
+from nemo_fiberpo.aligner.config.checks import RunConfig, batch_sizes, on_cpu, read_config
 from nemo_fiberpo.aligner.config.data import DataSettings
 from nemo_fiberpo.aligner.config.model_checks import model_problems, partition_table
-from nemo_fiberpo.aligner.config.nemo import check_precision
 from nemo_fiberpo.aligner.config.sections import (
-    algorithm_settings,
     cluster_settings,
-    data_settings,
     reward_settings,
     token_labels_section,
 )
 from nemo_fiberpo.aligner.data.prompts import load_prompts
 from nemo_fiberpo.labelling.expert_partitions import COLUMN
-from nemo_fiberpo.objective import ExpertPartitions, Hierarchy, check_gating
+from nemo_fiberpo.objective import ExpertPartitions, Hierarchy
 from nemo_fiberpo.plan.assumptions import Assumptions
 from nemo_fiberpo.plan.cells import OF_ROLLOUT, Partitions, PromptLabels
 from nemo_fiberpo.plan.plan import Plan, Request, make_plan
-from nemo_fiberpo.storage.policy_file import read_config
+from nemo_fiberpo.storage.policy_file import read_config as config_of
 
 SECTIONS = ("model", "trainer", "algorithm", "hierarchy", "data", "rewards", "pretrained_checkpoint")
 """What a configuration must have for anything to be said about it."""
@@ -59,27 +55,15 @@ def plan_of(cfg: DictConfig, name: str) -> Plan:
                 problems.append(str(error))
         return None
 
-    launch_checked = tried(lambda: launch.check_sections(cfg))
-    hierarchy, partitions = launch_checked or (None, None)
     assumptions = tried(lambda: cluster_settings(cfg)) or _fallback(cfg)
-    settings = tried(lambda: algorithm_settings(cfg))
     filled = _filled(cfg)
-    data = tried(lambda: data_settings(filled))
-    tried(lambda: reward_settings(cfg))
-    tried(lambda: check_precision(cfg.trainer.precision))
-    tried(lambda: _check_accelerator(cfg))
+    config = read_config(filled, tried)
     if cfg.get("resume") and cfg.resume.get("allow"):
         tried(lambda: RunRecord(filled).check_allowed())
-    if settings is not None and data is not None:
-        tried(lambda: settings.check_data(data))
     tried(lambda: _add_checkpoint(cfg))
     if assumptions.host == "nemo_aligner":
         problems += model_problems(cfg.model, bool(cfg.get("cpu", False)))
-    if settings is not None and hierarchy is not None:
-        soft = partitions.soft_columns if partitions is not None else ()
-        tried(lambda: check_gating(settings.gating_map, hierarchy, soft))
-        tried(lambda: settings.check_passes(hierarchy.active, cfg.model.micro_batch_size))
-    request = tried(lambda: _request(cfg, name, assumptions, settings, data, hierarchy, partitions, tried))
+    request = tried(lambda: _request(cfg, name, assumptions, config, tried))
     if request is None:
         return Plan(name, assumptions, on_cpu(cfg), problems=problems)
     plan = make_plan(request, problems)
@@ -113,22 +97,6 @@ def _follows(cfg: DictConfig, key: str | None, problems: list[str]) -> bool:
     return False
 
 
-def on_cpu(cfg: DictConfig) -> bool:
-    """Whether the ranks have no GPU."""
-    return bool(cfg.get("cpu", False)) or cfg.trainer.get("accelerator") == "cpu"
-
-
-def _check_accelerator(cfg: DictConfig) -> None:
-    """ValueError where the two keys that choose CPU or GPU say different things."""
-    accelerator, cpu = cfg.trainer.get("accelerator"), bool(cfg.get("cpu", False))
-    if cpu and accelerator not in ("cpu", "auto"):
-        raise ValueError(f"trainer.accelerator: {accelerator!r}, but cpu is true; set it to cpu, or cpu to false")
-    if accelerator == "cpu" and not cpu:
-        raise ValueError(
-            "trainer.accelerator: cpu, but cpu is false; set cpu to true too, or trainer.accelerator to gpu"
-        )
-
-
 def _filled(cfg: DictConfig) -> DictConfig:
     """With something in the place of the prompts and the policy, which a layout that ships does not name."""
     cfg = cfg.copy()
@@ -152,12 +120,11 @@ def _request(
     cfg: DictConfig,
     name: str,
     assumptions: Assumptions,
-    settings: AlgorithmSettings | None,
-    data: DataSettings | None,
-    hierarchy: Hierarchy | None,
-    partitions: ExpertPartitions | None,
+    config: RunConfig,
     tried: Callable[[Callable[[], Any]], Any],
 ) -> Request:
+    settings, data, partitions = config.algorithm, config.data, config.partitions
+    hierarchy: Hierarchy | None = config.hierarchy
     _try_references(cfg.model, tried)  # what follows ends at the first that cannot be resolved
     model = OmegaConf.to_container(cfg.model, resolve=True)
     trainer = {key: cfg.trainer.get(key) for key in ("num_nodes", "devices", "precision")}
@@ -175,7 +142,7 @@ def _request(
         model={str(key): value for key, value in model.items()},
         trainer=trainer,
         assumptions=assumptions,
-        batches=launch.batch_sizes(cfg) if settings is not None else None,
+        batches=batch_sizes(cfg) if settings is not None else None,
         prompt_length=(data or DataSettings("train.jsonl")).max_prompt_length,
         hierarchy=hierarchy,
         prompts=prompts,
@@ -238,4 +205,4 @@ def _add_checkpoint(cfg: DictConfig) -> None:
         return
     path = Path(cfg.pretrained_checkpoint.restore_from_path)
     if path.exists():
-        cfg.model = OmegaConf.merge(read_config(path), cfg.model)
+        cfg.model = OmegaConf.merge(config_of(path), cfg.model)

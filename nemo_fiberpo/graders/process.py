@@ -48,9 +48,9 @@ def main() -> None:
     """Import the graders, fork the worker, say how it ended."""
     # What ends a run early is the trainer's to decide, not its graders'. A handler, since programs that a grader starts
     # would inherit that a signal is ignored, and `timeout` for one needs SIGTERM.
-    for number in (signal.SIGUSR1, signal.SIGTERM):
+    for number in signals.SIGNALS:
         signal.signal(number, lambda *_: None)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1, signal.SIGTERM))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.SIGNALS)
     inbox, outbox = Connection(int(sys.argv[1]), writable=False), Connection(int(sys.argv[2]), readable=False)
     signals.die_with_parent(int(sys.argv[3]))
     setup = json.loads(inbox.recv_bytes())

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)  # what ends a run early, see `aligner.lifecycle.preemption`
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)  # what ends a run early, see `aligner.lifecycle.preemption`
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from omegaconf import OmegaConf
 from nemo_fiberpo.aligner import cpu
 
 cpu.install()
-from nemo_fiberpo.aligner import generation  # noqa: E402
 from nemo_fiberpo.aligner.actor import FiberPOActor, balanced  # noqa: E402
 from nemo_fiberpo.aligner.config.model_checks import check_model, check_vocabulary, first_token  # noqa: E402
+from nemo_fiberpo.aligner.generation import lockstep  # noqa: E402
 from tests.support.launching import ROOT  # noqa: E402
 
 GOOD = {"mcore_gpt": True, "optim": {"name": "mcore_distributed_optim"}, "ppo": {"sampling_params": {}}}
@@ -102,9 +102,9 @@ def test_adapters_drop_nothing(monkeypatch, dropout):
 
 def test_nemos_loop_is_asked_for_samples_of_the_policy(monkeypatch):
     asked = {}
-    monkeypatch.setattr(generation, "synced_generate", lambda *args, **options: asked.update(options))
+    monkeypatch.setattr(lockstep, "synced_generate", lambda *args, **options: asked.update(options))
     base = OmegaConf.load(ROOT / "conf" / "model" / "policy.yaml").ppo
-    generation.generate_tokens(SimpleNamespace(), None, None, None, base.sampling_params, base.length_params)
+    lockstep.generate_tokens(SimpleNamespace(), None, None, None, base.sampling_params, base.length_params)
     assert asked["min_tokens_to_generate"] == 0 and not asked["greedy"] and asked["top_k"] == 0
     assert asked["temperature"] == asked["top_p"] == asked["repetition_penalty"] == 1.0
 

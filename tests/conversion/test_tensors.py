@@ -251,7 +251,7 @@ def test_the_actor_gives_an_imported_policy_the_log_probs_of_transformers(name: 
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"),
-            str(ROOT / "tests" / "aligner" / "hf_log_probs.py"),
+            str(ROOT / "tests" / "support" / "hf_log_probs.py"),
             *(str(ROOT / "conf"), str(out), f"run_dir={tmp_path}/run", "data.train=none"),
             *(f"pretrained_checkpoint.restore_from_path={policy}", "model=policy", "model.micro_batch_size=2", *CPU),
         ],

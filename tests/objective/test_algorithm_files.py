@@ -30,12 +30,13 @@ SHIPPED = {
 
 def composed(*overrides: str):
     hydra = pytest.importorskip("hydra")
-    launch = pytest.importorskip("nemo_fiberpo.aligner.launch")
+    checks = pytest.importorskip("nemo_fiberpo.aligner.config.checks")
+    hydra_config = pytest.importorskip("nemo_fiberpo.aligner.config.hydra")
     settings = pytest.importorskip("nemo_fiberpo.aligner.config.sections")
-    launch.register_resolvers()
+    hydra_config.register_resolvers()
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        cfg = hydra.compose("quickstart", ["run_dir=/nowhere", *launch.overrides(overrides)])
-    return settings.algorithm_settings(cfg), launch.check_sections(cfg)[0]
+        cfg = hydra.compose("quickstart", ["run_dir=/nowhere", *hydra_config.overrides(overrides)])
+    return settings.algorithm_settings(cfg), checks.check_sections(cfg)[0]
 
 
 def test_every_algorithm_file_is_listed():

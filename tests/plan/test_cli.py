@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -126,7 +127,9 @@ def test_a_reader_that_leaves_is_no_error(arguments: list[str]):
 
 def test_help_names_every_command_and_argument():
     done = fiberpo("--help")
-    assert done.returncode == 0 and all(name in done.stdout for name in ("plan", "import-hf", "export-hf"))
+    names = ("train", "check", "plan", "compare", "calibrate", "import-hf", "export-hf")
+    assert done.returncode == 0 and all(re.search(rf"^    {name} +\w", done.stdout, re.M) for name in names)
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())
     for command, arguments in (("import-hf", ("DIR", "OUT.nemo")), ("export-hf", ("RUN.nemo", "DIR"))):
         done = fiberpo(command, "--help")
         assert done.returncode == 0 and all(f"  {name}  " in done.stdout for name in arguments), done.stdout

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_fiberpo.aligner import launch
+from nemo_fiberpo.aligner.config import checks
 from nemo_fiberpo.cli.compose import compose
 from nemo_fiberpo.plan.assumptions import Assumptions
 from nemo_fiberpo.plan.estimate import times
@@ -40,15 +40,15 @@ def test_the_dense_layout_runs_on_two_nodes_too():
 @pytest.mark.parametrize("name", CLUSTER)
 def test_the_training_script_takes_every_layout_for_nemo_aligner_and_no_other(name: str):
     cfg = compose(str(ROOT / "conf" / f"{name}.yaml"), [])
-    launch.check_sections(cfg)
+    checks.check_sections(cfg)
     if name.endswith("qwen3_235b_a22b"):
         with pytest.raises(ValueError, match=r"cluster.host: megatron; this layout is for a trainer of one's own"):
-            launch.check_host(cfg)
+            checks.check_host(cfg)
     else:
-        launch.check_host(cfg)
+        checks.check_host(cfg)
         layout = plan_of(name).layout
         assert layout is not None
-        launch.check_batches(cfg, layout.dp, layout.cp)
+        checks.check_batches(cfg, layout.dp, layout.cp)
 
 
 def test_a_layout_passes_the_training_scripts_own_check():

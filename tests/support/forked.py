@@ -36,7 +36,7 @@ IMPORTED = (
     "nemo_aligner.utils.train_script_utils",
     "nemo_fiberpo.aligner.actor",
     "nemo_fiberpo.aligner.checkpoint.callback",
-    "nemo_fiberpo.aligner.launch",
+    "nemo_fiberpo.aligner.build",
     "nemo_fiberpo.aligner.loggers",
     "nemo_fiberpo.aligner.config.model_checks",
     "nemo_fiberpo.aligner.rewards.server",

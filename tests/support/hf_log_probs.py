@@ -11,7 +11,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from nemo_fiberpo.aligner import launch
+from nemo_fiberpo.aligner import build
+from nemo_fiberpo.aligner.config import checks
+from nemo_fiberpo.aligner.config import hydra as hydra_config
 from nemo_fiberpo.aligner.lifecycle import ending
 
 TOKENS = torch.arange(20).reshape(2, 10) % 45
@@ -19,18 +21,18 @@ TOKENS = torch.arange(20).reshape(2, 10) % 45
 
 def main() -> None:
     folder, out, *overrides = sys.argv[1:]
-    launch.register_resolvers()
+    hydra_config.register_resolvers()
     with initialize_config_dir(config_dir=folder, version_base=None):
-        cfg = compose("quickstart", overrides=launch.overrides(overrides))
+        cfg = compose("quickstart", overrides=hydra_config.overrides(overrides))
     OmegaConf.set_struct(cfg, False)
-    launch.check_sections(cfg)
-    launch.start(cfg)
+    checks.check_sections(cfg)
+    build.start(cfg)
     from nemo_aligner.utils.train_script_utils import init_distributed
 
-    trainer = launch.create_trainer(cfg)
-    actor = launch.load_actor(cfg, trainer)
+    trainer = build.create_trainer(cfg)
+    actor = build.load_actor(cfg, trainer)
     init_distributed(trainer, actor)
-    launch.initialise(cfg, trainer, actor, list(range(cfg.model.global_batch_size)), 1)
+    build.initialise(cfg, trainer, actor, list(range(cfg.model.global_batch_size)), 1)
     torch.save(actor.log_probs_of(TOKENS, torch.full((2,), 10)), out)
     actor.save_to(out.removesuffix(".pt") + "/again.nemo")
     ending.leave()

@@ -1,6 +1,6 @@
 """NeMo's checkpoint callback with a manifest: a checkpoint counts when every file of it has been read back.
 
-Import it after `launch.start`: NeMo must find the CPU mode installed.
+Import it after `build.start`: NeMo must find the CPU mode installed.
 """
 
 from __future__ import annotations

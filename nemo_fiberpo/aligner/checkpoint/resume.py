@@ -88,7 +88,7 @@ def _choose(cfg: DictConfig, directory: Path, record: RunRecord, verify: Verify)
 
 def _check_policy(cfg: DictConfig, verify: Verify) -> None:
     """ValueError as `policy_file.check`; a run that goes on reads its policy too. One that is not there is for
-    `launch.load_actor` to say."""
+    `build.load_actor` to say."""
     given = OmegaConf.select(cfg, "pretrained_checkpoint.restore_from_path", throw_on_missing=False)
     if given is not None and Path(given).exists():
         print(policy_file.check(Path(given), verify), flush=True)

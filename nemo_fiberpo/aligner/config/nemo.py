@@ -86,7 +86,8 @@ KEYS: dict[str, str] = {
     "exp_manager.log_tflops_per_sec_per_gpu": "Leave it false: NeMo counts in Lightning's loop, which does not run.",
     "exp_manager.log_step_timing": "Leave it false, for the same reason.",
     "exp_manager.create_tensorboard_logger": "Whether metrics go to TensorBoard, beside `metrics.jsonl`.",
-    "exp_manager.create_wandb_logger": "Whether metrics go to Weights & Biases; `wandb_logger_kwargs` has its options.",
+    "exp_manager.create_wandb_logger": "Whether metrics go to Weights & Biases; follows from `wandb`.",
+    "exp_manager.wandb_logger_kwargs": "Options of the Weights & Biases logger, such as its project.",
     "exp_manager.resume_if_exists": "Whether a run resumes from its newest whole checkpoint; false refuses a "
     "`run_dir` that has checkpoints.",
     "exp_manager.create_checkpoint_callback": "Whether checkpoints are written.",

@@ -28,6 +28,10 @@ class RunSettings:
     cpu: bool = setting(False)
     """Whether to run without a GPU. Set `trainer.accelerator: cpu` too."""
 
+    wandb: bool = setting(False)
+    """Whether to log to Weights & Biases too. Log in with `wandb login`, or set WANDB_MODE=offline; the project is that
+    of `exp_manager.wandb_logger_kwargs`."""
+
     collective_timeout: float = setting(1800.0, above=0)
     """Seconds before a rank gives up on the others. It holds in every process group, and must be longer than a rank can
     be busy by itself: grading, saving a checkpoint, a response far longer than the others."""

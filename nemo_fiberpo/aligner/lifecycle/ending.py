@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from nemo_fiberpo.aligner.lifecycle.first_rank import SaidByFirstRank
-from nemo_fiberpo.aligner.lifecycle.preemption import NOT_FINISHED, Stopped, finish
+from nemo_fiberpo.aligner.lifecycle.preemption import LAUNCHED, NOT_FINISHED, Stopped, finish
 
 
 def leave() -> None:
@@ -27,7 +29,7 @@ def explain(main: Callable[[], None]) -> None:
     it is not and cannot.
 
     A ValueError raised by this package, which is about the user's input, is one line on the terminal. One from
-    elsewhere keeps its traceback; so do all with FIBERPO_TRACEBACK=1. What the first rank said is said once.
+    elsewhere keeps its traceback; so do all with FIBERPO_TRACEBACK=1. What several ranks have to say is said once.
     """
     try:
         main()
@@ -44,5 +46,17 @@ def explain(main: Callable[[], None]) -> None:
         raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
         if os.environ.get("FIBERPO_TRACEBACK") or not raised_in.startswith("nemo_fiberpo"):
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(1 if _was_said(text := f"error: {error}") else text)
     leave()
+
+
+def _was_said(text: str) -> bool:
+    """Whether another rank of the same launcher has said the same."""
+    folder = os.environ.get(LAUNCHED)
+    if folder is None:
+        return False
+    try:
+        (Path(folder) / hashlib.sha256(text.encode()).hexdigest()).touch(exist_ok=False)
+    except FileExistsError:
+        return True
+    return False

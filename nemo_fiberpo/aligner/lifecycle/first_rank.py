@@ -127,6 +127,13 @@ class Ranks:
         return kind(f"the launcher's store, by which ranks talk before training, does not answer: {_first_line(error)}")
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the one that writes files and prints."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"
+
+
 def connect(timeout: float) -> Ranks | None:
     """All ranks of this run, as the launcher's variables name them; None if there is one. ValueError if they do not
     come together within `timeout` seconds (`collective_timeout`)."""

@@ -1,4 +1,4 @@
-"""Ending a run early and well: SIGUSR1 or SIGTERM to any rank, or the time limit of a run.
+"""Ending a run early and well: SIGUSR1, SIGTERM or Ctrl-C to any rank, or the time limit of a run.
 
 A signal sets a flag. After the RL step in progress all ranks agree whether one of them got a signal; then a checkpoint
 is saved, and every rank leaves its process groups and exits with `NOT_FINISHED`. The same command goes on from there.
@@ -19,12 +19,14 @@ import torch
 from nemo_fiberpo.graders.signals import SIGNALS, die_with_parent, held_back
 
 NOT_FINISHED = os.EX_TEMPFAIL  # 75: not an error, run the same command again
-# Seconds within which a second SIGTERM is the first one again: torchrun passes its own on to ranks that a scheduler
-# has signalled already.
-SAME_SIGTERM = 5.0
+# Set for the ranks that `lifecycle.ranks` starts: a folder, in which they mark what they have said.
+LAUNCHED = "FIBERPO_LAUNCHED"
+# Seconds within which a second SIGTERM is the first one again: torchrun passes its own on to ranks that a scheduler, or
+# the terminal, has signalled already.
+SAME_SIGNAL = 5.0
 
 _received = 0  # number of the first signal
-_sigterm_at: float | None = None
+_ended_at: dict[int, float] = {}  # when each of the signals that end a process came first
 
 
 class Stopped(Exception):
@@ -37,9 +39,9 @@ class Stopped(Exception):
 
 
 def install(main: str = "__main__") -> None:
-    """From now on SIGUSR1 and SIGTERM set a flag. A SIGTERM well after the first ends the process at once. The end of
-    torchrun is a SIGTERM to the ranks that it started itself: they would train on without it, out of the scheduler's
-    sight.
+    """From now on SIGNALS set a flag. A SIGTERM or SIGINT (Ctrl-C) well after the first ends the process at once. The
+    end of the launcher is a SIGTERM to the ranks that it started itself: they would train on without it, out of the
+    scheduler's sight.
 
     main  `__name__` of the script. `multiprocessing` reads it again as "__mp_main__" in a process that it starts, as
           Megatron's first save does: such a process, which lets the signals pass, also ends with its parent; it would
@@ -50,7 +52,7 @@ def install(main: str = "__main__") -> None:
     for number in SIGNALS:
         signal.signal(number, _note)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    if main == "__main__" and "TORCHELASTIC_RUN_ID" in os.environ:
+    if main == "__main__" and {"TORCHELASTIC_RUN_ID", LAUNCHED} & os.environ.keys():
         die_with_parent(os.getppid(), signal.SIGTERM)
 
 
@@ -63,16 +65,19 @@ def shield_resource_tracker() -> None:
 
 
 def _note(number: int, _frame: FrameType | None) -> None:
-    global _received, _sigterm_at
+    global _received
     _received = _received or number
-    if number != signal.SIGTERM:
+    if number == signal.SIGUSR1:
         return
     now = time.monotonic()
-    if _sigterm_at is None:
-        _sigterm_at = now
-    elif now - _sigterm_at > SAME_SIGTERM:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTERM)
+    first = _ended_at.setdefault(number, now)
+    if now > first and now - first > (SAME_SIGNAL if number == signal.SIGTERM or _under_torchrun() else 0.0):
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+def _under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def finish() -> None:

@@ -216,7 +216,7 @@ def test_nothing_of_ours_unpickles():
     calls = {"torch.load", "np.load", "numpy.load", "yaml.load", "yaml.unsafe_load", "pd.read_pickle"}
     found = []
     for folder in ("nemo_fiberpo", "examples", "benchmarks", "conf"):
-        for path in sorted({*(ROOT / folder).rglob("*.py")} - {ROOT / "nemo_fiberpo" / "aligner" / "pickles.py"}):
+        for path in sorted({*(ROOT / folder).rglob("*.py")} - {ROOT / "nemo_fiberpo" / "storage" / "pickles.py"}):
             for node in ast.walk(ast.parse(path.read_text())):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_fiberpo.aligner.launch import check_sections
+from nemo_fiberpo.aligner.config.checks import check_sections
 from nemo_fiberpo.cli.compose import compose
 from nemo_fiberpo.objective import Budget, Hierarchy, SlopeCap
 from tests.support.launching import ROOT, environment

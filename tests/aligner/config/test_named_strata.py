@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_fiberpo.aligner.config import named_strata
-from nemo_fiberpo.aligner.launch import check_sections
+from nemo_fiberpo.aligner.config.checks import check_sections
 from nemo_fiberpo.cli.compose import compose
 
 LISTED = """

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nemo_fiberpo.aligner.lifecycle import ending, preemption
-from nemo_fiberpo.aligner.stopping import stop_in_training
+from nemo_fiberpo.aligner.run import stop_in_training
 from nemo_fiberpo.graders.pool import GraderPool
 from tests.aligner.test_failures import alive
 from tests.support import distributed
@@ -22,7 +22,7 @@ from tests.support.launching import environment
 CATCH = """
 import os, signal, time
 from nemo_fiberpo.aligner.lifecycle import preemption
-preemption.SAME_SIGTERM = {same}
+preemption.SAME_SIGNAL = {same}
 preemption.install()
 for name in {sent}:
     os.kill(os.getpid(), getattr(signal, name))
@@ -223,7 +223,7 @@ def test_a_helper_that_multiprocessing_starts_ends_with_its_parent(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import multiprocessing, os, signal, time\n"
-        "from nemo_fiberpo.aligner import preemption\n"
+        "from nemo_fiberpo.aligner.lifecycle import preemption\n"
         "preemption.install(__name__)\n"
         "if __name__ == '__main__':\n"
         "    manager = multiprocessing.get_context('spawn').Manager()\n"

@@ -54,7 +54,7 @@ def test_reward_model_gives_rewards_zero_values_and_flags():
 RANKS = """
     import sys, torch
     sys.path[:0] = [{here!r}]
-    import test_rewards as t
+    import tests.aligner.rewards.test_reward_model as t
     rank, port, case = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{{port}}", rank=rank, world_size=2)
     model = t.RuleRewardModel(

@@ -1,6 +1,6 @@
-"""From a composed config to the objects of a run: what the scripts in examples/ share.
+"""NeMo's objects of a run, built the way NeMo-Aligner's own scripts build them.
 
-Nothing here decides anything about the algorithm; it starts NeMo the way NeMo-Aligner's own scripts do.
+Nothing here decides anything about the algorithm.
 """
 
 from __future__ import annotations
@@ -8,9 +8,7 @@ from __future__ import annotations
 import gc
 import logging as std_logging
 import os
-import re
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -19,99 +17,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_fiberpo.aligner.config import named_strata
-from nemo_fiberpo.aligner.config.sections import (
-    check_resume,
-    cluster_settings,
-    hierarchy_section,
-    run_settings,
-    token_labels_section,
-)
+from nemo_fiberpo.aligner.config.checks import check_lengths
 from nemo_fiberpo.aligner.lifecycle.preemption import shield_resource_tracker
-from nemo_fiberpo.budget_warnings import budget_warnings, log_budget_warnings
 from nemo_fiberpo.megatron.timeouts import limit_collectives
-from nemo_fiberpo.objective import ExpertPartitions, Hierarchy
-from nemo_fiberpo.plan.batches import Batches
-from nemo_fiberpo.plan.lengths import too_long
 from nemo_fiberpo.storage import pickles
 from nemo_fiberpo.storage.policy_file import read_config
-
-_NEMO = ("model", "trainer", "exp_manager", "hydra")  # sections whose unknown keys Hydra refuses
-
-
-def register_resolvers() -> None:
-    """The arithmetic that conf/ uses, by the names NeMo-Aligner's scripts give it."""
-    OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
-    OmegaConf.register_new_resolver("plus", lambda x, y: x + y, replace=True)
-    OmegaConf.register_new_resolver("int_div", lambda x, y: x // y, replace=True)
-
-
-def prepare_hydra() -> None:
-    """What Hydra needs to compose a run: the resolvers, and strata by name wherever a file has them in a list."""
-    register_resolvers()
-    named_strata.install()
-
-
-def overrides(arguments: Iterable[str]) -> list[str]:
-    """The command line's overrides as Hydra takes them, so that anything can be overridden and a typo is explained.
-
-    Keys of the sections that are checked key by key are passed even if they are unknown: the check names the nearest
-    valid one, Hydra would not.
-    """
-    checked = rf"(?!({'|'.join(_NEMO)})\.)\w+\.[^=]+="
-    return [f"++{argument}" if re.match(checked, argument) else argument for argument in arguments]
-
-
-def check_sections(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None]:
-    """Refuse unknown sections; the hierarchy, and how it partitions experts, if it does. ValueError names the field.
-    Logs `budget_warnings`."""
-    run_settings(cfg)
-    check_resume(cfg)
-    if (cfg.get("trainer") or {}).get("max_time") is not None:
-        raise ValueError(
-            f"trainer.max_time: {cfg.trainer.max_time!r} would stop Lightning's own loop, which does not run here; set "
-            "exp_manager.max_time_per_run"
-        )
-    hierarchy, partitions = hierarchy_section(cfg)
-    token_labels_section(cfg)
-    log_budget_warnings(budget_warnings(hierarchy), "hierarchy: ")
-    return hierarchy, partitions
-
-
-def check_host(cfg: DictConfig) -> None:
-    """ValueError for a layout that is not for NeMo-Aligner, see `cluster.host`; unknown keys of the section too."""
-    host = cluster_settings(cfg).host
-    if host != "nemo_aligner":
-        raise ValueError(
-            f"cluster.host: {host}; this layout is for a trainer of one's own on nemo_fiberpo.megatron, see "
-            "docs/parallelism.md; NeMo-Aligner cannot run it. `fiberpo plan` takes it"
-        )
-
-
-def batch_sizes(cfg: DictConfig) -> Batches:
-    """The batch sizes of a run."""
-    algorithm, ppo = cfg.algorithm, cfg.model.ppo
-    return Batches(
-        prompts=algorithm.prompts_per_rollout,
-        group=algorithm.samples_per_prompt,
-        steps=algorithm.optimizer_steps,
-        micro=cfg.model.micro_batch_size,
-        forward=ppo.forward_micro_batch_size,
-        generation=ppo.rollout_micro_batch_size,
-    )
-
-
-def check_batches(cfg: DictConfig, data_parallel_size: int, context_parallel_size: int = 1) -> None:
-    """ValueError naming the field by which the batch sizes do not fit together, see `Batches.problems`."""
-    for problem in batch_sizes(cfg).problems(data_parallel_size, context_parallel_size):
-        raise ValueError(problem)
-
-
-def check_lengths(cfg: DictConfig) -> None:
-    """ValueError naming the key of the model that the longest prompt and response do not fit in, as far as `cfg.model`
-    says: what the policy's own config holds joins it in `load_actor`."""
-    for problem in too_long(cfg.model, cfg.data.max_prompt_length):
-        raise ValueError(problem)
 
 
 def start(cfg: DictConfig) -> None:
@@ -130,7 +40,7 @@ def start(cfg: DictConfig) -> None:
     if cfg.cpu:
         # What these say on a CPU is which GPU features are absent, and NeMo names every default of its config.
         logging.setLevel(logging.ERROR)
-        for name in ("lightning.pytorch", "pytorch_lightning", "megatron"):
+        for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "megatron"):
             std_logging.getLogger(name).setLevel(std_logging.ERROR)
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
@@ -246,22 +156,3 @@ def _build_loader(dataset: Any, collate: Callable, micro: int, total: int, seed:
         seed=seed,
     )
     return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
-
-
-def says(path: Path, text: str) -> bool:
-    """Whether the file is there and holds `text`."""
-    return path.exists() and path.read_text().strip() == text
-
-
-def wait_until_says(path: Path, text: str, seconds: float = 300.0) -> None:
-    """Until the first rank has written `text` to `path`, before process groups exist. TimeoutError if it does not."""
-    until = time.monotonic() + seconds
-    while not says(path, text):
-        if time.monotonic() > until:
-            raise TimeoutError(f"{path} does not say {text!r} after {seconds:.0f} s")
-        time.sleep(0.1)
-
-
-def is_first_rank() -> bool:
-    """Whether this process is the one that writes files and prints."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

@@ -1,0 +1,181 @@
+"""The ranks of a run on one machine: how many, started, watched and ended together.
+
+torchrun would do, but for two things: below an error it prints a report of its own, and 30 seconds after Ctrl-C it
+kills ranks that are saving.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_fiberpo.aligner.config.checks import batch_sizes, on_cpu
+from nemo_fiberpo.aligner.lifecycle.first_rank import SECRET
+from nemo_fiberpo.aligner.lifecycle.preemption import LAUNCHED, NOT_FINISHED
+from nemo_fiberpo.plan.layout import Layout
+
+# Seconds that the other ranks have to end by themselves after one has failed: they may have the same to report.
+GRACE = 20.0
+_MAY_END = (0, NOT_FINISHED)
+_BY_CTRL_C = 128 + signal.SIGINT
+
+
+def is_rank(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher has made this process a rank: torchrun, this module, or a script that sets what they set."""
+    return "RANK" in environment and "WORLD_SIZE" in environment
+
+
+def ranks_for(cfg: DictConfig) -> int:
+    """How many ranks a run has on this machine: `trainer.devices` where it is a number, else all GPUs, else as many as
+    there are cores for and the layout and the batch sizes allow, one copy of the model at least.
+
+    Raises ValueError naming the field where this machine cannot run it.
+    """
+    if cfg.trainer.get("num_nodes", 1) != 1:
+        raise ValueError(
+            f"trainer.num_nodes: {cfg.trainer.num_nodes}: `fiberpo train` starts the ranks of one machine; for several "
+            "see examples/slurm/train.sbatch and docs/cluster.md"
+        )
+    gpus = torch.cuda.device_count()
+    if not on_cpu(cfg) and gpus == 0:
+        raise ValueError("trainer.accelerator: gpu, but there is none; set it to cpu, and cpu to true")
+    if not OmegaConf.is_interpolation(cfg.trainer, "devices"):
+        return int(cfg.trainer.devices)
+    if not on_cpu(cfg):
+        return gpus
+    model: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    layout = Layout.from_config(model, {})
+    copy = layout.tp * layout.pp * layout.cp
+    for replicas in range(max(1, (os.cpu_count() or 1) // copy), 1, -1):
+        layout = Layout.from_config(model, {"devices": replicas * copy})
+        if layout.whole and not list(batch_sizes(cfg).problems(layout.dp, layout.cp)):
+            return layout.world
+    return copy
+
+
+def adopt_srun(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What torch.distributed reads, from the variables of a task of srun; {} where this is none of several.
+
+    MASTER_ADDR and MASTER_PORT are taken over where they are set. Raises ValueError if the first node's name is not
+    known.
+    """
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS") or 1)
+    if "SLURM_PROCID" not in environment or tasks == 1:
+        return {}
+    nodes = int(environment.get("SLURM_STEP_NUM_NODES") or 1)
+    address = environment.get("MASTER_ADDR")
+    if address is None:
+        names = subprocess.run(
+            ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]], capture_output=True, text=True
+        ).stdout.split()
+        if not names:
+            raise ValueError("MASTER_ADDR: scontrol does not name the first node; set it before srun")
+        address = names[0]
+    port = 20000 + (int(environment["SLURM_JOB_ID"]) * 7 + int(environment["SLURM_STEP_ID"])) % 20000
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(tasks // nodes),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(port),
+    }
+
+
+def run_ranks(command: Sequence[str], number: int) -> int:
+    """Start `number` ranks of a command and wait for all of them. Returns the exit status of the first that failed,
+    else `NOT_FINISHED` if one is not finished, else 0.
+
+    Ctrl-C asks the ranks to save and stop, a second one ends them at once. SIGTERM and SIGUSR1 are passed on. Ranks are
+    ended GRACE seconds after one has failed, and by the kernel if this process is killed.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="fiberpo-")
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": str(number),
+        "LOCAL_WORLD_SIZE": str(number),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        SECRET: os.environ.get(SECRET) or secrets.token_hex(32),
+        LAUNCHED: folder.name,
+    }
+    ranks: list[subprocess.Popen[bytes]] = []
+    watch = _Signals(ranks)
+    try:
+        for place in map(str, range(number)):
+            own = {"RANK": place, "LOCAL_RANK": place}
+            # In a session of their own, so that Ctrl-C comes to this process only.
+            ranks.append(subprocess.Popen(command, env=os.environ | shared | own, start_new_session=True))
+        status = _wait(ranks)
+        return _BY_CTRL_C if watch.at_once else status
+    finally:
+        watch.end()
+        for rank in ranks:
+            _kill(rank)
+            rank.wait()
+        folder.cleanup()
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    failed: int | None = None
+    until = float("inf")
+    while any(rank.poll() is None for rank in ranks) and time.monotonic() < until:
+        if failed is None:
+            failed = next((rank.returncode for rank in ranks if rank.returncode not in (None, *_MAY_END)), None)
+            if failed is not None:
+                until = time.monotonic() + GRACE
+        time.sleep(0.05)
+    ended = [rank.returncode for rank in ranks if rank.returncode is not None]
+    if failed is None:
+        failed = next((status for status in ended if status not in _MAY_END), None)
+    if failed is None:
+        return max(ended)
+    return failed if failed >= 0 else 128 - failed
+
+
+def _kill(rank: subprocess.Popen[bytes]) -> None:
+    """With the processes that it started: a rank leads its group."""
+    with suppress(ProcessLookupError):
+        os.killpg(rank.pid, signal.SIGKILL)
+
+
+class _Signals:
+    """What this process does with signals while its ranks run."""
+
+    def __init__(self, ranks: Sequence[subprocess.Popen[bytes]]):
+        self._ranks, self._interrupted = ranks, False
+        self.at_once = False  # after a second Ctrl-C
+        self._before = {
+            number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        }
+
+    def _pass_on(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT:
+            self.at_once, self._interrupted = self._interrupted, True
+            if not self.at_once:
+                again = "a second Ctrl-C ends it at once"
+                print(f"\nthe run stops after this RL step, with a checkpoint; {again}", file=sys.stderr, flush=True)
+        for rank in self._ranks:
+            if self.at_once:
+                _kill(rank)
+            elif rank.poll() is None:
+                rank.send_signal(number)
+
+    def end(self) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)

@@ -1,0 +1,242 @@
+"""A training run, from its config to its report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_fiberpo.aligner import build
+from nemo_fiberpo.aligner.checkpoint.resume import find_checkpoint
+from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
+from nemo_fiberpo.aligner.config.checks import check_batches, read_training_config
+from nemo_fiberpo.aligner.config.model_checks import first_token
+from nemo_fiberpo.aligner.lifecycle import preemption
+from nemo_fiberpo.aligner.lifecycle.first_rank import is_first_rank
+
+if TYPE_CHECKING:
+    from nemo_fiberpo.aligner.actor import FiberPOActor
+    from nemo_fiberpo.aligner.data.prompts import PromptDataset
+    from nemo_fiberpo.aligner.trainer import FiberPOTrainer
+
+
+class Run:
+    """One run, as one of its ranks sees it. SPMD: every rank calls the same methods, in the order in which they stand.
+
+    It is NeMo-Aligner's PPO script with four differences: there is no critic; prompts carry a domain and come several
+    times each; the optimizer step of the actor is exact over the whole global batch; held-out prompts are evaluated
+    before and after. The config is checked when the object is made, before anything is imported that takes time:
+    ValueError naming the field.
+    """
+
+    actor: FiberPOActor
+    trainer: FiberPOTrainer
+    prompts: PromptDataset
+    heldout: PromptDataset | None
+
+    def __init__(self, cfg: DictConfig):
+        self.cfg, self.config = cfg, read_training_config(cfg)
+        self.record = RunRecord(cfg)
+        self.run_dir = Path(cfg.run_dir)
+        self._reward_model: Any = None
+        self._restored: Mapping[str, int] | None = None  # state of the trainer in the checkpoint that is resumed from
+
+    def load(self) -> None:
+        """Choose the checkpoint to resume from, or none; then load the policy, the prompts and the reward model.
+
+        Raises ValueError for what is wrong with them, on every rank, and `preemption.Stopped` if the run is to end.
+        """
+        found = find_checkpoint(self.cfg, self.record)
+        self._restored = dict(found[1].state) if found else None
+        _tell(f"loading the policy {self.cfg.pretrained_checkpoint.restore_from_path}")
+        build.start(self.cfg)
+        self._load_policy(found[0] if found else None)
+        self._stop_before_training()
+        self._load_prompts()
+        from nemo_fiberpo.aligner.rewards.reward_model import make_reward_model
+
+        records = self.prompts.records + (self.heldout.records if self.heldout is not None else [])
+        self._reward_model = make_reward_model(self.config.rewards, records, self.actor.tokenizer)
+
+    def _load_policy(self, checkpoint: Path | None) -> None:
+        from nemo_aligner.utils import parallel_state
+        from nemo_aligner.utils.train_script_utils import init_distributed, init_peft
+        from nemo_aligner.utils.utils import retrieve_model_state_dict_in_cpu
+
+        cfg = self.cfg
+        self._lightning = build.build_lightning_trainer(cfg, checkpoint)
+        self.actor = actor = build.load_actor(cfg, self._lightning)
+        if self.config.partitions is not None:
+            actor.read_experts(self.config.partitions)
+        init_peft(actor, cfg.model)
+        if self.config.algorithm.kl.coefficient > 0 and cfg.model.peft.peft_scheme == "none":
+            actor.init_policy_state_dict = retrieve_model_state_dict_in_cpu(
+                actor, cfg.model.get("megatron_amp_O2", False)
+            )
+        init_distributed(self._lightning, actor, cfg.model.get("transformer_engine", False))
+        check_batches(cfg, parallel_state.get_data_parallel_world_size(), cfg.model.get("context_parallel_size") or 1)
+
+    def _load_prompts(self) -> None:
+        from nemo_fiberpo.aligner.data.prompts import PromptDataset
+
+        data, tokenizer = self.config.data, self.actor.tokenizer
+        options: dict[str, Any] = {
+            "too_long": data.too_long,
+            "own_graders": tuple(self.config.rewards.graders or ()),
+            "bos_id": first_token(self.actor.cfg, tokenizer),
+        }
+        self.prompts = PromptDataset(data.train, tokenizer, data.max_prompt_length, **options)
+        dropped = f", {self.prompts.dropped} of more than {data.max_prompt_length} tokens dropped"
+        _tell(f"{data.train}: {len(self.prompts)} prompts{dropped if self.prompts.dropped else ''}")
+        self.heldout = None
+        if data.heldout is not None:
+            own: dict[str, Any] = {"domains": self.prompts.domains, "first_index": len(self.prompts)}
+            self.heldout = PromptDataset(data.heldout, tokenizer, data.max_prompt_length, **own, **options)
+
+    def build(self) -> None:
+        """The trainer with its optimizer, the graders and the logs; all of them where the checkpoint was saved."""
+        from nemo_fiberpo.aligner.loggers import MetricsFile, Progress, PromptsFile
+
+        paths = self.run_dir / "metrics.jsonl", self.run_dir / "prompts.jsonl"
+        files: list[Any] = [MetricsFile(paths[0]), PromptsFile(paths[1])] if is_first_rank() else []
+        loggers = [*self._lightning.loggers, *files]
+        self._build_trainer(loggers)
+        self._reward_model.start()
+        self._checkpoints.trainer_state = self.trainer.state_dict
+        self._checkpoints.on_whole = self.record.note_checkpoint
+        self._checkpoints.durable = paths
+        self._checkpoints.run_id = lambda: self.record.id
+        self.trainer.logger.log_hyperparams(OmegaConf.to_container(self.cfg, resolve=True))
+        if self._restored is not None:
+            self.trainer.load_state_dict(self._restored)
+        if is_first_rank():
+            step = self.trainer.step
+            for key, (before, now) in self.record.remember(step).items():
+                print(f"from RL step {step} on {key} is {now!r}, before {before!r}", flush=True)
+            for file in files:
+                file.rewind(step)
+            loggers.append(Progress(self.trainer.max_steps))
+        self._stop_before_training()
+
+    def _build_trainer(self, loggers: list[Any]) -> None:
+        from nemo_aligner.utils.train_script_utils import CustomLoggerWrapper
+
+        from nemo_fiberpo.aligner.data.prompts import make_collate
+        from nemo_fiberpo.aligner.trainer import FiberPOTrainer
+
+        cfg, actor, config = self.cfg, self.actor, self.config
+        steps = config.algorithm.total_steps(len(self.prompts))
+        optimizer, scheduler, checkpoints = build.initialise(cfg, self._lightning, actor, self.prompts, steps)
+        self._checkpoints = checkpoints
+        # Completes saves under way; None where exp_manager.create_checkpoint_callback is false.
+        self._finish_saves: Callable[..., Any] | None = None
+        if hasattr(checkpoints, "finish_saves"):
+            self._finish_saves = partial(checkpoints.finish_saves, self._lightning)
+        after_step = self._finish_saves or (lambda **_: None)
+        collate = make_collate(actor.tokenizer.eos_id, actor.max_new_tokens)
+        self.trainer = FiberPOTrainer(
+            settings=config.algorithm,
+            hierarchy=config.hierarchy,
+            prompts=self.prompts,
+            heldout=self.heldout,
+            heldout_modes=("sampled", "greedy") if config.data.heldout_greedy else ("sampled",),
+            token_labels=config.token_labels,
+            cfg=cfg.trainer.ppo,
+            model=actor,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            train_dataloader_builder=build.prompt_loader(cfg, self.prompts, collate),
+            val_dataloader_builder=None,
+            collate_fn=collate,
+            rm_critic=self._reward_model,
+            logger=CustomLoggerWrapper(loggers),
+            ckpt_callback=checkpoints,
+            run_timer=preemption.RunTimer(cfg.exp_manager.get("max_time_per_run"), after_step=after_step),
+        )
+
+    def evaluate(self, moment: str) -> None:
+        """Rewards on the held-out prompts, if there are any, to `heldout_<moment>.jsonl`."""
+        from nemo_fiberpo.aligner.rollout.evaluation import mean_rewards, write_rows
+
+        if self.heldout is None:
+            return
+        rows = self.trainer.evaluate_heldout()
+        if is_first_rank():
+            write_rows(self.run_dir / f"heldout_{moment}.jsonl", rows)
+            means = ", ".join(f"{name} {mean:.3f}" for name, mean in mean_rewards(rows, "sampled").items())
+            print(f"held-out reward {moment}: {means}", flush=True)
+
+    def train(self) -> None:
+        """All RL steps that are left, with an evaluation before the first. `preemption.Stopped` if a signal or the time
+        limit ends the run before, once it is saved."""
+        if self.trainer.step == 0:
+            self.evaluate("before")
+            self._stop_before_training()
+        self.trainer.fit()
+        if self._finish_saves is not None:
+            self._finish_saves(blocking=True)
+        reason = self.trainer.run_timer.reason or preemption.agreed_reason()
+        if reason is not None:
+            stop_in_training(reason, self.trainer, self.config.algorithm.save_interval, self._finish_saves)
+        if self._finish_saves is not None and self.config.algorithm.save_interval > 0:
+            self._checkpoints.complete_policy(self._lightning, self.actor)
+
+    def report(self) -> None:
+        """The table of held-out rewards, and report.png. First rank."""
+        from nemo_fiberpo.analysis.heldout import format_table
+        from nemo_fiberpo.analysis.report import make_report
+
+        if not is_first_rank():
+            return
+        table = make_report(self.run_dir, title=self.cfg.name)
+        print(format_table(table) if table else "")
+        where = self.run_dir
+        print(f"wrote {where}/report.png and metrics.jsonl; TensorBoard log and checkpoints are in {where}/nemo")
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the graders, whatever happened."""
+        if self._reward_model is not None:
+            self._reward_model.close()
+
+    def _stop_before_training(self) -> None:
+        """End the run here if a rank got a signal: there is nothing to save. Collective."""
+        reason = preemption.agreed_reason()
+        if reason is not None:
+            at = f"RL step {self._restored['step']}" if self._restored else "the start"
+            _tell(f"stopped by {reason} before training: nothing to save; the same command resumes from {at}")
+            raise preemption.Stopped
+
+
+def stop_in_training(
+    reason: str, trainer: Any, save_interval: int, finish_saves: Callable[..., Any] | None
+) -> NoReturn:
+    """End the run after an RL step, saved: by `fit` where it saves at all, else here, since whoever starts the run
+    again counts on its progress. Collective.
+
+    save_interval  `algorithm.save_interval`; with 0 `fit` saves nothing
+    finish_saves   completes saves that are under way; None where there is no checkpoint callback, so that nothing can
+                   be saved: then the run has failed, and starting it again would repeat it from its beginning
+    """
+    at = f"stopped by {reason} at RL step {trainer.step} of {trainer.max_steps}"
+    if finish_saves is None:
+        _tell(
+            f"error: {at}: nothing is saved, exp_manager.create_checkpoint_callback is false; the same command begins "
+            "again"
+        )
+        raise preemption.Stopped(can_go_on=False)
+    if save_interval == 0:
+        trainer.save()
+        finish_saves(blocking=True)
+    _tell(f"{at}: checkpoint saved; the same command resumes from here")
+    raise preemption.Stopped
+
+
+def _tell(line: str) -> None:
+    if is_first_rank():
+        print(line, flush=True)

@@ -1,0 +1,32 @@
+"""A rank of `fiberpo train`: python -m nemo_fiberpo.cli.rank CONFIG [KEY=VALUE ...]
+
+A module of its own, since multiprocessing reads the main module again in every process that a rank starts.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from nemo_fiberpo.aligner.lifecycle import preemption
+
+preemption.install(__name__)
+
+
+def train(config: str, overrides: Sequence[str]) -> None:
+    """The run that the config describes, on this rank."""
+    from nemo_fiberpo.aligner.run import Run
+    from nemo_fiberpo.cli.compose import compose
+
+    with Run(compose(config, overrides)) as run:
+        run.load()
+        run.build()
+        run.train()
+        run.evaluate("after")
+        run.report()
+
+
+if __name__ == "__main__":
+    from nemo_fiberpo.aligner.lifecycle.ending import explain
+
+    explain(lambda: train(sys.argv[1], sys.argv[2:]))
