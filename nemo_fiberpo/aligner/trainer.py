@@ -20,25 +20,24 @@ from nemo_fiberpo.aligner.config.algorithm import AlgorithmSettings
 from nemo_fiberpo.aligner.data.prompts import PromptDataset
 from nemo_fiberpo.aligner.generation.inference_layout import generation_axis
 from nemo_fiberpo.aligner.generation.lockstep import deterministic
-from nemo_fiberpo.aligner.rewards.reward_model import reward_metrics, stop_if_ungraded
+from nemo_fiberpo.aligner.rewards.reward_model import stop_if_ungraded
 from nemo_fiberpo.aligner.rewards.rules import OK
 from nemo_fiberpo.aligner.rollout.advantages import ESTIMATORS
+from nemo_fiberpo.aligner.rollout.agreement import agreed_minibatches
 from nemo_fiberpo.aligner.rollout.dealing import grouped_rollout, repeated_prompts, response_mask
 from nemo_fiberpo.aligner.rollout.entropy import entropy_metrics
 from nemo_fiberpo.aligner.rollout.evaluation import evaluate, mean_rewards
 from nemo_fiberpo.aligner.rollout.experts import routing_metrics
-from nemo_fiberpo.aligner.rollout.minibatch import Minibatch, flat, in_rows, shape_of, take
+from nemo_fiberpo.aligner.rollout.metrics import first_sample, rollout_metrics
+from nemo_fiberpo.aligner.rollout.minibatch import Minibatch
 from nemo_fiberpo.aligner.rollout.response_labels import ResponseLabels
 from nemo_fiberpo.aligner.rollout.strata import StrataLabels
 from nemo_fiberpo.budget_warnings import log_budget_warnings, overrun_warnings
-from nemo_fiberpo.labelling.expert_partitions import COLUMN
 from nemo_fiberpo.labelling.token_labels import IGNORED, TokenLabels
 from nemo_fiberpo.megatron import cpu
-from nemo_fiberpo.megatron.groups import exchange, exchange_notes, non_finite
-from nemo_fiberpo.megatron.one_pass import one_pass_cells
-from nemo_fiberpo.megatron.sequences import Rows
+from nemo_fiberpo.megatron.groups import exchange_notes, non_finite
 from nemo_fiberpo.megatron.step import StepResult
-from nemo_fiberpo.objective import Cells, Hierarchy, build_cells, check_gating, token_weights
+from nemo_fiberpo.objective import Hierarchy, check_gating
 from nemo_fiberpo.objective.kernels import compile_passes
 
 
@@ -180,53 +179,8 @@ class FiberPOTrainer(PPOTrainer):
         if "init_logprobs" in rollout_batch:
             problem = problem or non_finite("initial policy's log-probs", rollout_batch["init_logprobs"], mask)
         columns = dict(rollout_batch) | {"mask": mask}
-        self._minibatches = self._agree(split_columns(columns, self.settings.optimizer_steps), problem)
+        self._minibatches = agreed_minibatches(columns, problem, self.model, self.strata, self.hierarchy, self.settings)
         return {"response_tokens": tokens}, entropy_metrics(columns, self.strata.names, self.model.reducer)
-
-    def _agree(self, samples: Sequence[Mapping[str, Tensor]], problem: str | None) -> list[Minibatch]:
-        """The minibatches with cells that are shared between the ranks, and weights with global denominators."""
-        size, settings = self.model.cfg.micro_batch_size, self.settings
-        # Collective where rows are packed, so that nothing that can fail on one rank stands between.
-        rows = [
-            self.model.rows(
-                part["response_tokens"], part["response_lengths"], size, settings.packing, part["mask"].any(dim=1)
-            )
-            for part in samples
-        ]
-        own: list[Cells] = []
-        pieces: list[list[Cells]] = [[] for _ in samples]
-        try:
-            for part, of_part, into in zip(samples, rows, pieces, strict=True):
-                own += [self._hierarchy_cells(part, of_part), self._trajectory_cells(part, of_part)]
-                if settings.passes == 1:
-                    into += [self._hierarchy_cells(part, [entry]) for entry in of_part]
-        except Exception as error:
-            own, problem = [], str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        facts = {
-            "sequence length": samples[0]["response_tokens"].shape[1],
-            "samples": sum(len(part["response_tokens"]) for part in samples),
-            "micro-batches per step": [len(of_part) for of_part in rows],
-        }
-        shared = exchange(own, self.model.reducer.axes, facts, problem)
-        made = []
-        for index, (part, of_part) in enumerate(zip(samples, rows, strict=True)):
-            cells, trajectories = shared[2 * index : 2 * index + 2]
-            weights = token_weights(trajectories, settings.weights, length=settings.fixed_length)
-            parts = one_pass_cells(pieces[index], self.model.reducer.axes) if settings.passes == 1 else None
-            made.append(in_rows(part, of_part, weights, cells, parts, self._compared_experts()))
-        return made
-
-    def _compared_experts(self) -> str | None:
-        experts = self.model.experts
-        return COLUMN if experts is not None and experts.partitions.agreement else None
-
-    def _hierarchy_cells(self, part: Mapping[str, Tensor], rows: Sequence[Rows]) -> Cells:
-        labels = {name: flat(label, part["mask"], rows) for name, label in self.strata.labels(part).items()}
-        return self.hierarchy.cells(labels, take(part["mask"], rows), names=self.strata.names, shape=shape_of(rows))
-
-    def _trajectory_cells(self, part: Mapping[str, Tensor], rows: Sequence[Rows]) -> Cells:
-        labels = {"trajectory": flat(part["trajectory"], part["mask"], rows)}
-        return build_cells(["trajectory"], labels, take(part["mask"], rows), shape=shape_of(rows))
 
     def run_training(self, dataloader_iter: Iterator[Mapping[str, Tensor]]):
         """The optimizer steps of one rollout, `epochs` times over its minibatches."""
@@ -314,42 +268,9 @@ class FiberPOTrainer(PPOTrainer):
         batch = {name: column.cpu() for name, column in rollout_batch.items()}
         used = [self.prompts.records[index] for index in batch["prompt_index"].unique().tolist()]
         self.logger.apply_fn("log_prompts", self.step, [record.line for record in used])
-        length = (batch["response_lengths"] - batch["prompt_lengths"]).double()
-        truncated = 1.0 - batch["is_end"].double()
-        counted = batch["valid"].bool()
-        metrics: dict[str, Any] = {
-            "table": self._first_sample(batch),
-            "advantage/abs_mean": batch["advantage"].abs().mean().item(),
-            "rollout_size": batch["prompt_index"].numel() // self.settings.samples_per_prompt,
-            "rewards": batch["rewards"][counted].double().mean().item() if bool(counted.any()) else float("nan"),
-            "response_length": length.mean().item(),
-            "prompt_length": batch["prompt_lengths"].double().mean().item(),
-            "truncated": truncated.mean().item(),
-        }
-        domain = self.prompts.label_table("domain")[batch["prompt_index"]]
-        names = self.prompts.label_names("domain")
-        metrics |= reward_metrics(
-            batch["rewards"], domain, batch["grader_failed"], names, self.rm_critic.drops_failures
-        )
-        for number, name in enumerate(names):
-            here = domain == number
-            if bool(here.any()):
-                metrics[f"response_length/{name}"] = length[here].mean().item()
-                metrics[f"truncated/{name}"] = truncated[here].mean().item()
-        return metrics
-
-    def _first_sample(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-        tokens, start, stop = (
-            batch["response_tokens"][0],
-            int(batch["prompt_lengths"][0]),
-            int(batch["response_lengths"][0]),
-        )
-        to_text = self.model.tokenizer.ids_to_text
-        return {
-            "reward": batch["rewards"][0].item(),
-            "prompt": to_text(tokens[:start].tolist()),
-            "response": to_text(tokens[start:stop].tolist()),
-        }
+        size = batch["prompt_index"].numel() // self.settings.samples_per_prompt
+        metrics = rollout_metrics(batch, self.prompts, self.rm_critic.drops_failures)
+        return metrics | {"rollout_size": size, "table": first_sample(batch, self.model.tokenizer)}
 
     def evaluate_heldout(self) -> list[dict[str, Any]]:
         """One graded response per held-out prompt and mode, from the same random numbers at every call; see
@@ -374,9 +295,3 @@ class FiberPOTrainer(PPOTrainer):
         first = rows[0]
         prompt = self.heldout.records[first["prompt_index"]].prompt
         return metrics | {"table": {"reward": first["reward"], "prompt": prompt, "response": first["response"]}}
-
-
-def split_columns(columns: Mapping[str, Tensor], parts: int) -> Sequence[dict[str, Tensor]]:
-    """The samples in `parts` equal runs, in order: the minibatches as NeMo-Aligner's `fit` splits them."""
-    split = {name: column.chunk(parts) for name, column in columns.items()}
-    return [{name: pieces[index] for name, pieces in split.items()} for index in range(parts)]

@@ -19,18 +19,16 @@ from nemo_fiberpo.cli import analysing, reference, training
 from nemo_fiberpo.cli.compose import known
 
 EXAMPLES = """examples:
-  fiberpo train my_run                                 train on this machine
-  fiberpo check my_run                                 what is wrong with it?
-  fiberpo plan cluster/mixtral_8x7b                    will it run, and what will it need?
-  fiberpo config algorithm                             what do its keys mean?
-  fiberpo compare runs/seed0 runs/seed1 runs/grpo      what did they do?
-  fiberpo calibrate runs/grpo                          budgets from the drift of a run
-  fiberpo import-hf /models/Mixtral-8x7B mixtral.nemo  a Hugging Face model as a policy
-  fiberpo export-hf runs/my_run/policy.nemo my_policy  a policy as a Hugging Face model
+  fiberpo train my_run                              train on this machine
+  fiberpo check my_run                              what is wrong with it?
+  fiberpo plan cluster/mixtral_8x7b                 what will it need?
+  fiberpo config algorithm                          what do its keys mean?
+  fiberpo compare runs/seed0 runs/seed1 runs/grpo   what did they do?
+  fiberpo calibrate runs/grpo                       budgets from its drift
+  fiberpo import-hf /models/Mixtral-8x7B moe.nemo   Hugging Face to NeMo
+  fiberpo export-hf runs/my_run/policy.nemo hf      and back
 """
 PLAN_EXAMPLES = """examples:
-  fiberpo train my_run                                 train on this machine
-  fiberpo check my_run                                 what is wrong with it?
   fiberpo plan cluster/llama3_1_8b trainer.num_nodes=2 hierarchy=tree
   fiberpo plan /data/my_run.yaml --json
 

@@ -42,7 +42,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def train(config: str, overrides: Sequence[str], ranks: int | None = None, verbose: bool = False) -> int:
     """Train, as the launcher of all ranks or as one of them; the exit status. ValueError for a config that cannot."""
-    from nemo_fiberpo.aligner.lifecycle.ranks import adopt_srun, is_rank, ranks_for, run_ranks
+    from nemo_fiberpo.cli.launcher import adopt_srun, is_rank, ranks_for, run_ranks
 
     command = [sys.executable, "-m", "nemo_fiberpo.cli.rank", config, *overrides]
     if not verbose:
@@ -95,7 +95,7 @@ def _checked(cfg: DictConfig, config: str, problems: list[str]) -> Any:
     from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
     from nemo_fiberpo.aligner.config.sections import data_settings, reward_settings
     from nemo_fiberpo.aligner.data.prompts import load_prompts
-    from nemo_fiberpo.aligner.lifecycle.ranks import ranks_for
+    from nemo_fiberpo.cli.launcher import ranks_for
     from nemo_fiberpo.cli.planning import plan_of
 
     def attempt(make: Callable[[], Any]) -> Any:

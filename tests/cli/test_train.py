@@ -14,7 +14,7 @@ import psutil
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_fiberpo.aligner.lifecycle import ranks
+from nemo_fiberpo.cli import launcher
 from nemo_fiberpo.cli.compose import compose
 from tests.support.launching import ROOT, SMALL, environment, fresh, optimizer_steps, wait_for, wait_for_rl_step
 from tests.support.processes import started
@@ -106,15 +106,15 @@ def test_an_error_in_the_config_is_said_before_any_rank_starts(tmp_path: Path):
 def test_as_many_ranks_as_the_config_and_the_machine_call_for(overrides, cores, number, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     cfg = compose("quickstart", ["algorithm.prompts_per_rollout=192", *overrides])
-    assert ranks.ranks_for(cfg) == number
+    assert launcher.ranks_for(cfg) == number
 
 
 def test_a_machine_that_cannot_run_it_is_told_so():
     cfg = compose("quickstart", ["cpu=false", "trainer.accelerator=gpu"])
     with pytest.raises(ValueError, match=r"trainer\.accelerator: gpu, but there is none"):
-        ranks.ranks_for(cfg)
+        launcher.ranks_for(cfg)
     with pytest.raises(ValueError, match=r"trainer\.num_nodes: 2.*train\.sbatch"):
-        ranks.ranks_for(compose("quickstart", ["trainer.num_nodes=2"]))
+        launcher.ranks_for(compose("quickstart", ["trainer.num_nodes=2"]))
 
 
 def test_a_task_of_srun_is_a_rank():
@@ -122,13 +122,13 @@ def test_a_task_of_srun_is_a_rank():
         "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
         "SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n[1-2]", "MASTER_ADDR": "n1",
     }  # fmt: skip
-    found = ranks.adopt_srun(step)
+    found = launcher.adopt_srun(step)
     assert {name: found[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")} == {
         "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "n1"
     }  # fmt: skip
-    assert ranks.adopt_srun(step | {"SLURM_JOB_ID": "13"})["MASTER_PORT"] != found["MASTER_PORT"]
-    assert ranks.adopt_srun(step | {"SLURM_STEP_NUM_TASKS": "1"}) == {}
-    assert ranks.adopt_srun({}) == {}
+    assert launcher.adopt_srun(step | {"SLURM_JOB_ID": "13"})["MASTER_PORT"] != found["MASTER_PORT"]
+    assert launcher.adopt_srun(step | {"SLURM_STEP_NUM_TASKS": "1"}) == {}
+    assert launcher.adopt_srun({}) == {}
 
 
 def test_check_names_what_it_checked_and_what_it_did_not(start: Path, tmp_path: Path):

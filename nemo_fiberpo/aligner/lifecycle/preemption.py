@@ -19,7 +19,7 @@ import torch
 from nemo_fiberpo.graders.signals import SIGNALS, die_with_parent, held_back
 
 NOT_FINISHED = os.EX_TEMPFAIL  # 75: not an error, run the same command again
-# Set for the ranks that `lifecycle.ranks` starts: a folder, in which they mark what they have said.
+# Set for the ranks that `cli.launcher` starts: a folder, in which they mark what they have said.
 LAUNCHED = "FIBERPO_LAUNCHED"
 # Seconds within which a second SIGTERM is the first one again: torchrun passes its own on to ranks that a scheduler, or
 # the terminal, has signalled already.

@@ -1,0 +1,48 @@
+"""Metrics of a rollout: rewards, lengths and truncation, in all and per domain, and failures of the graders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from nemo_fiberpo.aligner.data.prompts import PromptDataset
+from nemo_fiberpo.aligner.rewards.reward_model import reward_metrics
+
+
+def rollout_metrics(batch: Mapping[str, Tensor], prompts: PromptDataset, drops_failures: bool) -> dict[str, Any]:
+    """Of the whole, gathered rollout; docs/metrics.md lists them. Means of rewards are over the samples that count."""
+    length = (batch["response_lengths"] - batch["prompt_lengths"]).double()
+    truncated = 1.0 - batch["is_end"].double()
+    counted = batch["valid"].bool()
+    metrics: dict[str, Any] = {
+        "advantage/abs_mean": batch["advantage"].abs().mean().item(),
+        "rewards": batch["rewards"][counted].double().mean().item() if bool(counted.any()) else float("nan"),
+        "response_length": length.mean().item(),
+        "prompt_length": batch["prompt_lengths"].double().mean().item(),
+        "truncated": truncated.mean().item(),
+    }
+    domain = prompts.label_table("domain")[batch["prompt_index"]]
+    names = prompts.label_names("domain")
+    metrics |= reward_metrics(batch["rewards"], domain, batch["grader_failed"], names, drops_failures)
+    for number, name in enumerate(names):
+        here = domain == number
+        if bool(here.any()):
+            metrics[f"response_length/{name}"] = length[here].mean().item()
+            metrics[f"truncated/{name}"] = truncated[here].mean().item()
+    return metrics
+
+
+def first_sample(batch: Mapping[str, Tensor], tokenizer: Any) -> dict[str, Any]:
+    """The row of the table of samples that NeMo-Aligner logs."""
+    tokens, start, stop = (
+        batch["response_tokens"][0],
+        int(batch["prompt_lengths"][0]),
+        int(batch["response_lengths"][0]),
+    )
+    return {
+        "reward": batch["rewards"][0].item(),
+        "prompt": tokenizer.ids_to_text(tokens[:start].tolist()),
+        "response": tokenizer.ids_to_text(tokens[start:stop].tolist()),
+    }
