@@ -26,7 +26,7 @@ from nemo_fiberpo.aligner.checkpoint.resume import take_directory
 from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
 from nemo_fiberpo.aligner.config.checks import read_training_config
 from nemo_fiberpo.aligner.config.hydra import command_line, prepare_hydra
-from nemo_fiberpo.aligner.config.settings import warm_start_settings
+from nemo_fiberpo.aligner.config.sections import warm_start_settings
 from nemo_fiberpo.aligner.lifecycle.ending import explain
 from nemo_fiberpo.aligner.lifecycle.first_rank import decided, is_first_rank
 

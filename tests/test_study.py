@@ -29,7 +29,7 @@ def test_the_config_of_a_run_is_accepted(run):
     compose = pytest.importorskip("nemo_fiberpo.cli.compose").compose
     checks = pytest.importorskip("nemo_fiberpo.aligner.config.checks")
     hydra_config = pytest.importorskip("nemo_fiberpo.aligner.config.hydra")
-    settings = pytest.importorskip("nemo_fiberpo.aligner.config.settings").algorithm_settings
+    settings = pytest.importorskip("nemo_fiberpo.aligner.config.sections").algorithm_settings
     cfg = compose("quickstart", ["run_dir=/nowhere", *hydra_config.overrides(run.overrides)])
     hierarchy, _ = checks.check_sections(cfg)
     settings(cfg).check_passes(hierarchy.active, cfg.model.micro_batch_size)

@@ -15,13 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from nemo_fiberpo.cli import analysing, training
+from nemo_fiberpo.cli import analysing, reference, training
 from nemo_fiberpo.cli.compose import known
 
 EXAMPLES = """examples:
   fiberpo train my_run                              train on this machine
   fiberpo check my_run                              what is wrong with it?
   fiberpo plan cluster/mixtral_8x7b                 what will it need?
+  fiberpo config algorithm                          what do its keys mean?
   fiberpo compare runs/seed0 runs/seed1 runs/grpo   what did they do?
   fiberpo calibrate runs/grpo                       budgets from its drift
   fiberpo import-hf /models/Mixtral-8x7B moe.nemo   Hugging Face to NeMo
@@ -72,6 +73,9 @@ def _main(arguments: Sequence[str] | None) -> int:
             )
         if given.command == "plan":
             return _plan(given.config, given.overrides, given.json)
+        if given.command == "config":
+            _say(reference.config(given.section, given.markdown) + "\n", sys.stdout)
+            return 0
         if given.command in ("compare", "calibrate"):
             analysing.run(given, partial(_say, stream=sys.stdout), partial(_say, stream=sys.stderr))
             return 0
@@ -114,6 +118,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         epilog=PLAN_EXAMPLES.format(names="\n  ".join(known()) or "none: there is no conf/ here"),
     )
     plan.add_argument("--json", action="store_true", help="print everything as JSON")
+    reference.add_command(commands, raw)
     analysing.add_commands(commands, raw)
     for name, (source, target, reads, writes) in CONVERSIONS.items():
         does = "a Hugging Face model as a policy" if name == "import-hf" else "a policy as a Hugging Face model"

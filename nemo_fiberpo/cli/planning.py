@@ -16,7 +16,7 @@ from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
 from nemo_fiberpo.aligner.config.checks import RunConfig, batch_sizes, on_cpu, read_config
 from nemo_fiberpo.aligner.config.data import DataSettings
 from nemo_fiberpo.aligner.config.model_checks import model_problems, partition_table
-from nemo_fiberpo.aligner.config.settings import (
+from nemo_fiberpo.aligner.config.sections import (
     cluster_settings,
     reward_settings,
     token_labels_section,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..fields import check, setting
 from ..values import cell_name, nearest
 
 COLUMN = "expert_partition"
@@ -25,29 +26,33 @@ MEMBERSHIP_UNITS = 255
 """The memberships of a token sum to this number."""
 
 _KINDS = ("expert_parallel", "expert")
-_MEMBERSHIPS = ("hard", "soft")
 _MOST = torch.iinfo(torch.int16).max + 1
 
 
 @dataclass(frozen=True)
 class ExpertPartitions:
-    """How experts are partitioned and tokens are labelled by them.
-
-    by          expert_parallel: the blocks of experts that expert-parallel ranks hold; expert: each by itself; or a
-                mapping from a partition's name to its experts, numbered from 0, every expert in exactly one
-    layers      "all" MoE layers, or their numbers from 1 as Megatron counts; masses are averaged over them
-    membership  hard: a token belongs to the partition with most mass; soft: to all of them, by mass
-    agreement   whether the routing of the training pass is compared with the labels
+    """How the experts of a mixture are partitioned. Tokens are labelled by the partitions.
 
     Raises ValueError naming the field.
     """
 
-    by: str | Mapping[str, Sequence[int]] = "expert_parallel"
-    layers: str | Sequence[int] = "all"
-    membership: str = "hard"
-    agreement: bool = True
+    by: str | Mapping[str, Sequence[int]] = setting(
+        "expert_parallel", form="expert_parallel, expert, or {partition: list of experts}"
+    )
+    """`expert_parallel`: the blocks of experts that expert-parallel ranks hold. `expert`: each expert by itself. A
+    mapping numbers experts from 0 and has every expert in exactly one partition."""
+
+    layers: str | Sequence[int] = setting("all", form="all, or list of layer numbers from 1")
+    """MoE layers whose router masses are averaged, numbered as Megatron numbers layers."""
+
+    membership: str = setting("hard", choices=("hard", "soft"))
+    """`hard`: a token belongs to the partition with most router mass. `soft`: to all partitions, by their mass."""
+
+    agreement: bool = setting(True)
+    """Whether the routing of the training pass is compared with the labels."""
 
     def __post_init__(self) -> None:
+        check(self)
         if isinstance(self.by, Mapping):
             object.__setattr__(self, "by", _checked_map(self.by))
         elif self.by not in _KINDS:
@@ -62,10 +67,6 @@ class ExpertPartitions:
                 why = f"layer {wrong[0]} is named twice" if wrong and wrong[0] > 0 else "layers are numbered from 1"
                 raise ValueError(f"layers: {why if layers else 'at least one layer is needed'}, got {self.layers!r}")
             object.__setattr__(self, "layers", layers)
-        if self.membership not in _MEMBERSHIPS:
-            raise ValueError(f"membership: must be {' or '.join(_MEMBERSHIPS)}, got {self.membership!r}")
-        if not isinstance(self.agreement, bool):
-            raise ValueError(f"agreement: must be true or false, got {self.agreement!r}")
 
     @property
     def soft_columns(self) -> tuple[str, ...]:

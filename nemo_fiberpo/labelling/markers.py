@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..fields import setting
 from ..values import cell_name
 from .spelling import Response, Speller
 
@@ -20,19 +21,20 @@ WRONG_PAIR = "must be a pair of markers, [opening, closing], each a text or a li
 class Markers:
     """Segments that begin with an opening marker and end with a closing one.
 
-    markers  name of a segment -> (opening, closing); one marker may be both
-    rest     name of what is in no segment
-    first    the segment that responses begin in, where the prompt has opened it; None for `rest`
-
     The innermost open segment has a token. A marker belongs to the segment that it opens or closes, with every token
     that it has a part in. A segment that is never closed lasts to the end of the response. A closing marker closes the
     innermost segment of its name and all that was opened inside it; where none is open it is text like any other.
     Raises ValueError naming the field.
     """
 
-    markers: Mapping[str, tuple[Marker, Marker]]
-    rest: str = "rest"
-    first: str | None = None
+    markers: Mapping[str, tuple[Marker, Marker]] = setting(form="{segment: [opening, closing]}")
+    """Markers of each segment: texts, or lists of token ids. One marker may open and close."""
+
+    rest: str = setting("rest")
+    """Name of what is in no segment."""
+
+    first: str | None = setting(None, form="name of a segment, or null")
+    """Segment that responses begin in, where the prompt has opened it; null: `rest`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.markers, Mapping) or not self.markers:

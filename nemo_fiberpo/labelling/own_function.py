@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..fields import setting
 from ..values import cell_name
 from .spelling import Response, Speller
 
@@ -15,18 +16,20 @@ MOST_CELLS = 1000
 
 @dataclass(frozen=True)
 class OwnFunction:
-    """function "package.module:function": (token ids, text, prompt record) -> (labels, names), of one response.
+    """A function of your own: (token ids, text, prompt record) -> (labels, names), of one response.
 
     labels  an integer per token id; label v is called names[v], names without . / = or space
-    names   those that the function may give, in order. Without them the cells of an optimizer step are those that the
-            rollout's responses name, and budgets cannot be set by name
 
     It must be a function of what it is given, since tensor- and pipeline-parallel ranks call it for the same response.
     Raises ValueError naming the field.
     """
 
-    function: str
-    names: tuple[str, ...] = ()
+    function: str = setting(form="package.module:function")
+    """Function that labels the tokens of a response, see docs/hierarchy.md."""
+
+    names: tuple[str, ...] = setting((), form="list of names")
+    """Names that the function may give, in order. Without them the cells are those that the responses of a rollout
+    name, and budgets cannot be set by name."""
     _call: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

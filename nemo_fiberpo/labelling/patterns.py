@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..fields import setting
 from ..values import cell_name
 from .spelling import Response, Speller
 
@@ -14,18 +15,19 @@ from .spelling import Response, Speller
 class Patterns:
     """Tokens by the expression that they match a part of.
 
-    regex  name -> regular expression (Python's; a dot matches line breaks too); or one with a group that captures the
-           name, such as <tool name="(\\w+)">.*?</tool>
-    names  with a group: the names to tell apart; a match with another one is `rest`. The policy writes what the group
-           captures, and must not be able to make cells
-    rest   name of what matches none
-
     Where matches overlap, the expression that is listed first has the tokens. Raises ValueError naming the field.
     """
 
-    regex: str | Mapping[str, str]
-    names: tuple[str, ...] = ()
-    rest: str = "rest"
+    regex: str | Mapping[str, str] = setting(form="regular expression with one group, or {name: expression}")
+    r"""Python's regular expressions, whose dot matches line breaks too. A single expression captures the name of the
+    cell in its group, such as `<tool name="(\w+)">.*?</tool>`."""
+
+    names: tuple[str, ...] = setting((), form="list of names")
+    """Names that the group of a single expression may capture; required there. A match with another name is `rest`,
+    since the policy writes what is captured and must not be able to make cells."""
+
+    rest: str = setting("rest")
+    """Name of what matches no expression."""
 
     def __post_init__(self) -> None:
         if isinstance(self.regex, Mapping):

@@ -7,15 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from ..fields import setting
 from .spelling import Response, Speller
 
 
 @dataclass(frozen=True)
 class TimeBins:
     """Bins of the position in the response, from 0, by where each begins: [0, 64, 256] makes 0-63, 64-255 and 256-end.
-    Raises ValueError."""
 
-    bins: Sequence[int]
+    Raises ValueError naming the field.
+    """
+
+    bins: Sequence[int] = setting(form="list of positions, such as [0, 64, 256]")
+    """Positions in the response at which bins begin, in tokens, the first 0."""
 
     def __post_init__(self) -> None:
         given = self.bins

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..fields import setting
+from ..values import whole_number
 from .markers import Marker, as_marker, check_marker, occurrences
 from .spelling import Response, Speller
 
@@ -12,19 +14,18 @@ from .spelling import Response, Speller
 class Turns:
     """Turns of a response: the first from its beginning, each further one from a marker, which belongs to it.
 
-    split  a text, or a list of token ids
-    most   turns told apart; later ones count with the last. Bounds the number of cells and metrics
-
     Raises ValueError naming the field.
     """
 
-    split: Marker
-    most: int = 8
+    split: Marker = setting(form="text, or list of token ids")
+    """Marker that begins each further turn and belongs to it."""
+
+    most: int = setting(8, at_least=2)
+    """Turns that are told apart; later ones count with the last."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "split", as_marker(self.split, "split"))
-        if isinstance(self.most, bool) or not isinstance(self.most, int) or self.most < 2:
-            raise ValueError(f"most: must be a whole number of turns, at least 2, got {self.most!r}")
+        whole_number(self.most, "most", 2)
 
     @property
     def cells(self) -> tuple[str, ...]:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..values import positive_number
-from .ratio_gating import Gated, _exp, _TokenWise
+from ..fields import setting
+from .ratio_gating import Gated, _Checked, _exp, _TokenWise
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,14 @@ class Cispo(_TokenWise):
 
         J_i = sg(clip(r_i, 1 - low, 1 + high)) A_i log pi_i
 
-    low     clip from below; 1 clips nothing there, as the paper has it
     MiniMax 2025, MiniMax-M1, arXiv 2506.13585.
     """
 
-    low: float
-    high: float
+    low: float = setting(above=0, at_most=1)
+    """Ratios are clipped at 1 - low from below; 1 clips nothing there, as the paper has it."""
 
-    def __post_init__(self) -> None:
-        _make_positive(self, "low", "high")
-        if self.low > 1.0:
-            raise ValueError(f"low: must be at most 1, since a ratio is at least 0 = 1 - 1, got {self.low!r}")
+    high: float = setting(above=0)
+    """Ratios are clipped at 1 + high from above."""
 
     def gate(self, x: Tensor, positive: Tensor, total: Tensor, count: Tensor) -> Gated:
         ratio = _exp(x)
@@ -55,11 +52,11 @@ class Sapo(_TokenWise):
     Gao et al. 2025, Soft Adaptive Policy Optimization, arXiv 2511.20347.
     """
 
-    tau_pos: float
-    tau_neg: float
+    tau_pos: float = setting(above=0)
+    """How fast the gradient falls off, at advantages of 0 and above."""
 
-    def __post_init__(self) -> None:
-        _make_positive(self, "tau_pos", "tau_neg")
+    tau_neg: float = setting(above=0)
+    """The same at advantages below 0."""
 
     def gate(self, x: Tensor, positive: Tensor, total: Tensor, count: Tensor) -> Gated:
         ratio = _exp(x)
@@ -80,13 +77,11 @@ class DppoTv(_TokenWise):
     Qi et al. 2026, Rethinking the Trust Region in LLM Reinforcement Learning, arXiv 2602.04879.
     """
 
-    delta: float
-    cap: float
+    delta: float = setting(above=0)
+    """How far a token's probability may move in the direction of its advantage."""
 
-    def __post_init__(self) -> None:
-        _make_positive(self, "delta", "cap")
-        if self.cap < 1.0:
-            raise ValueError(f"cap: must be at least 1, the ratio on-policy, got {self.cap!r}")
+    cap: float = setting(at_least=1)
+    """Largest ratio, as a weight; 1 is that of on-policy."""
 
     def against(self, old_log_probs: Tensor) -> DppoTvOfTokens:
         """The map of tokens with these log-probs under the old policy, float64 [T]."""
@@ -115,29 +110,27 @@ class DppoTvOfTokens(_TokenWise):
 
 
 @dataclass(frozen=True)
-class Gmpo:
+class Gmpo(_Checked):
     """The geometric mean of a trajectory's ratios, each clipped before: one wild token moves it little.
 
         G_i = exp( (1 / T_tau) sum_{j in tau} f_j ),
         use_min   f_j = min(ell_j, high) where A_j >= 0,   max(ell_j, -low) where A_j < 0
         else      f_j = clip(ell_j, -low, high)
 
-    low, high   in nats of log-ratio
-    stratum     whose cells' tokens are averaged; an active one of the hierarchy
     Zhao et al. 2025, Geometric-Mean Policy Optimization, arXiv 2507.20673.
     """
 
-    low: float
-    high: float
-    use_min: bool = True
-    stratum: str = "trajectory"
+    low: float = setting(above=0)
+    """Log-ratios are clipped at -low, in nats."""
 
-    def __post_init__(self) -> None:
-        _make_positive(self, "low", "high")
-        if not isinstance(self.use_min, bool):
-            raise ValueError(f"use_min: must be true or false, got {self.use_min!r}")
-        if not isinstance(self.stratum, str) or not self.stratum:
-            raise ValueError(f"stratum: must be the name of a stratum, got {self.stratum!r}")
+    high: float = setting(above=0)
+    """Log-ratios are clipped at high, in nats."""
+
+    use_min: bool = setting(True)
+    """Whether a log-ratio is clipped only on the side to which its advantage pushes it."""
+
+    stratum: str = setting("trajectory")
+    """The active stratum whose cells' tokens are averaged."""
 
     def _clipped(self, x: Tensor, positive: Tensor) -> Tensor:
         above, below = x > self.high, x < -self.low
@@ -149,8 +142,3 @@ class Gmpo:
     def gate(self, x: Tensor, positive: Tensor, total: Tensor, count: Tensor) -> Gated:
         ratio, clipped = _exp(total / count), self._clipped(x, positive)
         return Gated(ratio, torch.zeros_like(x), clipped, ratio, torch.where(clipped, 0.0, 1.0 / count))
-
-
-def _make_positive(settings: object, *names: str) -> None:
-    for name in names:
-        object.__setattr__(settings, name, positive_number(getattr(settings, name), name))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ..fields import setting
 from ..values import nearest, positive_number
 from .gates import constant
 from .labels import Names, check_labels, find_membership, resolve_labels
@@ -23,13 +24,21 @@ class Hierarchy:
     Budgets, the token clip and drifts are in units of the log-ratio (nats), averaged over the tokens of a cell.
     """
 
-    strata: tuple[Stratum, ...]
-    token_clip: float  # eps of (12)
-    branches: tuple[Stratum, ...] = ()  # classifications of the same tokens that do not nest with it (Remark 6.5)
-    # How often the part of the chain that a branch stands beside, and the branch, are extracted in turn (back-fitting):
-    # the drifts converge to the joint orthogonal projection.
-    sweeps: int = 1
-    token_clips: Mapping[str, float] = field(default_factory=dict)  # eps in cells of the coarsest stratum, by name
+    strata: tuple[Stratum, ...] = setting(form="{name: stratum}, or list of strata")
+    """The chain, coarsest first: every cell of a stratum lies in one cell of the stratum before it."""
+
+    token_clip: float = setting(form="number, greater than 0")
+    """Clip eps of (12) on what a token does beyond its finest cell, in nats of log-ratio."""
+
+    branches: tuple[Stratum, ...] = setting((), form="{name: stratum}, or list of strata")
+    """Classifications of the same tokens that do not nest with the chain (Remark 6.5)."""
+
+    sweeps: int = setting(1, at_least=1)
+    """How often branches and the part of the chain before them are extracted in turn (back-fitting). The drifts
+    converge to the joint orthogonal projection."""
+
+    token_clips: Mapping[str, float] = setting(default_factory=dict, form="{cell: number}")
+    """Clip of single cells of the coarsest stratum, by name, in place of `token_clip`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strata", tuple(self.strata))
@@ -60,7 +69,7 @@ class Hierarchy:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The names under which the data must label tokens: those of the active strata, and the parts of joins."""
+        """The names under which the data must label tokens: those of the active strata, and what joins join."""
         return tuple(dict.fromkeys(column for stratum in self.active for column in stratum.columns))
 
     @property

@@ -31,24 +31,23 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..values import positive_number
+from ..fields import check, setting
 from .hierarchy import Hierarchy
 
 LARGEST_EXPONENT = 500.0
-SPACES = ("ratio", "log")
 
 
 @dataclass(frozen=True, eq=False)
 class Gated:
     """A map G at the tokens of this rank, float64 [T], and its derivatives in the form
-    dG_i / d ell_j = own_i [i = j] + give_i take_j [same cell, and i != j if `others_only`]
+    dG_i / d ell_j = diagonal_i [i = j] + left_i right_j [same cell, and i != j if `others_only`]
     """
 
     ratio: Tensor  # G_i
-    own: Tensor
+    diagonal: Tensor
     clipped: Tensor  # bool: the gate has cut the token's own ratio
-    give: Tensor | None = None  # None, as `take`, for a map that couples no tokens
-    take: Tensor | None = None
+    left: Tensor | None = None  # None, as `right`, for a map that couples no tokens
+    right: Tensor | None = None
     others_only: bool = False
 
 
@@ -70,19 +69,9 @@ class _Checked:
     """Refuses wrong arguments, ValueError by name."""
 
     def __post_init__(self) -> None:
-        for name, value in list(vars(self).items()):
-            if name in ("low", "high", "eps", "alpha", "delta"):
-                object.__setattr__(self, name, positive_number(value, name))
-            if name in ("low", "eps") and value > 1.0:
-                raise ValueError(
-                    f"{name}: must be at most 1, since a ratio is at least 0 = 1 - 1, got {float(value)!r}"
-                )
-            if name == "use_min" and not isinstance(value, bool):
-                raise ValueError(f"{name}: must be true or false, got {value!r}")
-            if name == "stratum" and (not isinstance(value, str) or not value):
-                raise ValueError(f"stratum: must be the name of a stratum, got {value!r}")
-            if name == "space" and value not in SPACES:
-                raise ValueError(f"space: must be one of {', '.join(SPACES)}, got {value!r}")
+        check(self)
+        if getattr(self, "stratum", None) == "":
+            raise ValueError("stratum: must be the name of a stratum, got ''")
 
 
 class _TokenWise(_Checked):
@@ -109,9 +98,14 @@ class PpoClip(_TokenWise):
     There is no dual clip: max(r, 1 - low) has no upper bound.
     """
 
-    low: float
-    high: float
-    use_min: bool = True
+    low: float = setting(above=0, at_most=1)
+    """Clip of the ratio from below, at 1 - `low`."""
+
+    high: float = setting(above=0)
+    """Clip of the ratio from above, at 1 + `high`."""
+
+    use_min: bool = setting(True)
+    """Whether PPO's minimum is taken. `false`: the ratio is clipped whatever the sign of the advantage."""
 
     def gate(self, x: Tensor, positive: Tensor, total: Tensor, count: Tensor) -> Gated:
         ratio, low, high = _exp(x), 1.0 - self.low, 1.0 + self.high
@@ -132,17 +126,24 @@ class Gspo(_Checked):
     advantage; in GSPO it is one per trajectory.
     """
 
-    low: float
-    high: float
-    use_min: bool = True
-    stratum: str = "trajectory"
+    low: float = setting(above=0, at_most=1)
+    """Clip of the ratio from below, at 1 - `low`."""
+
+    high: float = setting(above=0)
+    """Clip of the ratio from above, at 1 + `high`."""
+
+    use_min: bool = setting(True)
+    """Whether PPO's minimum is taken. `false`: the ratio is clipped whatever the sign of the advantage."""
+
+    stratum: str = setting("trajectory")
+    """Stratum whose cells are clipped as one; an active one of the hierarchy."""
 
     def feature(self, x: Tensor, positive: Tensor, count: Tensor) -> Tensor:
         return x
 
     def gate(self, x: Tensor, positive: Tensor, total: Tensor, count: Tensor) -> Gated:
         whole = PpoClip(self.low, self.high, self.use_min).gate(total / count, positive, total, count)
-        return Gated(whole.ratio, torch.zeros_like(x), whole.clipped, give=whole.own, take=1.0 / count)
+        return Gated(whole.ratio, torch.zeros_like(x), whole.clipped, left=whole.diagonal, right=1.0 / count)
 
 
 @dataclass(frozen=True)
@@ -158,17 +159,22 @@ class TrulyPpo(_TokenWise):
     Wang et al. 2019, Truly Proximal Policy Optimization, arXiv 1903.07940, there PPO-RB.
     """
 
-    eps: float
-    alpha: float
-    use_min: bool = True
+    eps: float = setting(above=0, at_most=1)
+    """Clip of the ratio, at 1 - `eps` and 1 + `eps`."""
+
+    alpha: float = setting(above=0)
+    """Slope with which the objective falls beyond the clip."""
+
+    use_min: bool = setting(True)
+    """Whether PPO's minimum is taken. `false`: the ratio is gated whatever the sign of the advantage."""
 
     def gate(self, x: Tensor, positive: Tensor, total: Tensor, count: Tensor) -> Gated:
         ratio, low, high = _exp(x), 1.0 - self.eps, 1.0 + self.eps
         above, below = ratio >= high, ratio <= low
         clipped = torch.where(positive, above, below) if self.use_min else above | below
         rolled = (1.0 + self.alpha) * ratio.clamp(low, high) - self.alpha * ratio
-        own = torch.where(clipped, -self.alpha * ratio, ratio)
-        return Gated(torch.where(clipped, rolled, ratio), own, clipped)
+        diagonal = torch.where(clipped, -self.alpha * ratio, ratio)
+        return Gated(torch.where(clipped, rolled, ratio), diagonal, clipped)
 
 
 @dataclass(frozen=True)
@@ -192,9 +198,15 @@ class Apc(_Checked):
     No minimum and no sign of A: the censoring depends on the ratios only. Bounded by |G - 1| <= B (log: |log G|).
     """
 
-    delta: float
-    stratum: str = "trajectory"
-    space: str = "ratio"
+    delta: float = setting(above=0)
+    """Radius: the mean total variation that the tokens of a cell share."""
+
+    stratum: str = setting("trajectory")
+    """Stratum whose cells share the budget; an active one of the hierarchy. With `state` this is APC-Obj at the level
+    of states, see `hierarchy=state`."""
+
+    space: str = setting("ratio", choices=("ratio", "log"))
+    """What is budgeted: the deviation r - 1 of the ratio, or its logarithm."""
 
     def _deviation(self, x: Tensor) -> Tensor:
         return x if self.space == "log" else x.clamp_max(LARGEST_EXPONENT).expm1()
@@ -213,9 +225,9 @@ class Apc(_Checked):
         clipped = torch.where(passes, deviation, sign * room)
         ratio, one = _exp(clipped) if self.space == "log" else 1.0 + clipped, torch.ones_like(x)
         outer, inner = (ratio, one) if self.space == "log" else (one, _exp(x))  # dG / d clipped, d Delta / d ell
-        own = torch.where(passes, outer * inner, 0.0)
-        give = torch.where(~passes & (room > 0.0), -sign * outer, 0.0)
-        return Gated(ratio, own, ~passes, give, take=sign * inner, others_only=True)
+        diagonal = torch.where(passes, outer * inner, 0.0)
+        left = torch.where(~passes & (room > 0.0), -sign * outer, 0.0)
+        return Gated(ratio, diagonal, ~passes, left, right=sign * inner, others_only=True)
 
 
 def check_gating(gating: RatioGating | None, hierarchy: Hierarchy, soft: Collection[str] = ()) -> None:

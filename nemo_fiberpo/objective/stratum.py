@@ -3,57 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..values import nearest, positive_number, short
+from ..fields import check, setting
+from ..values import nearest, positive_number, short, whole_number
 from .gates import Gate, constant, find_gate
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Budgets C+ (`pos`) and C- (`neg`) of the two channels of a cell: the drift up to which its gate passes."""
+    """Budgets of the two channels of a cell: the drift up to which its gate passes, in nats of log-ratio per token."""
 
-    pos: float
-    neg: float
+    pos: float = setting(above=0)
+    """C+, for log-probs that rise."""
+
+    neg: float = setting(above=0)
+    """C-, for log-probs that fall."""
 
     def __post_init__(self) -> None:
-        for name in ("pos", "neg"):
-            object.__setattr__(self, name, positive_number(getattr(self, name), name))
+        check(self)
 
 
 @dataclass(frozen=True)
 class SlopeCap:
     """Rollback slope k = min(token count of the cell, `cap`)."""
 
-    cap: float
+    cap: float = setting(above=0)
+    """Largest slope."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "cap", positive_number(self.cap, "cap"))
+        check(self)
 
 
 @dataclass(frozen=True)
 class Stratum:
     """One level of the chain, or a branch."""
 
-    name: str
-    budget: Budget  # of its cells
-    budgets: Mapping[str, Budget] = field(default_factory=dict)  # overrides it for cells by name
-    slope: float | SlopeCap | None = None  # rollback slope k of (10); None for the cell's token count
-    enabled: bool = True  # a stratum that is switched off takes no part, as if it were not in the chain
-    # The classifications whose common refinement this is: its cells are their intersections. Without it, tokens are
-    # labelled by the stratum's own name.
-    join: tuple[str, ...] = ()
-    # coarser stratum -> names of its cells: elsewhere this stratum is missing
-    only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    beside: str | None = None  # of a branch: the stratum after which it is extracted; the finest one by default
-    # A cell with fewer live tokens, over all ranks, is merged into its parent: it has no drift of its own, and what is
-    # finer in it is measured from the parent. Without it every cell counts, even of one token.
-    min_tokens: int | None = None
-    # a name in `gates.GATES`, "package.module:function", or a `Gate`
-    gate: Gate = "rollback"  # type: ignore[assignment]  # made a Gate below
+    name: str = setting()
+    """Name of the stratum, and of the label that the data give it. In a mapping it is the key."""
+
+    budget: Budget = setting(form="{pos: number, neg: number}, both greater than 0")
+    """Budgets of its cells, in nats of log-ratio per token: C+ for upward and C- for downward drift."""
+
+    budgets: Mapping[str, Budget] = setting(default_factory=dict, form="{cell: {pos: number, neg: number}}")
+    """Budgets of single cells, by name, in place of `budget`."""
+
+    slope: float | SlopeCap | None = setting(None, form="number greater than 0, {cap: number}, or null")
+    """Rollback slope k of (10): how steeply the gate falls past its budget. `{cap: k}` is the cell's token count, at
+    most k; null is the token count."""
+
+    enabled: bool = setting(True)
+    """`false` switches the stratum off, as if it were not in the hierarchy."""
+
+    join: tuple[str, ...] = setting((), form="list of names")
+    """Classifications whose intersections are the cells. Without it the data label the stratum by its own name."""
+
+    only: Mapping[str, tuple[str, ...]] = setting(default_factory=dict, form="{coarser stratum: list of its cells}")
+    """Cells of a coarser stratum in which this stratum exists. Elsewhere the level is missing."""
+
+    beside: str | None = setting(None, form="name of a stratum, or null")
+    """Of a branch: the stratum of the chain after which it is extracted; null: the finest."""
+
+    min_tokens: int | None = setting(None, form="whole number, at least 2, or null")
+    """A cell with fewer live tokens, over all ranks, is merged into its parent: it has no drift of its own, and finer
+    cells in it are measured from the parent. null: every cell counts, even of one token."""
+
+    gate: Gate = setting("rollback", form="rollback, clip, soft, or package.module:function")  # made a Gate below
+    """Shape of the gate past its budget, see docs/hierarchy.md."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -93,13 +112,13 @@ class Stratum:
         slope = "token count" if self.slope is None else self.slope
         if isinstance(slope, SlopeCap):
             slope = f"min(token count, {slope.cap:g})"
-        parts = [f"{self.name:<15} C+ {self.budget.pos:g}  C- {self.budget.neg:g}  k {slope}"]
-        parts += [f"{name}: C+ {budget.pos:g} C- {budget.neg:g}" for name, budget in self.budgets.items()]
-        parts += [f"gate {self.gate.name}"] if self.gate.name != "rollback" else []
-        parts += [f"join of {', '.join(self.join)}"] if self.join else []
-        parts += [f"cells below {self.min_tokens} tokens merged"] if self.min_tokens else []
-        parts += [f"only in {key} {', '.join(kept)}" for key, kept in self.only.items()]
-        return "  ".join(parts) + role + ("" if self.enabled else "  (switched off)")
+        phrases = [f"{self.name:<15} C+ {self.budget.pos:g}  C- {self.budget.neg:g}  k {slope}"]
+        phrases += [f"{name}: C+ {budget.pos:g} C- {budget.neg:g}" for name, budget in self.budgets.items()]
+        phrases += [f"gate {self.gate.name}"] if self.gate.name != "rollback" else []
+        phrases += [f"join of {', '.join(self.join)}"] if self.join else []
+        phrases += [f"cells below {self.min_tokens} tokens merged"] if self.min_tokens else []
+        phrases += [f"only in {key} {', '.join(kept)}" for key, kept in self.only.items()]
+        return "  ".join(phrases) + role + ("" if self.enabled else "  (switched off)")
 
     def check_names(self, names: Sequence[str] | None) -> None:
         """Refuse overrides without names of cells, or an override that none of the names matches."""
@@ -137,9 +156,7 @@ def check_structure(strata: Sequence[Stratum], branches: Sequence[Stratum], swee
     """Refuse strata that do not fit together; ValueError names the field."""
     if not strata:
         raise ValueError("strata: at least one stratum is required")
-    if isinstance(sweeps, bool) or not isinstance(sweeps, int) or sweeps < 1:
-        raise ValueError(f"sweeps: must be a whole number of at least 1, got {sweeps!r}")
-    if sweeps > 1 and not branches:
+    if whole_number(sweeps, "sweeps", 1) > 1 and not branches:
         raise ValueError("sweeps: repeats the extraction of branches, but there are none; a chain is exact at once")
     placed = {f"strata[{index}]": stratum for index, stratum in enumerate(strata)}
     placed |= {f"branches[{index}]": branch for index, branch in enumerate(branches)}
@@ -170,14 +187,16 @@ def check_structure(strata: Sequence[Stratum], branches: Sequence[Stratum], swee
 
 
 def _check_join(where: str, stratum: Stratum, placed: Mapping[str, Stratum], chain: Sequence[str]) -> None:
-    for index, part in enumerate(stratum.join):
-        if part == stratum.name:
-            raise ValueError(f"{where}.join: names {part!r} itself, whose name it has; give the join a name of its own")
-        if part in stratum.join[:index]:
-            raise ValueError(f"{where}.join: names {part!r} twice; a classification joined with itself is itself")
-        inner = next((other for other in placed.values() if other.name == part and other.join), None)
+    for index, column in enumerate(stratum.join):
+        if column == stratum.name:
+            raise ValueError(
+                f"{where}.join: names {column!r} itself, whose name it has; give the join a name of its own"
+            )
+        if column in stratum.join[:index]:
+            raise ValueError(f"{where}.join: names {column!r} twice; a classification joined with itself is itself")
+        inner = next((other for other in placed.values() if other.name == column and other.join), None)
         if inner is not None:
-            raise ValueError(f"{where}.join: {part!r} is a join; name its parts instead: {list(inner.join)}")
+            raise ValueError(f"{where}.join: {column!r} is a join; name what it joins instead: {list(inner.join)}")
     if len(stratum.join) < 2:
         raise ValueError(f"{where}.join: must name two or more classifications, got {list(stratum.join)}")
     nested = [name for name in chain if name in stratum.join]
@@ -236,7 +255,7 @@ def _check_branch(where: str, branch: Stratum, strata: Sequence[Stratum], earlie
     if beside not in [stratum.name for stratum in active]:
         raise ValueError(f"{where}.beside: {beside!r} is switched off")
     above = strata[: names.index(beside) + 1]
-    taken = {part for stratum in above if not stratum.only for part in (stratum.name, *stratum.columns)}
+    taken = {name for stratum in above if not stratum.only for name in (stratum.name, *stratum.columns)}
     if set(branch.columns) <= taken:
         raise ValueError(f"{where}: {nothing_left(branch.name, beside)}")
     if beside == active[-1].name and set(active[-1].columns) <= set(branch.columns):

@@ -142,16 +142,16 @@ def _evaluate_map(
     drift, gated, y, level = _gate_tokens(gating, tokens, cells, reduce, riders)
     value, clipped = (y * gated.ratio).sum(), layout.masked(gated.clipped.to(y.dtype)).sum()
     fields = pack(report_fields(drift, gate_cells(drift, cells, hierarchy), cells, value, clipped), cells)
-    out = y * gated.own
+    out = y * gated.diagonal
     if level is None:
         summed = all_reduce(fields, reduce)
     else:
-        assert gated.give is not None and gated.take is not None
-        given = y * gated.give
+        assert gated.left is not None and gated.right is not None
+        given = y * gated.left
         (given_C,), summed = sum_nodes([(level.slots, level.sums(layout.sum_tokens(given)))], reduce, fields)
         pulled = layout.at_tokens(level.at(given_C))
         # A token alone in its cell, or beyond the budget, gave all there is: the difference is exactly 0.
-        out = out + gated.take * (pulled - given if gated.others_only else pulled)
+        out = out + gated.right * (pulled - given if gated.others_only else pulled)
     return narrowed(layout.masked(out), tokens.log_ratio.dtype), summed
 
 

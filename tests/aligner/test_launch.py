@@ -7,7 +7,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from nemo_fiberpo.aligner.config.hydra import command_line
-from nemo_fiberpo.aligner.config.settings import data_settings
+from nemo_fiberpo.aligner.config.sections import data_settings
 from nemo_fiberpo.aligner.lifecycle.ending import explain
 
 

@@ -123,7 +123,7 @@ def test_patterns_have_the_tokens_that_they_match_a_part_of(source):
         (lambda: TimeBins("0"), "bins: must be a list of positions"),
         (lambda: Turns("", 3), "split: a marker is a text or a list of token ids"),
         (lambda: Turns([1, True]), "split: a marker is a text or a list of token ids"),
-        (lambda: Turns("a", 1), "most: must be a whole number of turns"),
+        (lambda: Turns("a", 1), "most: must be a whole number of at least 2"),
         (lambda: Markers({}), "markers: must be a mapping"),
         (lambda: Markers({"a": "<a>"}), r"markers\.a: must be a pair of markers"),
         (lambda: Markers({"a": [1, 2]}), r"markers\.a: .* of one token each: \[\[1\], \[2\]\]"),

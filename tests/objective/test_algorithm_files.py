@@ -36,7 +36,7 @@ def composed(*overrides: str):
     hydra = pytest.importorskip("hydra")
     checks = pytest.importorskip("nemo_fiberpo.aligner.config.checks")
     hydra_config = pytest.importorskip("nemo_fiberpo.aligner.config.hydra")
-    settings = pytest.importorskip("nemo_fiberpo.aligner.config.settings")
+    settings = pytest.importorskip("nemo_fiberpo.aligner.config.sections")
     hydra_config.register_resolvers()
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base=None):
         cfg = hydra.compose("quickstart", ["run_dir=/nowhere", *hydra_config.overrides(overrides)])

@@ -218,7 +218,7 @@ def test_dppo_tv_is_bounded(nats: float):
         (lambda: fpo.Sapo(0, 1), "tau_pos: must be finite and greater than 0"),
         (lambda: fpo.Sapo(1, -1), "tau_neg: must be finite and greater than 0"),
         (lambda: fpo.DppoTv(0, 5), "delta: must be finite and greater than 0"),
-        (lambda: fpo.DppoTv(0.1, 0.5), "cap: must be at least 1"),
+        (lambda: fpo.DppoTv(0.1, 0.5), "cap: must be finite and at least 1"),
         (lambda: fpo.Gmpo(0.4, 0), "high: must be finite and greater than 0"),
         (lambda: fpo.Gmpo(0.4, 0.4, use_min=1), "use_min: must be true or false"),
         (lambda: fpo.Gmpo(0.4, 0.4, stratum=""), "stratum: must be the name of a stratum"),

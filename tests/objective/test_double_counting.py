@@ -37,7 +37,7 @@ REFUSALS: list[tuple[str, tuple[Any, ...], tuple[Any, ...], str]] = [
         "a join of a join",
         (joined("domain", "modality"), joined("both", "task", name="all")),
         (),
-        r"strata\[1\]\.join: 'both' is a join; name its parts instead: \['domain', 'modality'\]",
+        r"strata\[1\]\.join: 'both' is a join; name what it joins instead: \['domain', 'modality'\]",
     ),
     (
         "a join twice",

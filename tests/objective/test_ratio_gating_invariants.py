@@ -163,7 +163,7 @@ def test_a_map_that_couples_tokens_needs_its_stratum(gating):
         (lambda: fpo.Gspo(0.2, 0.2, stratum=""), "stratum: must be the name of a stratum"),
         (lambda: fpo.TrulyPpo(0.2, 0), "alpha: must be finite and greater than 0"),
         (lambda: fpo.Apc(0), "delta: must be finite and greater than 0"),
-        (lambda: fpo.Apc(0.1, space="logs"), "space: must be one of ratio, log"),
+        (lambda: fpo.Apc(0.1, space="logs"), "space: must be ratio or log"),
     ],
 )
 def test_fields_are_refused_by_name(make, message: str):

@@ -17,32 +17,29 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_fiberpo.aligner.config import settings
+from nemo_fiberpo.aligner.config import sections
+from nemo_fiberpo.aligner.config.algorithm import AlgorithmSettings
+from nemo_fiberpo.aligner.config.data import DataSettings
+from nemo_fiberpo.aligner.config.rewards import RewardSettings
+from nemo_fiberpo.fields import changeable
 from nemo_fiberpo.objective import Gate, Stratum
 
-# What may change whenever a run goes on: how long it runs, how often it is looked at and saved, and what grades faster.
-# Data files count by what they hold, see `RunRecord`.
+# What may change whenever a run resumes: the fields that are declared so. Data files count by their content, see
+# `RunRecord`.
 _MAY_CHANGE = (
-    "algorithm.rl_steps",
-    "algorithm.data_epochs",
-    "algorithm.val_check_interval",
-    "algorithm.save_interval",
-    "rewards.workers",
-    "rewards.memory_limit_mib",
-    "rewards.max_failed",
-    "rewards.server",
-    "data.train",
-    "data.heldout",
+    *changeable(AlgorithmSettings, "algorithm"),
+    *changeable(DataSettings, "data"),
+    *changeable(RewardSettings, "rewards"),
 )
 # Where a bad gradient stops the run, and a floor of which only 0 is accepted.
 _OF_NO_EFFECT = ("model.optim.check_for_nan_in_grad", "model.ppo.length_params.min_length")
 _TRAINER = ("precision", "gradient_clip_val", "max_steps")
 _PARSED: dict[str, Callable[[DictConfig], Any]] = {
-    "hierarchy": lambda cfg: (*settings.hierarchy_section(cfg), settings.token_labels_section(cfg)),
-    "algorithm": settings.algorithm_settings,
-    "data": settings.data_settings,
-    "rewards": settings.reward_settings,
-    "warm_start": settings.warm_start_settings,
+    "hierarchy": lambda cfg: (*sections.hierarchy_section(cfg), sections.token_labels_section(cfg)),
+    "algorithm": sections.algorithm_settings,
+    "data": sections.data_settings,
+    "rewards": sections.reward_settings,
+    "warm_start": sections.warm_start_settings,
 }
 _BY = "hierarchy.expert_partitions.by"
 # Keys whose own keys are names of the user's, which may have dots.

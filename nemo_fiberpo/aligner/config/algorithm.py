@@ -3,94 +3,107 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_fiberpo.aligner.config.data import DataSettings
-from nemo_fiberpo.aligner.config.fields import choice, whole
+from nemo_fiberpo.fields import check, setting
 from nemo_fiberpo.objective import OBJECTIVES, RatioGating, Stratum
 from nemo_fiberpo.objective.surrogate import WEIGHTS
-
-ADVANTAGES = ("group_normalized", "rloo", "given")
-TRUNCATED = ("keep", "mask")
 
 
 @dataclass(frozen=True)
 class KlSettings:
-    """Penalty on the KL divergence to the initial policy, in the loss: coefficient times the k3 estimate per token,
-    exp(d) - d - 1 with d = log pi_init - log pi, weighted as the objective weights tokens. 0 switches it off."""
+    """Penalty on the KL divergence to the initial policy, in the loss."""
 
-    coefficient: float = 0.0
+    coefficient: float = setting(0.0, at_least=0)
+    """Factor of the KL penalty; 0 switches it off. The penalty is the k3 estimate of each token, exp(d) - d - 1 with
+    d = log pi_init - log pi, weighted as the objective weights tokens."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)
 class HierarchyGating:
-    """FiberPO: the hierarchy's own gates act.
+    """FiberPO: the gates of the hierarchy act."""
 
-    use_min   J = sum_i w_i min(r_i A_i, rhat_i A_i), see `nemo_fiberpo.token_coefficients`; false is (18) to the letter
-    """
-
-    use_min: bool = False
+    use_min: bool = setting(False)
+    """Whether PPO's minimum is taken on top of the gates: J = sum_i w_i min(r_i A_i, rhat_i A_i). `false` is (18) of
+    the paper to the letter."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.use_min, bool):
-            raise ValueError(f"use_min: must be true or false, got {self.use_min!r}")
+        check(self)
 
 
 @dataclass(frozen=True)
 class AlgorithmSettings:
-    """How rollouts become optimizer steps.
+    """How rollouts become optimizer steps. conf/algorithm/ has a file for each objective."""
 
-    objective            fiberpo: gated by the hierarchy; another of `OBJECTIVES`: by `gating`, while the hierarchy only
-                         reports. conf/algorithm/ has a file for each, with its `weights`
-    gating               the fields of that objective's map in `objective/ratio_gating.py` or `objective/baselines.py`;
-                         for fiberpo, those of `HierarchyGating`
-    compile              whether the objective's passes over tokens are compiled: auto (on a GPU), true or false. The
-                         environment variable NEMO_FIBERPO_COMPILE (auto, 1 or 0) comes before it
-    samples_per_prompt   G, responses per prompt: the prompt group
-    prompts_per_rollout  prompts per RL step, over all ranks
-    optimizer_steps      minibatches, hence optimizer steps, per pass over a rollout; each holds whole prompt groups
-    epochs               passes over a rollout
-    rl_steps             RL steps to run, or -1 for the whole data set
-    data_epochs          passes over the prompts at most
-    advantage            group_normalized: (r - mean) / std over the prompt group; rloo: r - mean of the others of the
-                         group; given: r itself, as the grader or reward server returned it
-    weights              token weights w_i, see `nemo_fiberpo.token_weights`; `fixed_length` (tokens) is the L of
-                         fixed_length_mean
-    truncated            responses cut at the length limit: `keep` trains on them with the reward they got; `mask` takes
-                         them out of the loss and out of every cell, their rewards stay in the group's baseline
-    kl                   see KlSettings
-    packing              pack the samples of a micro-batch into one row without padding between them (THD format); on a
-                         GPU that is Transformer Engine's
-    passes               2: exact for every hierarchy and layout. 1: saves the second forward pass where each cell lies
-                         inside one micro-batch of one data-parallel rank, which is checked
-    val_check_interval   RL steps between evaluations on the held-out prompts; 0: never
-    save_interval        RL steps between checkpoints, a multiple of val_check_interval; the end of training and of its
-                         time, and a run that a signal stops, are saved too. 0: only a run that a signal or its time
-                         limit stops is saved, the trained policy never
-    """
+    samples_per_prompt: int = setting(at_least=1)
+    """Responses per prompt; together they are a prompt group."""
 
-    samples_per_prompt: int
-    prompts_per_rollout: int
-    objective: str = "fiberpo"
-    gating: RatioGating | HierarchyGating = field(default_factory=HierarchyGating)
-    compile: bool | str = "auto"
-    optimizer_steps: int = 1
-    epochs: int = 1
-    rl_steps: int = -1
-    data_epochs: int = 1
-    advantage: str = "group_normalized"
-    weights: str = "trajectory_mean"
-    fixed_length: int | None = None
-    truncated: str = "keep"
-    kl: KlSettings = field(default_factory=KlSettings)
-    packing: bool = False
-    passes: int = 2
-    val_check_interval: int = 0
-    save_interval: int = 0
+    prompts_per_rollout: int = setting(at_least=1)
+    """Prompts per RL step, over all ranks."""
+
+    objective: str = setting("fiberpo", choices=tuple(OBJECTIVES))
+    """`fiberpo` is gated by the hierarchy. The others are gated by `algorithm.gating`, and the hierarchy only
+    reports."""
+
+    gating: RatioGating | HierarchyGating = setting(default_factory=HierarchyGating, form="mapping")
+    """Parameters of the objective, see `fiberpo config algorithm.gating`."""
+
+    compile: bool | str = setting("auto", form="auto, true or false")
+    """Whether the objective's passes over tokens are compiled; `auto`: on a GPU. The environment variable
+    NEMO_FIBERPO_COMPILE (auto, 1 or 0) takes precedence."""
+
+    optimizer_steps: int = setting(1, at_least=1)
+    """Optimizer steps, hence minibatches, per pass over a rollout. Must divide `prompts_per_rollout`, so that a
+    minibatch holds whole prompt groups."""
+
+    epochs: int = setting(1, at_least=1)
+    """Passes over a rollout."""
+
+    rl_steps: int = setting(-1, at_least=-1, may_change=True)
+    """RL steps to run; -1: as many as the prompts allow."""
+
+    data_epochs: int = setting(1, at_least=1, may_change=True)
+    """Most passes over the prompts."""
+
+    advantage: str = setting("group_normalized", choices=("group_normalized", "rloo", "given"))
+    """Advantage of a response with reward r. `group_normalized`: (r - mean) / std over its prompt group. `rloo`: r
+    minus the mean of the others of the group. `given`: r itself, as the grader or the reward server returned it."""
+
+    weights: str = setting("trajectory_mean", choices=WEIGHTS)
+    """Weight of a token. `trajectory_mean`: every trajectory counts the same. `token_mean`: every token counts the
+    same. `fixed_length_mean`: 1 / (trajectories x `fixed_length`)."""
+
+    fixed_length: int | None = setting(None, at_least=1)
+    """Tokens by which `weights: fixed_length_mean` divides. Required there and only there."""
+
+    truncated: str = setting("keep", choices=("keep", "mask"))
+    """What happens to responses that were cut at the length limit. `keep`: they are trained on with their reward.
+    `mask`: they are in no loss and no cell, but their reward counts in the baseline of their group."""
+
+    kl: KlSettings = setting(default_factory=KlSettings)
+
+    packing: bool = setting(False)
+    """Whether the samples of a micro-batch are packed into one row without padding (THD format). On a GPU this needs
+    Transformer Engine."""
+
+    passes: int = setting(2, form="1 or 2")
+    """Forward passes per optimizer step. 2 is exact for every hierarchy and layout. 1 saves the second pass where every
+    cell lies inside one micro-batch of one data-parallel rank, which is checked; see docs/parallelism.md."""
+
+    val_check_interval: int = setting(0, at_least=0, may_change=True)
+    """RL steps between evaluations of the held-out prompts; 0: none during training."""
+
+    save_interval: int = setting(0, at_least=0, may_change=True)
+    """RL steps between checkpoints, a multiple of `val_check_interval`. The end of training is saved too, and a run
+    that a signal or its time limit stops. 0: only such a stopped run is saved, and no trained policy is written."""
 
     def __post_init__(self) -> None:
-        choice(self, "objective", tuple(OBJECTIVES))
+        check(self)
         kind = OBJECTIVES[self.objective] or HierarchyGating
         if not isinstance(self.gating, kind):
             raise ValueError(
@@ -98,18 +111,8 @@ class AlgorithmSettings:
             )
         if self.compile != "auto" and not isinstance(self.compile, bool):
             raise ValueError(f"compile: must be auto, true or false, got {self.compile!r}")
-        for name in ("samples_per_prompt", "prompts_per_rollout", "optimizer_steps", "epochs", "data_epochs"):
-            whole(self, name, 1)
-        for name in ("val_check_interval", "save_interval"):
-            whole(self, name, 0)
-        whole(self, "rl_steps", -1)
-        if not isinstance(self.packing, bool):
-            raise ValueError(f"packing: must be true or false, got {self.packing!r}")
-        if isinstance(self.passes, bool) or self.passes not in (1, 2):
+        if self.passes not in (1, 2):
             raise ValueError(f"passes: must be 1 or 2, got {self.passes!r}")
-        choice(self, "advantage", ADVANTAGES)
-        choice(self, "weights", WEIGHTS)
-        choice(self, "truncated", TRUNCATED)
         if self.prompts_per_rollout % self.optimizer_steps:
             raise ValueError(
                 f"optimizer_steps: {self.optimizer_steps} must divide prompts_per_rollout = "
@@ -122,16 +125,11 @@ class AlgorithmSettings:
             )
         if (self.weights == "fixed_length_mean") != (self.fixed_length is not None):
             raise ValueError("fixed_length: a number of tokens, for weights: fixed_length_mean and only there")
-        if self.fixed_length is not None:
-            whole(self, "fixed_length", 1)
         if self.val_check_interval and self.save_interval % self.val_check_interval:
             raise ValueError(
                 f"save_interval: {self.save_interval} must be a multiple of val_check_interval = "
                 f"{self.val_check_interval}"
             )
-        factor = self.kl.coefficient
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < float("inf"):
-            raise ValueError(f"kl.coefficient: must be a finite number, at least 0, got {factor!r}")
 
     @property
     def gating_map(self) -> RatioGating | None:

@@ -15,51 +15,36 @@ from omegaconf import DictConfig
 
 from nemo_fiberpo.aligner.config.algorithm import AlgorithmSettings
 from nemo_fiberpo.aligner.config.data import DataSettings
-from nemo_fiberpo.aligner.config.fields import build, fits, in_words, plain
 from nemo_fiberpo.aligner.config.model_checks import model_problems, partition_table
+from nemo_fiberpo.aligner.config.nemo import check_precision
 from nemo_fiberpo.aligner.config.nemo_keys import check_nemo_keys
-from nemo_fiberpo.aligner.config.settings import (
-    SECTIONS,
-    RewardSettings,
+from nemo_fiberpo.aligner.config.parsing import build, plain
+from nemo_fiberpo.aligner.config.rewards import RewardSettings
+from nemo_fiberpo.aligner.config.run import PretrainedCheckpoint
+from nemo_fiberpo.aligner.config.sections import (
     algorithm_settings,
-    check_precision,
     check_resume,
     cluster_settings,
     data_settings,
     hierarchy_section,
     reward_settings,
+    run_settings,
     token_labels_section,
     warm_start_settings,
 )
 from nemo_fiberpo.budget_warnings import budget_warnings, log_budget_warnings
-from nemo_fiberpo.config import as_plain, named_references, reject_unknown_keys
+from nemo_fiberpo.config import as_plain, named_references
 from nemo_fiberpo.labelling.token_labels import TokenLabels
 from nemo_fiberpo.objective import ExpertPartitions, Hierarchy, check_gating
 from nemo_fiberpo.plan.batches import Batches
 from nemo_fiberpo.plan.lengths import too_long
-from nemo_fiberpo.values import positive_number, short
+from nemo_fiberpo.values import short
 
 T = TypeVar("T")
 Attempt = Callable[[Callable[[], Any]], Any]
 _REQUIRED = ("hierarchy", "algorithm", "data", "rewards", "model", "trainer", "exp_manager", "pretrained_checkpoint")
 _OPTIONAL = ("warm_start", "cluster", "resume")  # a null is as if it were left out
-_VALUES: dict[str, Any] = {
-    "name": str,
-    "run_dir": str,
-    "data_dir": str | None,
-    "seed": int,
-    "cpu": bool,
-    "wandb": bool,
-    "collective_timeout": float,
-}
 _LOGGERS = {"wandb": "wandb", "mlflow": "mlflow", "clearml": "clearml", "neptune": "neptune"}  # name -> its package
-
-
-@dataclass(frozen=True)
-class PretrainedCheckpoint:
-    """The `pretrained_checkpoint` section: the policy that training begins from."""
-
-    restore_from_path: str
 
 
 @dataclass(frozen=True)
@@ -137,31 +122,23 @@ def pretrained_checkpoint(cfg: DictConfig) -> PretrainedCheckpoint:
 
 def check_shape(cfg: DictConfig) -> None:
     """Sections are mappings, and the keys beside them of their types; an unknown one is refused."""
-    reject_unknown_keys(cfg, SECTIONS)
-    values: dict[str, Any] = {}
-    for key in [key for key in _VALUES if key in cfg]:
-        with named_references(key):
-            values[key] = value = cfg[key]
-        if not fits(value, _VALUES[key]):
-            raise ValueError(f"{key}: must be {in_words(_VALUES[key])}, got {short(value)}")
+    with named_references():
+        given = run_settings(cfg)
     for key in ("name", "run_dir"):
-        if values.get(key, "-") == "":
+        if getattr(given, key) == "":
             raise ValueError(f"{key}: is empty")
-    if not 0 <= values.get("seed", 0) < 2**31:
-        raise ValueError(f"seed: must be from 0 to {2**31 - 1}, got {short(values['seed'])}")
     for name in (*_REQUIRED, *_OPTIONAL):
         with named_references(name):
-            given = cfg.get(name)
-        if not isinstance(given, DictConfig) and (given is not None or name in _REQUIRED):
-            raise ValueError(f"{name}: must be a mapping, got {short(given)}")
+            section = cfg.get(name)
+        if not isinstance(section, DictConfig) and (section is not None or name in _REQUIRED):
+            raise ValueError(f"{name}: must be a mapping, got {short(section)}")
 
 
 def check_sections(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None]:
     """Refuse unknown sections; the hierarchy, and how it partitions experts, if it does. ValueError names the field.
     Logs `budget_warnings`."""
-    reject_unknown_keys(cfg, SECTIONS)
-    if "collective_timeout" in cfg:
-        positive_number(cfg.collective_timeout, "collective_timeout")
+    if run_settings(cfg).wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("wandb: true, but the package is not installed; pip install wandb, or set it to false")
     check_resume(cfg)
     if (cfg.get("trainer") or {}).get("max_time") is not None:
         raise ValueError(

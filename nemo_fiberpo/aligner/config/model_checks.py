@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor
 
-from nemo_fiberpo.aligner.config.settings import check_precision
+from nemo_fiberpo.aligner.config.nemo import check_precision
 from nemo_fiberpo.labelling.expert_partitions import COLUMN, ExpertPartitions
 from nemo_fiberpo.megatron import cpu
 from nemo_fiberpo.megatron.routing import chosen_layers

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nemo_fiberpo.aligner.config.settings import RewardSettings
+from nemo_fiberpo.aligner.config.rewards import RewardSettings
 from nemo_fiberpo.aligner.data.prompts import PromptRecord, Tokenizer
 from nemo_fiberpo.aligner.rewards.critic import NoCritic
 from nemo_fiberpo.aligner.rewards.rules import CRASH, EXHAUSTED, OK, RuleRewards, Scores

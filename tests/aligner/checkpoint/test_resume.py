@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from nemo_fiberpo.aligner.checkpoint import resume
 from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
-from nemo_fiberpo.aligner.config.settings import check_resume
+from nemo_fiberpo.aligner.config.sections import check_resume
 from nemo_fiberpo.aligner.lifecycle import first_rank, run_lock
 from nemo_fiberpo.aligner.lifecycle.first_rank import Ranks, SaidByFirstRank
 from nemo_fiberpo.aligner.lifecycle.preemption import Stopped

@@ -158,7 +158,8 @@ def test_the_form_of_the_yaml_and_defaults_that_are_spelled_out_do_not_matter(tm
     run_with(tmp_path, first).remember(0)
     for other in (NAMED, LISTED, SPELLED_OUT):
         run_with(tmp_path, other).check()
-    run_with(tmp_path, NAMED, "~algorithm.passes", "~data.too_long", "~rewards.score").check()
+    spelled_out = ["algorithm.passes=2", "data.too_long=error", "rewards.score=threshold", "rewards.workers=1"]
+    run_with(tmp_path, NAMED, *spelled_out).check()
 
 
 def test_the_order_of_strata_matters(tmp_path):

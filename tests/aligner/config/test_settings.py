@@ -9,12 +9,8 @@ from omegaconf import OmegaConf
 
 from nemo_fiberpo.aligner.config.checks import check_batches, check_sections
 from nemo_fiberpo.aligner.config.hydra import overrides
-from nemo_fiberpo.aligner.config.settings import (
-    algorithm_settings,
-    check_precision,
-    data_settings,
-    reward_settings,
-)
+from nemo_fiberpo.aligner.config.nemo import check_precision
+from nemo_fiberpo.aligner.config.sections import algorithm_settings, data_settings, reward_settings
 from nemo_fiberpo.aligner.lifecycle import run_lock
 from nemo_fiberpo.objective import Budget, Stratum
 from tests.support.launching import environment
@@ -93,7 +89,7 @@ def test_algorithm_refusals(changes, words):
             reward_settings,
             "rewards",
             {"kind": "server", "server": {"ip": "h"}, "score": "raw"},
-            ["rewards.score: 'raw'", "kind: rules alone"],
+            ["rewards.score: 'raw'", "kind: rules only"],
         ),
         (reward_settings, "rewards", {"max_failed": 1.5}, ["rewards.max_failed", "from 0 to 1", "1.5"]),
         (reward_settings, "rewards", {"max_failed": "half"}, ["rewards.max_failed", "a number", "'half'"]),
@@ -193,7 +189,7 @@ def test_check_refuses_by_the_name_of_the_field(tmp_path):
 NEMO = """
 import sys
 from nemo.collections.nlp.parts.utils_funcs import torch_dtype_from_precision
-from nemo_fiberpo.aligner.config.settings import PRECISIONS
+from nemo_fiberpo.aligner.config.nemo import PRECISIONS
 print(*{torch_dtype_from_precision(precision) for precision in PRECISIONS})
 """
 

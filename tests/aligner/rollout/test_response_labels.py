@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from nemo_fiberpo.aligner.checkpoint.identity import hierarchy_of_record, identity_of, identity_of_record
-from nemo_fiberpo.aligner.config.settings import token_labels_section
+from nemo_fiberpo.aligner.config.sections import token_labels_section
 from nemo_fiberpo.aligner.rollout.entropy import entropy_metrics
 from nemo_fiberpo.aligner.rollout.response_labels import ResponseLabels
 from nemo_fiberpo.aligner.rollout.strata import StrataLabels

@@ -1,4 +1,4 @@
-"""Sections of a config as checked dataclasses: what `settings` and `algorithm` share."""
+"""From a section of a config to its checked dataclass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig
 
 from nemo_fiberpo.config import as_plain, mapping, reject_unknown_keys
-from nemo_fiberpo.values import is_finite, nearest, short
+from nemo_fiberpo.values import is_finite, short
 
 _NAMES: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 _SEVERAL: dict[Any, str] = {
@@ -81,17 +81,3 @@ def in_words(hint: Any) -> str:
     if get_origin(hint) is Mapping:
         return f"a mapping from names to {_SEVERAL.get(get_args(hint)[1], 'values')}"
     return _NAMES.get(hint, "null")
-
-
-def whole(settings: Any, name: str, least: int) -> None:
-    """ValueError unless that field is a whole number of at least `least`."""
-    value = getattr(settings, name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: must be a whole number of at least {least}, got {value!r}")
-
-
-def choice(settings: Any, name: str, valid: tuple[str, ...]) -> None:
-    """ValueError with the nearest valid value unless that field has one of them."""
-    value = getattr(settings, name)
-    if value not in valid:
-        raise ValueError(f"{name}: {value!r} is unknown{nearest(value, valid)}")
