@@ -195,7 +195,8 @@ def train_and_evaluate(
     evaluate("after")
     if launch.is_first_rank():
         table = make_report(run_dir, title=cfg.name)
-        print(format_table(table) if table else "no held-out prompt was graded both before and after: no table")
+        if heldout is not None:
+            print(format_table(table) if table else "no held-out prompt was graded both before and after: no table")
         print(f"wrote {run_dir}/report.png and metrics.jsonl; TensorBoard log and checkpoints are in {run_dir}/nemo")
 
 
