@@ -45,7 +45,7 @@ def run(cfg: DictConfig) -> None:
     record = RunRecord(cfg)
     if CHECK_ONLY:
         record.check()  # else the first rank does, under the run's lock
-        print(f"checked: {', '.join(key for key in cfg if cfg[key] is not None)}")
+        print(f"checked: {', '.join(str(key) for key in cfg if cfg[key] is not None)}")
         print("\n".join(check_files(cfg, checked)), flush=True)
         return
     found = find_checkpoint(cfg, record)

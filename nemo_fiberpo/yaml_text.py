@@ -24,7 +24,7 @@ def check_yaml(text: str) -> None:
     total = aliased = 0
     open_: list[tuple[str | None, int]] = []  # collections around the place: anchor, values before it
     for event in yaml.parse(text, yaml.SafeLoader):
-        line = f"line {event.start_mark.line + 1}"
+        line = f"line {event.start_mark.line + 1 if event.start_mark is not None else '?'}"
         if isinstance(event, yaml.CollectionStartEvent):
             open_.append((event.anchor, total))
             if len(open_) > DEEPEST:
@@ -37,8 +37,8 @@ def check_yaml(text: str) -> None:
         elif isinstance(event, yaml.AliasEvent):
             if any(event.anchor == anchor for anchor, _ in open_):
                 raise ValueError(f"{line}: *{event.anchor} stands inside what it stands for")
-            total += sizes.get(event.anchor, 1)
-            aliased += sizes.get(event.anchor, 1)
+            size = sizes.get(event.anchor or "", 1)
+            total, aliased = total + size, aliased + size
             if aliased > MOST_ALIASED:
                 raise ValueError(f"{line}: aliases stand for more than {MOST_ALIASED} values; write them out")
         elif isinstance(event, yaml.ScalarEvent):

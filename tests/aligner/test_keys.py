@@ -215,6 +215,8 @@ def test_the_configurations_that_ship_have_none(name):
         ("seed=-1", "seed: must be from 0 to"),
         ("warm_start.steps=x", "warm_start.steps: must be a whole number of at least 1"),
         ("~model.ppo.forward_micro_batch_size", "model.ppo.forward_micro_batch_size: "),
+        ("model.hidden_dropout=0.1", "model.hidden_dropout: 0.1 is refused by the exact step: dropout draws another"),
+        ("+model.fp8=true", "model.fp8: True is refused by the exact step"),
         ("~model.optim.betas", "model.optim.betas: is required: a list"),
         ("~trainer.ppo", "trainer.ppo: is required: a mapping"),
         ("algorithm.kl.coefficient=true", "algorithm.kl.coefficient: must be a number, got True"),
