@@ -36,11 +36,10 @@ def check_yaml(text: str) -> None:
             if anchor is not None:
                 sizes[anchor] = total - before
         elif isinstance(event, yaml.AliasEvent):
-            assert event.anchor is not None
             if any(event.anchor == anchor for anchor, _ in open_):
                 raise ValueError(f"{line}: *{event.anchor} stands inside what it stands for")
-            total += sizes.get(event.anchor, 1)
-            aliased += sizes.get(event.anchor, 1)
+            size = sizes.get(event.anchor or "", 1)
+            total, aliased = total + size, aliased + size
             if aliased > MOST_ALIASED:
                 raise ValueError(f"{line}: aliases stand for more than {MOST_ALIASED} values; write them out")
         elif isinstance(event, yaml.ScalarEvent):

@@ -216,7 +216,8 @@ class Run:
         if not is_first_rank():
             return
         table = make_report(self.run_dir, title=self.cfg.name)
-        print(format_table(table) if table else "no held-out prompt was graded both before and after: no table")
+        if self.heldout is not None:
+            print(format_table(table) if table else "no held-out prompt was graded both before and after: no table")
         where = self.run_dir
         print(f"wrote {where}/report.png and metrics.jsonl; TensorBoard log and checkpoints are in {where}/nemo")
 

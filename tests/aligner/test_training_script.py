@@ -82,6 +82,7 @@ ONE_STEP = ["algorithm.rl_steps=1", "algorithm.save_interval=0"]
 LAYOUTS = {
     "tensor parallel": [*DENSE, "model.tensor_model_parallel_size=2"],
     "pipeline parallel": ["model.pipeline_model_parallel_size=2"],
+    "no stratum": [f"hierarchy.strata.{name}.enabled=false" for name in ("domain", "prompt_group", "trajectory")],
     "expert parallel": ["model.expert_model_parallel_size=2", "model.megatron_amp_O2=true", "trainer.precision=bf16"],
 }
 
@@ -94,7 +95,8 @@ def test_every_layout_trains(start, dense_start, tmp_path, layout):
     assert first["train_optim/on_policy"] == 1.0 and second["train_optim/gate_all_reduces"] == 2.0
     # bfloat16 with experts on two ranks: the passes differ by its rounding at most
     assert first["train_optim/recompute_error"] < (1e-5 if layout != "expert parallel" else 0.1)
-    assert second["train_optim/gates/trajectory/cells"] == 16.0
+    if layout != "no stratum":
+        assert second["train_optim/gates/trajectory/cells"] == 16.0
 
 
 @pytest.mark.parametrize(
@@ -119,9 +121,29 @@ def test_bad_config_is_one_line_before_anything_is_loaded(tmp_path, overrides, w
         assert word in message[0]
 
 
-def test_the_quickstart_config_passes_the_check(tmp_path):
+def test_the_quickstart_config_passes_the_check_which_tells_what_is_not_there(tmp_path):
     begun = [sys.executable, str(ROOT / "examples" / "train_gpt_fiberpo.py"), "--check", "--config-name", "quickstart"]
     done = subprocess.run([*begun, f"run_dir={tmp_path}"], env=environment(), text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("checked: name, run_dir, seed, ")
+    assert f"data.train: not checked: there is no {tmp_path}/data/train.jsonl" in done.stdout
+
+
+OWN = """
+defaults: [quickstart, _self_]
+rewards: {graders: {mine: "graders_beside_the_config:score"}}
+"""
+
+
+def test_graders_are_found_beside_the_run_config(tmp_path):
+    (tmp_path / "own.yaml").write_text(OWN)
+    begun = [sys.executable, str(ROOT / "examples" / "train_gpt_fiberpo.py"), "--check", f"run_dir={tmp_path}"]
+    options = ["--config-dir", str(tmp_path), "--config-name", "own"]  # after an override, too
+    done = subprocess.run([*begun, *options], env=environment(), text=True, capture_output=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: rewards.graders.mine: graders_beside_the_config:")
+    assert len(done.stderr.splitlines()) == 1
+    (tmp_path / "graders_beside_the_config.py").write_text("def score(record, response):\n    return 1.0\n")
+    done = subprocess.run([*begun, *options], env=environment(), text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
 
 

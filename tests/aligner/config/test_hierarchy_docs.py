@@ -67,7 +67,7 @@ def test_the_training_script_takes_every_line_and_file(conf: Path):
     ]
     script = [sys.executable, "-c", CHECK, str(ROOT / "examples" / "train_gpt_fiberpo.py"), *lines]
     said = subprocess.run(script, env=environment(), text=True, capture_output=True, timeout=300)
-    assert said.stdout.splitlines() == ["fine"] * len(commands), said.stdout + said.stderr
+    assert said.stdout.splitlines().count("fine") == len(commands), said.stdout + said.stderr
     assert not said.stderr, "none of them is warned about"
 
 

@@ -182,6 +182,7 @@ def test_check_refuses_by_the_name_of_the_field(tmp_path):
     (tmp_path / "data" / "train.jsonl").write_text(8 * f"{json.dumps(line)}\n")
     script = [sys.executable, "-c", CHECK, str(tmp_path), *CHECKED]
     said = subprocess.check_output(script, env=environment(), text=True).splitlines()
+    said = [line for line in said if line == "fine" or line.startswith("error: ")]
     assert [line[: len(words)] for line, words in zip(said, CHECKED.values(), strict=True)] == list(CHECKED.values())
     assert not (tmp_path / run_lock.NAME).exists(), "looking at a config takes no lock"
 
