@@ -21,7 +21,7 @@ import inspect
 import sys
 import textwrap
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -136,20 +136,22 @@ class Key:
 def keys(kind: type, prefix: str = "") -> list[Key]:
     """The keys that a dataclass of settings has, in order; those of a dataclass that is the default of a key by their
     dotted names."""
-    hints, meaning = get_type_hints(kind), meanings(kind)
-    found: list[Key] = []
-    for entry in dataclasses.fields(kind):
-        if not entry.init:
-            continue
-        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
-        bounds: Bounds = entry.metadata.get(_NAME, Bounds())
-        name = f"{prefix}{entry.name}"
-        if dataclasses.is_dataclass(default) and not bounds.form:
-            found += keys(type(default), f"{name}.")
-        else:
-            form = bounds.form or _form(hints[entry.name], bounds)
-            found.append(Key(name, form, default, meaning.get(entry.name, ""), bounds.may_change))
+    found = []
+    for owner, entry, name, default in _leaves(kind, prefix):
+        bounds = entry.metadata.get(_NAME, Bounds())
+        form = bounds.form or _form(get_type_hints(owner)[entry.name], bounds)
+        found.append(Key(name, form, default, meanings(owner).get(entry.name, ""), bounds.may_change))
     return found
+
+
+def _leaves(kind: type, prefix: str) -> Iterator[tuple[type, dataclasses.Field[Any], str, Any]]:
+    """(class that has it, field, dotted name, default) of each key."""
+    for entry in dataclasses.fields(kind):
+        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        if dataclasses.is_dataclass(default) and not entry.metadata.get(_NAME, Bounds()).form:
+            yield from _leaves(type(default), f"{prefix}{entry.name}.")
+        elif entry.init:
+            yield kind, entry, f"{prefix}{entry.name}", default
 
 
 def _form(hint: Any, bounds: Bounds) -> str:
@@ -181,4 +183,5 @@ def meanings(kind: type) -> Mapping[str, str]:
 
 def changeable(kind: type, prefix: str) -> list[str]:
     """The dotted names of the keys in which a resumed run may differ."""
-    return [key.name for key in keys(kind, f"{prefix}.") if key.may_change]
+    leaves = _leaves(kind, f"{prefix}.")
+    return [name for _, entry, name, _ in leaves if entry.metadata.get(_NAME, Bounds()).may_change]

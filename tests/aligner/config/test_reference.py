@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import MISSING
@@ -161,3 +162,12 @@ assert not found, found
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_keys_that_a_resumed_run_may_change_are_those_of_the_document():
+    (row,) = re.findall(
+        r"^\| (`algorithm\.rl_steps`.*) \| may change \|$", (ROOT / "docs/checkpoints.md").read_text(), re.M
+    )
+    marked = {key.name for section, key in KEYS if key.may_change and section.name in ("algorithm", "rewards")}
+    assert {name.rpartition(".")[2] for name in re.findall(r"`([^`]+)`", row)} == marked
+    assert {key.name for section, key in KEYS if key.may_change and section.name == "data"} == {"train", "heldout"}
