@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-from nemo_fiberpo.aligner.data.prompts import PromptRecord
+from nemo_fiberpo.aligner.data.records import PromptRecord
 from nemo_fiberpo.aligner.rewards.rules import RuleRewards
 from nemo_fiberpo.graders.builtin import reasoning_gym
 

@@ -56,7 +56,8 @@ def run(cfg: DictConfig) -> None:
 
     from nemo_fiberpo.aligner.actor import FiberPOActor
     from nemo_fiberpo.aligner.config.model_checks import first_token
-    from nemo_fiberpo.aligner.data.prompts import PromptDataset, load_prompts
+    from nemo_fiberpo.aligner.data.prompts import PromptDataset
+    from nemo_fiberpo.aligner.data.records import load_prompts
     from nemo_fiberpo.aligner.rewards.reward_model import make_reward_model
 
     with open_dict(cfg):

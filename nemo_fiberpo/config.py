@@ -24,23 +24,20 @@ is as if it were left out.
 from __future__ import annotations
 
 import difflib
-import io
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf import DictConfig
 
 from .budget_warnings import budget_warnings, log_budget_warnings
 from .labelling.expert_partitions import COLUMN
 from .labelling.token_labels import TokenLabels
 from .objective import Budget, ExpertPartitions, Hierarchy, SlopeCap, Stratum
+from .plain import as_plain, read_yaml
 from .values import at, nearest, positive_number
-from .yaml_text import check_yaml
 
 NAMED = ("strata", "branches")
 """The keys of a hierarchy that hold strata, by name or as a list."""
@@ -136,7 +133,7 @@ def section(cfg: Source) -> Iterator[Any]:
     if isinstance(cfg, str | os.PathLike):
         path = os.fspath(cfg)
         with at(f"{path}: "):
-            yield _read(path)
+            yield read_yaml(path)
         return
     if not isinstance(cfg, Mapping | DictConfig):
         raise ValueError(f"hierarchy: must be a mapping or the path of a YAML file, got {cfg!r}")
@@ -150,45 +147,6 @@ def reject_unknown_keys(cfg: Mapping[Any, Any], valid: Iterable[str], where: str
         if key not in valid:
             path = f"{where}.{key}" if where else str(key)
             raise ValueError(f"{path}: unknown key{nearest(key, valid)}")
-
-
-def _read(path: str) -> Any:
-    try:
-        with open(path, "rb") as file:
-            text = file.read().decode()
-        check_yaml(text)
-        with named_references():
-            loaded = OmegaConf.load(io.StringIO(text))
-        return as_plain(loaded)
-    except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: {error}") from error
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"line {mark.line + 1}: " if mark is not None else ""
-        raise ValueError(f"{line}not valid YAML: {getattr(error, 'problem', None) or error}") from error
-
-
-def as_plain(cfg: Any) -> Any:
-    """`cfg` as plain dicts, lists and scalars, interpolations resolved. ValueError naming the key of one that cannot
-    be, and of a value that is missing."""
-    with named_references():
-        node = cfg if OmegaConf.is_config(cfg) else OmegaConf.create(cfg)
-        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-
-
-@contextmanager
-def named_references(key: str = "") -> Iterator[None]:
-    """Errors of OmegaConf, as of a reference that leads nowhere, are a ValueError of one line that names the key:
-    OmegaConf's own, or this one where it tells none."""
-    try:
-        yield
-    except OmegaConfBaseException as error:
-        named = f"{error.full_key or key}: ".removeprefix(": ")
-        raise ValueError(f"{named}{str(error).splitlines()[0]}") from error
-    except RecursionError as error:
-        raise ValueError("nested too deep, or references that go round in circles") from error
 
 
 def mapping(value: Any, where: str) -> dict[str, Any]:

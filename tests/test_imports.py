@@ -16,7 +16,8 @@ PACKAGE = ROOT / "nemo_fiberpo"
 # The rooms, lowest first: a room may import itself, and of those below it what ALLOWED has. Files that stand beside the
 # rooms of `aligner` are rooms of their own.
 ROOMS = [
-    "values", "fields", "labelling", "objective", "diagnostics", "budget_warnings", "yaml_text", "config", "__init__",
+    "values", "fields", "labelling", "objective", "diagnostics", "budget_warnings", "yaml_text", "plain", "config",
+    "__init__",
     "plan", "graders", "megatron", "storage",
     "aligner.cpu", "aligner.lifecycle", "aligner.config", "aligner.data", "aligner.generation", "aligner.rewards",
     "aligner.rollout", "aligner.finite", "aligner.checkpoint",
@@ -32,7 +33,8 @@ ALLOWED = {
     "diagnostics": BELOW,
     "budget_warnings": {"objective"},
     "yaml_text": set(),
-    "config": {"budget_warnings", "yaml_text", *BELOW},
+    "plain": {"yaml_text"},
+    "config": {"budget_warnings", "plain", *BELOW},
     "__init__": {"config", "objective"},
     "plan": BELOW,
     "graders": set(),

@@ -35,7 +35,7 @@ from nemo_fiberpo.aligner.rollout.strata import StrataLabels
 from nemo_fiberpo.budget_warnings import log_budget_warnings, overrun_warnings
 from nemo_fiberpo.labelling.token_labels import IGNORED, TokenLabels
 from nemo_fiberpo.megatron import cpu
-from nemo_fiberpo.megatron.groups import exchange_notes, non_finite
+from nemo_fiberpo.megatron.exchange import exchange_notes, non_finite
 from nemo_fiberpo.megatron.step import StepResult
 from nemo_fiberpo.objective import Hierarchy, check_gating
 from nemo_fiberpo.objective.kernels import compile_passes

@@ -21,7 +21,7 @@ from nemo_fiberpo.aligner.config.sections import (
     reward_settings,
     token_labels_section,
 )
-from nemo_fiberpo.aligner.data.prompts import load_prompts
+from nemo_fiberpo.aligner.data.records import load_prompts
 from nemo_fiberpo.labelling.expert_partitions import COLUMN
 from nemo_fiberpo.objective import ExpertPartitions, Hierarchy
 from nemo_fiberpo.plan.assumptions import Assumptions

@@ -12,7 +12,8 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.utils.padding import no_padding_2_padding, response_to_nested
 
 from nemo_fiberpo.integrations.verl_columns import make_labels, read_columns
-from nemo_fiberpo.megatron.groups import Reducer, TokenAxes, exchange
+from nemo_fiberpo.megatron.exchange import exchange
+from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.objective import (
     Hierarchy,
     RatioGating,

@@ -21,9 +21,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from nemo_fiberpo.megatron.cpu_collectives import (
+    averaging_all_reduce,
+    averaging_reduce_scatter,
+    uneven_all_gather,
+    uneven_reduce_scatter,
+)
 from nemo_fiberpo.megatron.patching import Patch, Patches
 
 CPU = torch.device("cpu")
@@ -154,61 +159,6 @@ def _with_device_mode(engine: Callable) -> Callable:
     return wrapped
 
 
-def _is_gloo_average(op: Any, group: dist.ProcessGroup | None) -> bool:
-    return op == dist.ReduceOp.AVG and dist.get_backend(group) == "gloo"
-
-
-def _averaging_all_reduce(all_reduce: Callable) -> Callable:
-    def wrapped(tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
-        if _is_gloo_average(op, group):
-            tensor.div_(dist.get_world_size(group))
-            op = dist.ReduceOp.SUM
-        return all_reduce(tensor, op=op, group=group, async_op=async_op)
-
-    return wrapped
-
-
-def _averaging_reduce_scatter(reduce_scatter: Callable) -> Callable:
-    def wrapped(output, input, op=dist.ReduceOp.SUM, group=None, async_op=False):
-        if _is_gloo_average(op, group):
-            input, op = input / dist.get_world_size(group), dist.ReduceOp.SUM
-        return reduce_scatter(output, input, op=op, group=group, async_op=async_op)
-
-    return wrapped
-
-
-def _is_uneven_gloo(parts: list[torch.Tensor], group: dist.ProcessGroup | None) -> bool:
-    return len({part.shape for part in parts}) > 1 and dist.get_backend(group) == "gloo"
-
-
-def _uneven_all_gather(all_gather: Callable) -> Callable:
-    def wrapped(tensor_list, tensor, group=None, async_op=False):
-        if not _is_uneven_gloo(tensor_list, group):
-            return all_gather(tensor_list, tensor, group=group, async_op=async_op)
-        longest = max(len(part) for part in tensor_list)
-        padded = tensor.new_zeros(longest, *tensor.shape[1:])
-        padded[: len(tensor)] = tensor
-        gathered = [torch.empty_like(padded) for _ in tensor_list]
-        all_gather(gathered, padded, group=group)
-        for part, whole in zip(tensor_list, gathered, strict=True):
-            part.copy_(whole[: len(part)])
-        return None
-
-    return wrapped
-
-
-def _uneven_reduce_scatter(reduce_scatter: Callable) -> Callable:
-    def wrapped(output, input_list, op=dist.ReduceOp.SUM, group=None, async_op=False):
-        if not _is_uneven_gloo(input_list, group):
-            return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
-        whole = torch.cat(input_list)
-        dist.all_reduce(whole, op=op, group=group)
-        output.copy_(whole.split([len(part) for part in input_list])[dist.get_rank(group)])
-        return None
-
-    return wrapped
-
-
 def _numpy_on_cpu_too(move: Callable) -> Callable:
     def wrapped(tensor, as_numpy=False, record_stream=False):
         if as_numpy and torch.is_tensor(tensor):
@@ -248,11 +198,11 @@ _PATCHES = (
     Patch(_RNG, "_get_cuda_rng_state", "reads the CUDA generator by index", _get_rng_state),
     Patch(_RNG, "_set_cuda_rng_state", "queues a callback for a CUDA start that never comes", _set_rng_state),
     Patch("torch.autograd", "_engine_run_backward", "backward passes suspend function modes", wrap=_with_device_mode),
-    Patch("torch.distributed", "all_reduce", "gloo has no AVG", wrap=_averaging_all_reduce),
-    Patch("torch.distributed", "reduce_scatter_tensor", "gloo has no AVG", wrap=_averaging_reduce_scatter),
-    Patch("torch.distributed", "all_gather", "gloo gathers equal shapes alone", wrap=_uneven_all_gather),
-    Patch("torch.distributed", "reduce_scatter", "gloo scatters equal shapes alone", wrap=_uneven_reduce_scatter),
-    Patch(_BUFFER, "dist_reduce_scatter_func", "DDP's own alias of the same", wrap=_averaging_reduce_scatter),
+    Patch("torch.distributed", "all_reduce", "gloo has no AVG", wrap=averaging_all_reduce),
+    Patch("torch.distributed", "reduce_scatter_tensor", "gloo has no AVG", wrap=averaging_reduce_scatter),
+    Patch("torch.distributed", "all_gather", "gloo gathers equal shapes alone", wrap=uneven_all_gather),
+    Patch("torch.distributed", "reduce_scatter", "gloo scatters equal shapes alone", wrap=uneven_reduce_scatter),
+    Patch(_BUFFER, "dist_reduce_scatter_func", "DDP's own alias of the same", wrap=averaging_reduce_scatter),
     Patch("megatron.core.transformer.moe.moe_utils", "te_general_gemm",
           "0.16 tests it without defining it where Transformer Engine is absent", None, missing_ok=True),
     Patch("megatron.core.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu",

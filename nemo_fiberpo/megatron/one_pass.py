@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_fiberpo.megatron.groups import Reducer, TokenAxes, gather_censuses
+from nemo_fiberpo.megatron.exchange import gather_censuses
+from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.megatron.schedule import Policy, loss_scale, refuse_inexact
 from nemo_fiberpo.megatron.step import StepResult, StepTokens, backward_pass, shape_problem
 from nemo_fiberpo.objective import Cells, Hierarchy, RatioGating, SharedCells, Surrogate, surrogate

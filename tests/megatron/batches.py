@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from nemo_fiberpo.labelling.expert_partitions import COLUMN
+from nemo_fiberpo.megatron.exchange import exchange
 from nemo_fiberpo.megatron.gpt import gpt_policy
-from nemo_fiberpo.megatron.groups import TokenAxes, exchange
+from nemo_fiberpo.megatron.groups import TokenAxes
 from nemo_fiberpo.megatron.one_pass import one_pass_cells
 from nemo_fiberpo.megatron.schedule import Policy
 from nemo_fiberpo.megatron.sequences import Rows, gather_rows, length_multiple, packed_rows, packed_spans, padded_rows

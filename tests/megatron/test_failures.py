@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from nemo_fiberpo.megatron import cpu, timeouts
-from nemo_fiberpo.megatron.groups import Reducer, TokenAxes, exchange
+from nemo_fiberpo.megatron.exchange import exchange
+from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.megatron.logprobs import next_token_log_probs
 from nemo_fiberpo.megatron.schedule import Policy
 from nemo_fiberpo.megatron.step import StepTokens, exact_step

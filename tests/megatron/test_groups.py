@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nemo_fiberpo.megatron.groups import Axis, Reducer, TokenAxes, exchange, non_finite
+from nemo_fiberpo.megatron.exchange import exchange, non_finite
+from nemo_fiberpo.megatron.groups import Axis, Reducer, TokenAxes
 from nemo_fiberpo.objective import build_cells
 from tests.support import distributed
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_fiberpo.megatron.groups import Axis, Reducer, TokenAxes, exchange
+from nemo_fiberpo.megatron.exchange import exchange
+from nemo_fiberpo.megatron.groups import Axis, Reducer, TokenAxes
 from nemo_fiberpo.objective import (
     Apc,
     Budget,

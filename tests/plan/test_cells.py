@@ -62,7 +62,8 @@ def labels_and_case(name: str) -> tuple[Hierarchy, PromptLabels, Partitions | No
 def counted(rank: int, world: int, name: str, cp: int, gating: RatioGating | None) -> tuple[dict[str, int], int, int]:
     """Cells, calls and bytes of a step whose samples have many tokens each, dealt and split as in training."""
     from nemo_fiberpo.megatron.agreement import agreement
-    from nemo_fiberpo.megatron.groups import Axis, Reducer, TokenAxes, exchange
+    from nemo_fiberpo.megatron.exchange import exchange
+    from nemo_fiberpo.megatron.groups import Axis, Reducer, TokenAxes
     from nemo_fiberpo.objective import surrogate
 
     hierarchy, prompts, partitions = labels_and_case(name)

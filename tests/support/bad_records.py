@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_fiberpo.aligner.data.prompts import PromptRecord
+from nemo_fiberpo.aligner.data.records import PromptRecord
 
 HERE = str(Path(__file__).parent)
 BAD = {"bad": "bad_graders:grade"}

@@ -33,9 +33,9 @@ from nemo_fiberpo.aligner.config.sections import (
     warm_start_settings,
 )
 from nemo_fiberpo.budget_warnings import budget_warnings, log_budget_warnings
-from nemo_fiberpo.config import as_plain, named_references
 from nemo_fiberpo.labelling.token_labels import TokenLabels
 from nemo_fiberpo.objective import ExpertPartitions, Hierarchy, check_gating
+from nemo_fiberpo.plain import as_plain, named_references
 from nemo_fiberpo.plan.batches import Batches
 from nemo_fiberpo.plan.lengths import too_long
 from nemo_fiberpo.values import short

@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from nemo_fiberpo.config import as_plain
+from nemo_fiberpo.plain import as_plain
 from nemo_fiberpo.values import is_finite, nearest, short
 
 FILE = Path(__file__).with_name("nemo_keys.json")

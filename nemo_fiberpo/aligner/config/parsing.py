@@ -9,7 +9,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig
 
-from nemo_fiberpo.config import as_plain, mapping, reject_unknown_keys
+from nemo_fiberpo.config import mapping, reject_unknown_keys
+from nemo_fiberpo.plain import as_plain
 from nemo_fiberpo.values import is_finite, short
 
 _NAMES: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from nemo_fiberpo.aligner.config.rewards import RewardSettings
-from nemo_fiberpo.aligner.data.prompts import PromptRecord, Tokenizer
+from nemo_fiberpo.aligner.data.prompts import Tokenizer
+from nemo_fiberpo.aligner.data.records import PromptRecord
 from nemo_fiberpo.aligner.rewards.critic import NoCritic
 from nemo_fiberpo.aligner.rewards.rules import CRASH, EXHAUSTED, OK, RuleRewards, Scores
 

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nemo_fiberpo.aligner.data.prompts import PromptRecord
+from nemo_fiberpo.aligner.data.records import PromptRecord
 from nemo_fiberpo.graders.builtin import GRADER_FIELDS, UNSAFE_TASKS
 from nemo_fiberpo.graders.pool import Failure, GraderPool
 

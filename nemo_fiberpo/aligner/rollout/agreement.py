@@ -11,7 +11,7 @@ from nemo_fiberpo.aligner.config.algorithm import AlgorithmSettings
 from nemo_fiberpo.aligner.rollout.minibatch import Minibatch, flat, in_rows, shape_of, take
 from nemo_fiberpo.aligner.rollout.strata import StrataLabels
 from nemo_fiberpo.labelling.expert_partitions import COLUMN
-from nemo_fiberpo.megatron.groups import exchange
+from nemo_fiberpo.megatron.exchange import exchange
 from nemo_fiberpo.megatron.one_pass import one_pass_cells
 from nemo_fiberpo.megatron.sequences import Rows
 from nemo_fiberpo.objective import Cells, Hierarchy, build_cells, token_weights

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_fiberpo.aligner.data.prompts import PromptDataset, load_prompts, make_collate
+from nemo_fiberpo.aligner.data.prompts import PromptDataset, make_collate
+from nemo_fiberpo.aligner.data.records import load_prompts
 from nemo_fiberpo.aligner.rewards.rules import RuleRewards
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_fiberpo.aligner.data.prompts import PromptRecord
+from nemo_fiberpo.aligner.data.records import PromptRecord
 from nemo_fiberpo.aligner.rewards.reward_model import RuleRewardModel, settled, stop_if_ungraded
 from nemo_fiberpo.aligner.rewards.rules import RuleRewards
 from nemo_fiberpo.graders.builtin import UNSAFE_TASKS

@@ -1,0 +1,53 @@
+"""Plain values from YAML files and OmegaConf, with errors of one line that name the key or the line."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from .yaml_text import check_yaml
+
+
+def read_yaml(path: str) -> Any:
+    try:
+        with open(path, "rb") as file:
+            text = file.read().decode()
+        check_yaml(text)
+        with named_references():
+            loaded = OmegaConf.load(io.StringIO(text))
+        return as_plain(loaded)
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error}") from error
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark is not None else ""
+        raise ValueError(f"{line}not valid YAML: {getattr(error, 'problem', None) or error}") from error
+
+
+def as_plain(cfg: Any) -> Any:
+    """`cfg` as plain dicts, lists and scalars, interpolations resolved. ValueError naming the key of one that cannot
+    be, and of a value that is missing."""
+    with named_references():
+        node = cfg if OmegaConf.is_config(cfg) else OmegaConf.create(cfg)
+        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+
+
+@contextmanager
+def named_references(key: str = "") -> Iterator[None]:
+    """Errors of OmegaConf, as of a reference that leads nowhere, are a ValueError of one line that names the key:
+    OmegaConf's own, or this one where it tells none."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        named = f"{error.full_key or key}: ".removeprefix(": ")
+        raise ValueError(f"{named}{str(error).splitlines()[0]}") from error
+    except RecursionError as error:
+        raise ValueError("nested too deep, or references that go round in circles") from error
