@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_fiberpo.megatron.compat import has_compiled_bias, log_auxiliary_loss, routing_scores, tensor_context_group
 from nemo_fiberpo.megatron.schedule import Policy
 from nemo_fiberpo.megatron.sequences import Routed
 
@@ -86,7 +87,7 @@ def _replacements(router: Any, running: _Running) -> dict[str, Any]:
 
     off: dict[str, Any] = {"routing_type": "none", "enable_expert_bias": False, "routing": balanced}
     off["apply_z_loss"] = lambda logits, *_, **__: logits
-    if hasattr(router, "_apply_expert_bias"):  # compiled by Megatron: an attribute that changes would compile it again
+    if has_compiled_bias(router):  # an attribute that changes would compile it again
         off["_apply_expert_bias"] = lambda *_, **__: None
     return off
 
@@ -115,8 +116,7 @@ class _Losses:
 
         self._router, self._config = router, router.config
         self._tp_rank, self._tp_size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
-        # Some versions give a router its groups.
-        self._tp_cp = getattr(router, "tp_cp_group", None) or mpu.get_tensor_and_context_parallel_group()
+        self._tp_cp = tensor_context_group(router)
         self._counts_for_bias = bool(router.enable_expert_bias)
         types, coefficients = router.routing_type, self._config.moe_aux_loss_coeff
         listed = types if isinstance(types, list) else [types]
@@ -164,13 +164,10 @@ class _Losses:
     def _scores(self, logits: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and choices that Megatron balances, [s, b, E] each: in the versions with a function for it they come
         from the scores alone, in the others the choices are those by which tokens are routed."""
-        from megatron.core.transformer.moe import moe_utils
-
         flat = logits.reshape(-1, logits.shape[-1])
-        compute = getattr(moe_utils, "compute_routing_scores_for_aux_loss", None)
-        if compute is not None:
-            router = self._router
-            chosen, scores = compute(flat, router.topk, router.score_function, fused=self._config.moe_router_fusion)
+        found = routing_scores(self._router, flat)
+        if found is not None:
+            chosen, scores = found
         else:
             scores, chosen = torch.softmax(flat, dim=-1, dtype=torch.float32), routing_map
             if len(chosen) != len(flat):
@@ -212,16 +209,7 @@ class _Losses:
         return counts
 
     def _log(self, name: str, loss: Tensor, group: dist.ProcessGroup | None = None, has_dp: bool = False) -> None:
-        from megatron.core.transformer.moe import moe_utils
-
-        layers = self._config.num_layers + (getattr(self._config, "mtp_num_layers", None) or 0)
-        entry = (name, loss, self._router.layer_number, layers)
-        tracker = getattr(moe_utils, "get_moe_metrics_tracker", None)
-        if tracker is not None:
-            tracker().record(*entry, reduce_group=group, needs_dp_avg=not has_dp)
-        else:
-            options = {"reduce_group_has_dp": True} if has_dp else {}
-            moe_utils.save_to_aux_losses_tracker(*entry, reduce_group=group, **options)
+        log_auxiliary_loss(self._router, name, loss, group, has_dp)
 
 
 def _wide(values: Tensor) -> Tensor:

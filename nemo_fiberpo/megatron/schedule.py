@@ -6,15 +6,14 @@ What differs between versions of megatron-core is found by looking for it.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nemo_fiberpo.megatron.compat import auxiliary_loss_log, fields_of, schedule_cp_factor
 from nemo_fiberpo.megatron.groups import TokenAxes
 from nemo_fiberpo.megatron.sequences import Routed
 
@@ -86,35 +85,6 @@ def refuse_inexact(config: Any) -> None:
             )
 
 
-def schedule_cp_factor(context_parallel_size: int) -> int:
-    """What Megatron's schedule multiplies a (loss, data) pair by before the backward pass: the size of the CP group in
-    the versions that have `forward_step_calc_loss` or refer to that size in `forward_step`, 1 in the others."""
-    if context_parallel_size == 1:
-        return 1
-    from megatron.core.pipeline_parallel import schedules
-
-    calc_loss = getattr(schedules, "forward_step_calc_loss", None)
-    if calc_loss is None:
-        refers = "get_context_parallel_world_size" in schedules.forward_step.__code__.co_names
-        return context_parallel_size if refers else 1
-    # The schedule's own code, run on a loss of 1 in a single micro-batch.
-    arguments: dict[str, Any] = {
-        "model": None,
-        "output_tensor": torch.zeros(()),
-        "loss_func": lambda output: (output + 1.0, {}),
-        "config": SimpleNamespace(timers=None, calculate_per_token_loss=False),
-        "vp_stage": None,
-        "collect_non_loss_data": False,
-        "num_microbatches": 1,
-        "forward_data_store": [],
-        "cp_group_size": context_parallel_size,
-        "is_last_stage": True,
-    }
-    known = inspect.signature(calc_loss).parameters
-    loss, _ = calc_loss(**{name: value for name, value in arguments.items() if name in known})
-    return round(float(loss))
-
-
 def loss_scale(num_microbatches: int, axes: TokenAxes) -> float:
     """The factor that turns a rank's share of a sum over the global batch into what Megatron must be given.
 
@@ -175,25 +145,3 @@ def without_trace(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
             fields_of(entry).update(fields)
             fields["values"].copy_(values)
             log[name] = entry
-
-
-def auxiliary_loss_log() -> dict[str, Any]:
-    """Megatron's layer-wise log of auxiliary losses itself, no copy; it moved from `parallel_state` to `moe_utils`, and
-    from there into a tracker, whose old getter gives copies."""
-    from megatron.core import parallel_state
-    from megatron.core.transformer.moe import moe_utils
-
-    if hasattr(moe_utils, "get_moe_metrics_tracker"):
-        return moe_utils.get_moe_metrics_tracker().metrics
-    for module in (moe_utils, parallel_state):
-        getter = getattr(module, "get_moe_layer_wise_logging_tracker", None)
-        if getter is not None:
-            return getter()
-    raise ImportError(
-        "megatron-core has no get_moe_layer_wise_logging_tracker, which pass A needs to leave no state behind"
-    )
-
-
-def fields_of(entry: Any) -> dict[str, Any]:
-    """The fields of an entry of that log, to read and to change: it is a dict, or in a tracker an object."""
-    return entry if isinstance(entry, dict) else vars(entry)

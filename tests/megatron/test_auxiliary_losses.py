@@ -8,8 +8,8 @@ import pickle
 import pytest
 import torch
 
+from nemo_fiberpo.megatron.compat import schedule_cp_factor
 from nemo_fiberpo.megatron.groups import TokenAxes
-from nemo_fiberpo.megatron.schedule import schedule_cp_factor
 from tests.megatron import batches, tiny
 from tests.megatron.batches import Batch
 from tests.megatron.comparison import take_step

@@ -17,8 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from nemo_fiberpo.megatron.compat import auxiliary_loss_log, fields_of, schedule_cp_factor
 from nemo_fiberpo.megatron.groups import TokenAxes
-from nemo_fiberpo.megatron.schedule import auxiliary_loss_log, fields_of, schedule_cp_factor
 from nemo_fiberpo.megatron.step import current_log_probs
 from tests.megatron import batches, comparison, tiny
 from tests.megatron.batches import Batch, same_metrics

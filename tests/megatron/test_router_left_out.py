@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nemo_fiberpo.megatron.compat import auxiliary_loss_log, fields_of
 from nemo_fiberpo.megatron.groups import TokenAxes
 from nemo_fiberpo.megatron.router_losses import balancing_real_tokens
-from nemo_fiberpo.megatron.schedule import Policy, auxiliary_loss_log, fields_of, refuse_inexact
+from nemo_fiberpo.megatron.schedule import Policy, refuse_inexact
 from nemo_fiberpo.megatron.sequences import Routed, padded_rows
 from tests.megatron import batches, tiny
 from tests.megatron.batches import Batch

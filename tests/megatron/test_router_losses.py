@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_fiberpo.megatron.compat import schedule_cp_factor
 from nemo_fiberpo.megatron.groups import TokenAxes
-from nemo_fiberpo.megatron.schedule import schedule_cp_factor
 from nemo_fiberpo.megatron.sequences import Rows, packed_rows
 from nemo_fiberpo.megatron.step import backward_pass
 from tests.megatron import batches, tiny
