@@ -4,9 +4,9 @@
 #   bash tests/run.sh lint types         only these stages: lint, types, unit, mcore, mcore312, verl, slurm, matrix
 #   bash tests/run.sh unit -- -k gates   what follows -- goes to pytest
 # unit is all of tests/ on the main environment; mcore is the Megatron seam again, on the newest megatron-core for Python
-# 3.11; mcore312 the same on the newest of all, where there is a Python 3.12; verl is tests/verl on the real verl. The
-# last two make environments of their own (requirements/setup_*.sh). slurm is tests/slurm/run.sh, which starts a SLURM
-# where it is root on Debian. What could not be run is in the last lines.
+# 3.11; mcore312 the same on the newest of all, where there is a Python 3.12 and a CPU build of torch for it (named, with
+# any build); verl is tests/verl on the real verl. The last two make environments of their own (requirements/setup_*.sh).
+# slurm is tests/slurm/run.sh, which starts a SLURM where it is root on Debian. What could not be run is in the last lines.
 # Only where it is named: matrix compares every layout of up to 8 ranks with one process on both versions of megatron-core
 # (about an hour on two cores) and writes docs/layouts.md.
 set -euo pipefail
@@ -31,12 +31,22 @@ matrix() {
     PYTHONPATH="$PWD/.venv/mcore-newest" python -m tests.megatron.layouts --write docs/layouts.md
 }
 mcore312() {
-    if ! find_python 3.12 >/dev/null 2>&1; then
-        echo "== SKIPPED, no test ran on megatron-core 0.17 or later: no Python 3.12 at \$PYTHON, on PATH or with pyenv" |
-            tee -a "$SKIPPED"
+    local python why=''
+    if ! python=$(find_python 3.12 2>/dev/null); then
+        why="no Python 3.12 at \$PYTHON, on PATH or with pyenv"
+    elif [ -z "$named" ] && [ ! -e .venv-mcore312/setup-done ] && ! has_cpu_torch "$python"; then
+        why="pip finds only a CUDA build of torch (4 GB) for Python 3.12; bash tests/run.sh mcore312 takes it"
+    fi
+    if [ -n "$why" ]; then
+        echo "== SKIPPED, no test ran on megatron-core 0.17 or later: $why" | tee -a "$SKIPPED"
         return
     fi
     bash requirements/setup_mcore312.sh && .venv-mcore312/bin/python -m pytest "${TWO[@]}" tests/megatron "$@"
+}
+has_cpu_torch() { # PYTHON
+    "$1" -m pip --disable-pip-version-check --no-input --quiet install --dry-run --no-deps --break-system-packages \
+        ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} \
+        "torch==$(sed -n 's/^torch==//p' requirements/mcore312.lock)+cpu" 2>/dev/null
 }
 verl() { bash requirements/setup_verl.sh && .venv-verl/bin/python -m pytest tests/verl "$@"; }
 
@@ -49,6 +59,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     shift
 done
 [ $# -eq 0 ] || shift
+named=${stages[*]} # on the command line
 [ ${#stages[@]} -gt 0 ] || stages=(lint types unit mcore mcore312 verl slurm)
 case "${stages[*]}" in verl | mcore312) ;; *) bash requirements/setup.sh test ;; esac
 source requirements/env.sh

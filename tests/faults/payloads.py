@@ -7,156 +7,34 @@ each pickle and each place is tried without the restriction: there the file must
 
 from __future__ import annotations
 
-import codecs
 import contextlib
-import gzip
-import io
 import json
-import logging
-import os
 import pickle
-import runpy
-import shelve
 import shutil
-import sqlite3
-import subprocess
 import tarfile
-import timeit
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy
 import torch
 from omegaconf import OmegaConf
 
 from nemo_fiberpo import load_hierarchy
 from nemo_fiberpo.aligner.checkpoint.candidates import choose
 from nemo_fiberpo.aligner.data.records import load_prompts
-from nemo_fiberpo.conversion import files, gpt
+from nemo_fiberpo.conversion import files
 from nemo_fiberpo.graders import builtin, checks
 from nemo_fiberpo.storage import pickles, policy_file
 from nemo_fiberpo.storage.manifest import Manifest
+from tests.faults.calls import calls
 from tests.faults.outcome import Outcomes, TooLong, within
+from tests.faults.readers import PICKLES
 from tests.storage.test_policy_file import CONFIG, packed, write
 from tests.support.hf_models import make
 
 SECONDS = 60.0
 
-
-class Call:
-    """A pickle that calls a function when it is loaded."""
-
-    def __init__(self, function: Any, *arguments: Any):
-        self.call = function, arguments
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
-def calls(flag: Path, most: int | None = None) -> dict[str, Any]:
-    """Objects whose unpickling makes the file `flag`, each by another function; at most so many."""
-
-    import numpy
-
-    text, code = str(flag), f"open({str(flag)!r}, 'w').close()"
-    script = flag.with_name("script.py")
-    script.write_text(code)
-    every = {
-        "os.system": Call(os.system, f"touch {text}"),
-        "os.spawnlp": Call(os.spawnlp, os.P_WAIT, "touch", "touch", text),
-        "os.mkdir": Call(os.mkdir, text),
-        "os.mknod": Call(os.mknod, text),
-        "os.open": Call(os.open, text, os.O_CREAT),
-        "subprocess.call": Call(subprocess.call, ["touch", text]),
-        "subprocess.check_output": Call(subprocess.check_output, ["touch", text]),
-        "eval": Call(eval, code),
-        "exec": Call(exec, code),
-        "open": Call(open, text, "w"),
-        "io.FileIO": Call(io.FileIO, text, "w"),
-        "codecs.open": Call(codecs.open, text, "w"),
-        "gzip.open": Call(gzip.open, text, "w"),
-        "zipfile.ZipFile": Call(zipfile.ZipFile, text, "w"),
-        "Path.touch": Call(Path.touch, flag),
-        "Path.write_text": Call(Path.write_text, flag, "x"),
-        "shutil.copyfile": Call(shutil.copyfile, str(script), text),
-        "runpy.run_path": Call(runpy.run_path, str(script)),
-        "timeit.timeit": Call(timeit.timeit, code, "pass", timeit.default_timer, 1),
-        "logging.FileHandler": Call(logging.FileHandler, text),
-        "sqlite3.connect": Call(sqlite3.connect, text),
-        "shelve.open": Call(shelve.open, text),
-        "numpy.memmap": Call(numpy.memmap, text, "uint8", "w+", 0, (1,)),
-        "numpy.save": Call(numpy.save, text, numpy.zeros(1)),
-        "torch.save": Call(torch.save, torch.zeros(1), text),
-        "pickle.loads": Call(pickle.loads, pickle.dumps(Call(os.system, f"touch {text}"))),
-        "os.link": Call(os.link, str(script), text),
-        "getattr": Call(getattr, Call(os.system, f"touch {text}"), "real"),
-    }
-    return dict(list(every.items())[:most])
-
-
-def read_common(folder: Path, found: Any) -> None:
-    from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
-
-    torch.save(found, folder / "common.pt")
-    TorchCommonLoadStrategy().load_common(folder)
-
-
-def read_legacy_common(folder: Path, found: Any) -> None:
-    from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
-
-    torch.save(found, folder / "common.pt", _use_new_zipfile_serialization=False)
-    TorchCommonLoadStrategy().load_common(folder)
-
-
-def read_bare_common(folder: Path, found: Any) -> None:
-    from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
-
-    (folder / "common.pt").write_bytes(pickle.dumps(found))
-    TorchCommonLoadStrategy().load_common(folder)
-
-
-def read_optimizer(folder: Path, found: Any) -> None:
-    """Where Lightning and the optimizer keep their part of a checkpoint."""
-    read_common(folder, {"optimizer_states": [{"state": {0: {"step": found}}}], "hyper_parameters": {}})
-
-
-def read_metadata(folder: Path, found: Any) -> None:
-    from torch.distributed.checkpoint import FileSystemReader
-
-    (folder / ".metadata").write_bytes(pickle.dumps(found))
-    FileSystemReader(folder).read_metadata()
-
-
-def read_bytes_of_shards(folder: Path, found: Any) -> None:
-    """`_extra_state` of a layer."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.mapping import ShardedObject
-
-    with gpt.megatron_alone():
-        dist_checkpointing.save({"x": ShardedObject("x", found, (1,), (0,))}, str(folder))
-        dist_checkpointing.load({"x": ShardedObject("x", None, (1,), (0,))}, str(folder))
-
-
-def read_zarr(folder: Path, found: Any) -> None:
-    """Of an older format of distributed checkpoints."""
-    import numcodecs.pickles
-
-    numcodecs.pickles.ALLOW_UNSAFE_PICKLE_DECODE = True  # as a user may have set it
-    numcodecs.pickles.Pickle().decode(pickle.dumps(numpy.array([found], dtype=object)))
-
-
-PICKLES: dict[str, Callable[[Path, Any], None]] = {
-    "resume, common.pt": read_common,
-    "resume, common.pt, legacy": read_legacy_common,
-    "resume, common.pt, bare": read_bare_common,
-    "resume, optimizer's state": read_optimizer,
-    "resume, .metadata": read_metadata,
-    "resume, shards": read_bytes_of_shards,
-    "restore_from_path, zarr": read_zarr,
-}
 RUN = "os.system"
 CONFIGS: dict[str, Any] = {
     **{

@@ -25,7 +25,7 @@ from nemo_fiberpo.megatron.schedule import Policy
 from nemo_fiberpo.megatron.step import StepResult, current_log_probs, exact_step
 from tests.gpu.device import CPU, DEVICE, ON_GPU
 from tests.gpu.traffic import host_reads
-from tests.megatron import batches, tiny
+from tests.megatron import batches, shards, tiny
 from tests.megatron.batches import STRATA, Batch
 from tests.megatron.tiny import Layout
 from tests.support import distributed
@@ -139,7 +139,7 @@ def make_model(spec: str, dtype: torch.dtype) -> Any:
     model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=half), model).train()
     with torch.no_grad():
         for name, parameter in parameters(model).items():
-            value = tiny.full_parameter(name, parameter, 1)
+            value = shards.full_parameter(name, parameter, 1)
             parameter.copy_((value if "norm" in name else value / 3.0).bfloat16())  # logits of a freshly made model
     return model
 

@@ -19,7 +19,7 @@ from tests.gpu import device
 from tests.gpu.cases import Case, difference, hierarchies, make_case
 from tests.gpu.device import CPU, DEVICE, ON_GPU
 from tests.gpu.traffic import on_device, watched
-from tests.megatron.batches import same_metrics
+from tests.megatron.slow import same_metrics
 
 FLOAT64 = 1e-12
 """Bound on differences between devices, orders of summation and compilers, relative to the largest entry."""

@@ -16,10 +16,11 @@ from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.megatron.one_pass import one_pass_step
 from nemo_fiberpo.megatron.step import exact_step
 from nemo_fiberpo.objective import build_cells, surrogate, token_weights
-from tests.megatron import batches, partitions, segments, tiny
+from tests.megatron import batches, partitions, segments, shards, slow, tiny
 from tests.megatron.batches import STRATA, Batch
 from tests.megatron.partitions import MEMBERSHIP
-from tests.megatron.tiny import Gradient, Layout
+from tests.megatron.shards import Gradient
+from tests.megatron.tiny import Layout
 from tests.support import distributed
 
 BOUND = 1e-10
@@ -122,11 +123,11 @@ def _reference(kind: Kind, case: Case) -> Reference:
         batch[MEMBERSHIP] = partitions.slow_membership(batch["masses"])
     batch["old"] = log_probs.detach() - batch["log_ratio"]
     chain = batches.hierarchy(case.strata)
-    loss = -batches.slow_objective(log_probs - batch["old"], batch, chain)
+    loss = -slow.slow_objective(log_probs - batch["old"], batch, chain)
     extra = batches.kl_penalty(log_probs, batch) if case.extra else torch.zeros(())
     (loss + extra).backward()
     model.finish_grad_sync()
-    grads = {name: part.value for name, part in tiny.gradients(model).items()}
+    grads = {name: part.value for name, part in shards.gradients(model).items()}
     return Reference(batch, loss.item(), extra.item(), grads, _metrics(batch, case))
 
 
@@ -202,7 +203,7 @@ def take_step(
         result.extra_loss,
         result.report.metrics() if result.report else None,
         result.recompute_error,
-        tiny.gradients(model),
+        shards.gradients(model),
         sizes,
         reducer.calls,
         axes.represents,
@@ -234,7 +235,7 @@ def options_of(name: str) -> dict[str, Any]:
 
 
 def largest_error(outcomes: Sequence[Outcome], reference: Reference) -> tuple[float, str]:
-    return tiny.largest_gradient_error([outcome.grads for outcome in outcomes], reference.grads)
+    return shards.largest_gradient_error([outcome.grads for outcome in outcomes], reference.grads)
 
 
 def loss_error(outcomes: Sequence[Outcome], reference: Reference) -> float:

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.megatron import comparison
-from tests.megatron.batches import same_metrics
 from tests.megatron.comparison import BOUND, Outcome, Reference
 from tests.megatron.layouts_intro import INTRO
+from tests.megatron.slow import same_metrics
 from tests.megatron.tiny import EXPERTS, Layout
 
 RANKS = (1, 2, 4, 8)

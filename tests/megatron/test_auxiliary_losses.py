@@ -10,7 +10,7 @@ import torch
 
 from nemo_fiberpo.megatron.compat import schedule_cp_factor
 from nemo_fiberpo.megatron.groups import TokenAxes
-from tests.megatron import batches, tiny
+from tests.megatron import batches, shards, tiny
 from tests.megatron.batches import Batch
 from tests.megatron.comparison import take_step
 from tests.megatron.test_exact_step import plain_schedule
@@ -20,14 +20,14 @@ from tests.support import distributed
 pytestmark = pytest.mark.distributed
 
 
-def silent_step(layout: Layout, batch: Batch) -> dict[str, tiny.Gradient]:
+def silent_step(layout: Layout, batch: Batch) -> dict[str, shards.Gradient]:
     """An exact step without signal: what gradient there is comes from the auxiliary losses."""
     return take_step(layout, {**batch, "advantage": torch.zeros_like(batch["advantage"])}).grads
 
 
 def aux_loss_worker(
     rank: int, world: int, layout: Layout, pickled: bytes
-) -> tuple[float, dict[str, tiny.Gradient], float]:
+) -> tuple[float, dict[str, shards.Gradient], float]:
     """Largest difference between the gradients of an exact step without signal and of Megatron's own schedule; the
     former; and what the latter multiplies a loss by under context parallelism, over the size of that axis."""
     batch = pickle.loads(pickled)
@@ -36,7 +36,7 @@ def aux_loss_worker(
         model = tiny.make_model(layout)
         step = batches.make_step(layout, batch, batches.STRATA, TokenAxes.from_parallel_state())
         plain_schedule(batches.make_policy(layout, model, step.rows), step.microbatches)
-        plain = tiny.gradients(model)
+        plain = shards.gradients(model)
         assert any(part.value.any() for part in plain.values())
         difference = max(float((stepped[name].value - part.value).abs().max()) for name, part in plain.items())
         return difference, stepped, schedule_cp_factor(layout.cp) / layout.cp

@@ -20,9 +20,10 @@ import torch.distributed as dist
 from nemo_fiberpo.megatron.compat import auxiliary_loss_log, fields_of, schedule_cp_factor
 from nemo_fiberpo.megatron.groups import TokenAxes
 from nemo_fiberpo.megatron.step import current_log_probs
-from tests.megatron import batches, comparison, tiny
-from tests.megatron.batches import Batch, same_metrics
+from tests.megatron import batches, comparison, shards, tiny
+from tests.megatron.batches import Batch
 from tests.megatron.comparison import BOUND, Outcome, Reference, take_step
+from tests.megatron.slow import same_metrics
 from tests.megatron.tiny import Layout
 from tests.support import distributed
 
@@ -196,7 +197,7 @@ def trace_worker(rank: int, world: int, layout: Layout, pickled: bytes) -> None:
         step = batches.make_step(layout, pickle.loads(pickled), batches.STRATA, axes)
         policy = batches.make_policy(layout, model, step.rows)
         plain_schedule(policy, step.microbatches)
-        chunks = tiny.chunks_of(model)
+        chunks = shards.chunks_of(model)
 
         def state() -> dict[str, torch.Tensor]:
             log = {name: fields_of(entry)["values"] for name, entry in auxiliary_loss_log().items()}
@@ -205,7 +206,7 @@ def trace_worker(rank: int, world: int, layout: Layout, pickled: bytes) -> None:
                 for index, chunk in enumerate(chunks)
                 for name, buffer in torch.nn.Module.named_buffers(chunk)
             }
-            grads = {name: parameter.main_grad for name, parameter in tiny.named_parameters(model)}
+            grads = {name: parameter.main_grad for name, parameter in shards.named_parameters(model)}
             return {k: v.clone() for part in (log, buffers, grads) for k, v in part.items()} | {
                 "rng": torch.get_rng_state()
             }

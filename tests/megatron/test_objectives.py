@@ -22,7 +22,7 @@ from nemo_fiberpo.objective import (
     TrulyPpo,
     surrogate,
 )
-from tests.megatron import comparison, tiny
+from tests.megatron import comparison, shards, tiny
 from tests.megatron.batches import Batch
 from tests.megatron.comparison import BOUND, Outcome, take_step
 from tests.megatron.tiny import Layout
@@ -68,7 +68,7 @@ def test_every_objective_has_the_gradient_of_one_process(batch: Batch, world: in
     for name in GATINGS:
         expected = {key: part.value for key, part in alone[name].grads.items()}
         outcomes = [rank[name] for rank in ranks]
-        error, where = tiny.largest_gradient_error([outcome.grads for outcome in outcomes], expected)
+        error, where = shards.largest_gradient_error([outcome.grads for outcome in outcomes], expected)
         assert error <= BOUND, (name, where)
         for outcome in outcomes:
             assert outcome.calls == (1 if layout.one_pass else 2)

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 
 from tests.megatron import comparison, tiny
-from tests.megatron.batches import STRATA, Batch, same_metrics
+from tests.megatron.batches import STRATA, Batch
 from tests.megatron.comparison import BOUND, Reference, take_step
+from tests.megatron.slow import same_metrics
 from tests.megatron.tiny import Layout
 from tests.support import distributed
 

@@ -22,10 +22,11 @@ from nemo_fiberpo.megatron.compat import schedule_cp_factor
 from nemo_fiberpo.megatron.groups import TokenAxes
 from nemo_fiberpo.megatron.sequences import Rows, packed_rows
 from nemo_fiberpo.megatron.step import backward_pass
-from tests.megatron import batches, tiny
+from tests.megatron import batches, shards, tiny
 from tests.megatron.batches import Batch
+from tests.megatron.shards import Gradient
 from tests.megatron.test_exact_step import plain_schedule
-from tests.megatron.tiny import Gradient, Layout
+from tests.megatron.tiny import Layout
 from tests.support import distributed
 
 pytestmark = pytest.mark.distributed
@@ -68,7 +69,7 @@ def rows_of(layout: Layout, parts: Sequence[Batch], width: int, cp_rank: int) ->
 def make_model(layout: Layout) -> Any:
     """The model with expert biases that are not 0."""
     model = tiny.make_model(layout)
-    for chunk in tiny.chunks_of(model):
+    for chunk in shards.chunks_of(model):
         for module in chunk.modules():
             if getattr(module, "expert_bias", None) is not None:
                 module.expert_bias.copy_(torch.arange(tiny.EXPERTS) % 3 * 0.2)
@@ -105,16 +106,16 @@ class Read:
 
 def read_pass(layout: Layout, model: Any, rows: Sequence[Rows], own: bool = True) -> Read:
     """One pass without signal by the exact step's schedule, or one a micro-batch by Megatron's own."""
-    for chunk in tiny.chunks_of(model):
+    for chunk in shards.chunks_of(model):
         chunk.zero_grad_buffer()
     with counted_for_bias() as counts:
         if own:
             policy = batches.make_policy(layout, model, rows)
             backward_pass(policy, [{"rows": entry} for entry in rows], lambda _, lp: torch.zeros_like(lp), 1.0, None)
-            return Read(tiny.gradients(model), counts[0] if counts else None)
+            return Read(shards.gradients(model), counts[0] if counts else None)
         for entry in rows:  # of different widths: gradients add up
             plain_schedule(batches.make_policy(layout, model, [entry]), [{"rows": entry}])
-    grads = tiny.gradients(model)
+    grads = shards.gradients(model)
     mean = {name: dataclasses.replace(part, value=part.value / len(rows)) for name, part in grads.items()}
     return Read(mean, sum(counts) if counts else None)
 

@@ -8,9 +8,9 @@ import torch
 
 from nemo_fiberpo.megatron.sequences import packed_rows, padded_rows
 from tests.megatron import batches, comparison
-from tests.megatron.batches import same_metrics
 from tests.megatron.comparison import BOUND
 from tests.megatron.segments import SEGMENT, SEGMENTS
+from tests.megatron.slow import same_metrics
 from tests.megatron.test_exact_step import FEW, MANY
 
 CASES = ("segments", "segments_inside")

@@ -10,15 +10,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import re
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from nemo_fiberpo.megatron import cpu
+from tests.megatron import shards
 
 VOCAB, HIDDEN, HEADS, FFN, EXPERTS = 32, 16, 8, 32, 8
 MAX_POSITIONS = 64  # more than any sample has
@@ -191,9 +189,9 @@ def make_model(layout: Layout) -> Any:
             config.grad_sync_func = sync if layout.vpp > 1 else sync[0]
     model = chunks if layout.vpp > 1 else chunks[0]
     with torch.no_grad():
-        for name, parameter in named_parameters(model):
-            index, number = shard_place(name)
-            parameter.copy_(shard_of(full_parameter(name, parameter, number), parameter, index, number))
+        for name, parameter in shards.named_parameters(model):
+            index, number = shards.shard_place(name)
+            parameter.copy_(shards.shard_of(shards.full_parameter(name, parameter, number), parameter, index, number))
     return model
 
 
@@ -219,107 +217,3 @@ def _make_chunk(layout: Layout, config: Any, stage: int) -> Any:
         position_embedding_type="rope" if layout.rope else "learned_absolute",
         **virtual,
     )
-
-
-def chunks_of(model: Any) -> list[Any]:
-    return model if isinstance(model, list) else [model]
-
-
-def named_parameters(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
-    """Parameters by the names they have in one process: global numbers of layers and experts."""
-    from megatron.core import parallel_state
-
-    rank = parallel_state.get_expert_model_parallel_rank()
-    renamed = []
-    for chunk in chunks_of(model):
-        layers = list(chunk.module.decoder.layers)
-        for name, parameter in chunk.module.named_parameters():
-            if found := re.match(r"decoder\.layers\.(\d+)\.", name):
-                layer = layers[int(found[1])]
-                name = f"decoder.layers.{layer.layer_number - 1}." + name[found.end() :]
-                experts = getattr(layer.mlp, "num_local_experts", 0)
-                name = re.sub(r"(?<=local_experts\.)\d+", lambda match, n=experts: str(rank * n + int(match[0])), name)
-            renamed.append((name, parameter))
-    return renamed
-
-
-def shard_place(name: str) -> tuple[int, int]:
-    """This rank's place among the tensor-parallel ranks of a parameter, and their number; experts have their own."""
-    from megatron.core import parallel_state as mpu
-
-    if "experts" in name:
-        return mpu.get_expert_tensor_parallel_rank(), mpu.get_expert_tensor_parallel_world_size()
-    return mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
-
-
-def partition_dim(parameter: torch.nn.Parameter) -> int | None:
-    return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-
-
-def full_parameter(name: str, parameter: torch.nn.Parameter, number: int) -> torch.Tensor:
-    shape = list(parameter.shape)
-    if partition_dim(parameter) is not None:
-        shape[partition_dim(parameter)] *= number
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())), dtype=torch.float64)
-    if "norm" in name:
-        return noise * 0.1 + (1.0 if name.endswith("weight") else 0.0)
-    return noise * (0.3 if parameter.dim() > 1 else 0.1)
-
-
-def shard_of(full: torch.Tensor, parameter: torch.nn.Parameter, rank: int, number: int) -> torch.Tensor:
-    return full if partition_dim(parameter) is None else full.chunk(number, dim=partition_dim(parameter))[rank]
-
-
-@dataclasses.dataclass(frozen=True)
-class Gradient:
-    """This rank's part of a parameter's gradient: the whole of it, or part `index` of `number` along `dim`."""
-
-    value: torch.Tensor
-    dim: int | None
-    index: int
-    number: int
-
-    def part_of(self, whole: torch.Tensor) -> torch.Tensor:
-        """The same part of another tensor of the parameter's full shape."""
-        return whole if self.dim is None else whole.chunk(self.number, self.dim)[self.index]
-
-
-def gradients(model: Any) -> dict[str, Gradient]:
-    """Gradients of this rank's parameters, by full name; what DDP has scattered is gathered first."""
-    for chunk in chunks_of(model):
-        if chunk.ddp_config.use_distributed_optimizer:
-            _gather_gradient_shards(chunk)
-    parts = {}
-    for name, parameter in named_parameters(model):
-        dim = partition_dim(parameter)
-        place = (0, 1) if dim is None else shard_place(name)
-        parts[name] = Gradient(parameter.main_grad.clone(), dim, *place)
-    return parts
-
-
-def _gather_gradient_shards(chunk: Any) -> None:
-    """With the distributed optimizer a rank's own shard of each bucket alone holds the reduced gradient."""
-    for buffer in chunk.buffers + chunk.expert_parallel_buffers:
-        group = buffer.data_parallel_group
-        for bucket in buffer.buckets:
-            own = bucket.grad_data.chunk(dist.get_world_size(group))[dist.get_rank(group)].clone()
-            dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
-
-
-def largest_gradient_error(results: list[dict[str, Gradient]], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
-    """Largest relative error |g - g'| / |g'| of any parameter's gradient, and its name: parts are put together, the
-    worst of all ranks' copies of each part, and every parameter of the model must have all its parts."""
-    squares: dict[str, dict[int, float]] = {}
-    numbers: dict[str, int] = {}
-    for result in results:
-        for name, part in result.items():
-            square = float((part.value - part.part_of(expected[name])).square().sum())
-            numbers[name] = part.number
-            # not max(): it would drop a NaN
-            worst = squares.setdefault(name, {}).get(part.index, 0.0)
-            squares[name][part.index] = worst if worst >= square else square
-    assert squares.keys() == expected.keys()
-    assert all(len(parts) == numbers[name] for name, parts in squares.items())
-    errors = {name: sum(parts.values()) ** 0.5 / float(expected[name].norm()) for name, parts in squares.items()}
-    name = max(errors, key=lambda entry: (errors[entry] != errors[entry], errors[entry]))
-    return errors[name], name

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nemo_fiberpo import load_hierarchy
-from tests.megatron import tiny
+from tests.megatron import shards
 from tests.objective.reference import evaluate
 from tests.support.distributed import run
 from tests.verl import host
@@ -66,10 +66,10 @@ def by_halves(name: str, full: Tensor, number: int) -> Tensor:
 
 def load_weights(model: list[Any]) -> None:
     """Weights that depend on a parameter's name alone, and this rank's part of them."""
-    for name, parameter in tiny.named_parameters(model):
-        rank, number = tiny.shard_place(name)
-        full = by_halves(name, tiny.full_parameter(name, parameter, number), number)
-        parameter.data.copy_(tiny.shard_of(full, parameter, rank, number))
+    for name, parameter in shards.named_parameters(model):
+        rank, number = shards.shard_place(name)
+        full = by_halves(name, shards.full_parameter(name, parameter, number), number)
+        parameter.data.copy_(shards.shard_of(full, parameter, rank, number))
 
 
 def install() -> None:
@@ -152,7 +152,7 @@ def one_step(worker: Any, batch: Batch, step: Callable[[Any], Any] | None = None
     optimizer_step = engine.optimizer_step
 
     def recording() -> Any:
-        gradients.update(tiny.gradients(list(engine.module)))
+        gradients.update(shards.gradients(list(engine.module)))
         return optimizer_step()
 
     engine.optimizer_step = recording
@@ -162,7 +162,7 @@ def one_step(worker: Any, batch: Batch, step: Callable[[Any], Any] | None = None
     metrics = output["metrics"] if output is not None and step is None else None
     parameters = {
         name: dataclasses.replace(gradients[name], value=parameter.detach().clone())
-        for name, parameter in tiny.named_parameters(list(engine.module))
+        for name, parameter in shards.named_parameters(list(engine.module))
     }
     return {"gradients": gradients, "parameters": parameters, "metrics": metrics}
 
@@ -250,7 +250,7 @@ def compare(folder: Any, expected: Expected, hierarchy: Any, model: str, layout:
         {name: by_halves(name, value, number[name]) for name, value in whole.items()}
         for whole in (expected.gradients, expected.parameters)
     )
-    error, worst = tiny.largest_gradient_error([result["gradients"] for result in results], gradients)
+    error, worst = shards.largest_gradient_error([result["gradients"] for result in results], gradients)
     difference = max(
         float((part.value - part.part_of(parameters[name])).abs().max())
         for result in results
