@@ -69,6 +69,12 @@ class _Checked:
     """Refuses wrong arguments, ValueError by name."""
 
     def __post_init__(self) -> None:
+        for name in ("low", "eps"):
+            value = getattr(self, name, None)
+            if isinstance(value, int | float) and 1.0 < value < float("inf"):
+                raise ValueError(
+                    f"{name}: must be at most 1, since a ratio is at least 0 = 1 - 1, got {float(value)!r}"
+                )
         check(self)
         if getattr(self, "stratum", None) == "":
             raise ValueError("stratum: must be the name of a stratum, got ''")
