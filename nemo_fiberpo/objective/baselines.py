@@ -13,6 +13,7 @@ sg(f(r)) A (1 + log pi - sg(log pi)), and their coefficient the gradient of both
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class Cispo(_TokenWise):
 
     MiniMax 2025, MiniMax-M1, arXiv 2506.13585.
     """
+
+    _below_one: ClassVar[tuple[str, ...]] = ("low",)
 
     low: float = setting(above=0, at_most=1)
     """Ratios are clipped at 1 - low from below; 1 clips nothing there, as the paper has it."""

@@ -68,9 +68,11 @@ class RatioGating(Protocol):
 class _Checked:
     """Refuses wrong arguments, ValueError by name."""
 
+    _below_one: ClassVar[tuple[str, ...]] = ()  # distances of a clip below the ratio 1
+
     def __post_init__(self) -> None:
-        for name in ("low", "eps"):
-            value = getattr(self, name, None)
+        for name in self._below_one:
+            value = getattr(self, name)
             if isinstance(value, int | float) and 1.0 < value < float("inf"):
                 raise ValueError(
                     f"{name}: must be at most 1, since a ratio is at least 0 = 1 - 1, got {float(value)!r}"
@@ -104,6 +106,8 @@ class PpoClip(_TokenWise):
     There is no dual clip: max(r, 1 - low) has no upper bound.
     """
 
+    _below_one: ClassVar[tuple[str, ...]] = ("low",)
+
     low: float = setting(above=0, at_most=1)
     """Clip of the ratio from below, at 1 - `low`."""
 
@@ -131,6 +135,8 @@ class Gspo(_Checked):
     KL_tau by eps, and in expectation TV_tau by sqrt(eps / 2) (Claim 3.5). The sign is that of each token's own
     advantage; in GSPO it is one per trajectory.
     """
+
+    _below_one: ClassVar[tuple[str, ...]] = ("low",)
 
     low: float = setting(above=0, at_most=1)
     """Clip of the ratio from below, at 1 - `low`."""
@@ -164,6 +170,8 @@ class TrulyPpo(_TokenWise):
 
     Wang et al. 2019, Truly Proximal Policy Optimization, arXiv 1903.07940, there PPO-RB.
     """
+
+    _below_one: ClassVar[tuple[str, ...]] = ("eps",)
 
     eps: float = setting(above=0, at_most=1)
     """Clip of the ratio, at 1 - `eps` and 1 + `eps`."""
