@@ -146,12 +146,13 @@ def draw(examples, share: dict[str, float], number: int, generator: torch.Genera
 
 
 def tokenize(records, tokenizer, bos_id: int | None) -> dict[str, list[tuple[list[int], list[int]]]]:
-    """(prompt, answer and end of sequence) as token ids, by domain; prompts begin with `bos_id`, if any."""
-    first = [] if bos_id is None else [bos_id]
+    """(prompt, answer and end of sequence) as token ids, by domain; see `prompt_ids`."""
+    from nemo_fiberpo.aligner.data.prompts import prompt_ids
+
     examples: dict[str, list[tuple[list[int], list[int]]]] = {}
     for record in records:
         answer = [*tokenizer.text_to_ids(record.response), tokenizer.eos_id]
-        examples.setdefault(record.domain, []).append(([*first, *tokenizer.text_to_ids(record.prompt)], answer))
+        examples.setdefault(record.domain, []).append((prompt_ids(record, tokenizer, bos_id), answer))
     return examples
 
 

@@ -66,7 +66,10 @@ def planned_steps(result: Result) -> int:
 
 
 def interval(differences: Sequence[NDArray[np.float64]], generator: np.random.Generator) -> tuple[float, float]:
-    """95 percent interval of the mean of paired differences, by a bootstrap of seeds, and of prompts within each."""
+    """95 percent interval of the mean of paired differences, by a bootstrap of seeds, and of prompts within each.
+
+    `scipy.stats.bootstrap` resamples one level: the spread of prompts within a seed, or that of seeds, would be lost.
+    """
     means = np.empty((RESAMPLES, len(differences)))
     for column, values in enumerate(differences):
         values = values[~np.isnan(values)]

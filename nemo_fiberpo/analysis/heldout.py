@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import bootstrap
 
 from nemo_fiberpo.analysis.runs import MODES, Rewards
 
@@ -32,14 +33,18 @@ class Row:
 
 def paired_bootstrap(differences: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
     """The 95 percent percentile interval of the mean of [n] paired differences, by RESAMPLES resamples of the pairs."""
-    generator, n = np.random.default_rng(seed), len(differences)
-    means = np.empty(RESAMPLES)
-    step = max(1, 2**22 // n)  # bounds the memory of a block of resamples
-    for start in range(0, RESAMPLES, step):
-        stop = min(start + step, RESAMPLES)
-        means[start:stop] = differences[generator.integers(0, n, (stop - start, n))].mean(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
+    if len(differences) == 1:  # scipy wants two
+        return float(differences[0]), float(differences[0])
+    batch = max(1, 2**22 // len(differences))  # bounds the memory of a block of resamples
+    found = bootstrap(
+        (differences,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        batch=batch,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def heldout_table(before: Rewards, after: Rewards, seed: int = 0) -> list[Row]:

@@ -139,5 +139,6 @@ def over_seeds(numbers: Sequence[float]) -> tuple[float, float, float]:
     n, mean = len(numbers), _mean(numbers)
     if n < 2:
         return mean, math.nan, math.nan
+    # `scipy.stats.t.interval` would have nan bounds where all numbers are equal.
     half = float(stdtrit(n - 1, 0.975)) * float(np.std(numbers, ddof=1)) / math.sqrt(n)
     return mean, mean - half, mean + half

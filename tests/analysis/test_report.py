@@ -90,6 +90,7 @@ def test_the_interval_is_that_of_the_normal_law_for_many_pairs():
     assert paired_bootstrap(differences) == (low, high)
     assert paired_bootstrap(differences, seed=1) != (low, high)
     assert paired_bootstrap(np.ones(7)) == (1.0, 1.0)
+    assert paired_bootstrap(np.array([0.5])) == (0.5, 0.5)
 
 
 @pytest.fixture

@@ -63,12 +63,18 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
-def write_tokenizer(folder: Path, eos: str = "<1>", size: int = 45, bos: bool = False) -> None:
-    """Of fewer tokens than the model has rows, as Qwen2's. With `bos`, every text begins with <3>."""
+def write_tokenizer(
+    folder: Path, eos: str = "<1>", size: int = 45, bos: bool = False, chat_template: str | None = None
+) -> None:
+    """Words "<n>" between spaces are the tokens n. Of fewer tokens than the model has rows, as Qwen2's. With `bos`,
+    every text begins with <3>."""
     words = tokenizers.models.WordLevel({f"<{number}>": number for number in range(size)}, unk_token="<0>")
     made = tokenizers.Tokenizer(words)
-    special = {"unk_token": "<0>", "eos_token": eos, "pad_token": "<2>"}
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    special: dict[str, Any] = {"unk_token": "<0>", "eos_token": eos, "pad_token": "<2>"}
     if bos:
         made.post_processor = tokenizers.processors.TemplateProcessing(single="<3> $A", special_tokens=[("<3>", 3)])
         special["bos_token"] = "<3>"
+    if chat_template is not None:
+        special["chat_template"] = chat_template
     transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(folder)

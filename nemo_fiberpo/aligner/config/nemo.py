@@ -52,7 +52,8 @@ KEYS: dict[str, str] = {
     "model.ppo.forward_micro_batch_size": "Samples per forward pass for the old policy's log-probs.",
     "model.ppo.sampling_params": "Responses must be samples of the policy itself. Only `add_BOS` and `end_strings` may "
     "be changed.",
-    "model.ppo.sampling_params.add_BOS": "Whether every prompt begins with the tokenizer's first token (BOS).",
+    "model.ppo.sampling_params.add_BOS": "Whether every `prompt` begins with the tokenizer's first token (BOS). "
+    "Chat `messages` begin as the chat template writes them.",
     "model.ppo.sampling_params.end_strings": "Texts that end a response.",
     "model.ppo.length_params.max_length": "Longest response, in tokens, the one that ends it included.",
     "model.ppo.length_params.min_length": "Must be 0.",

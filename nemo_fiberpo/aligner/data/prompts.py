@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nemo_fiberpo.aligner.data.records import load_prompts, near
+from nemo_fiberpo.aligner.data.chat import chat_ids
+from nemo_fiberpo.aligner.data.records import PromptRecord, load_prompts, near
+from nemo_fiberpo.values import at
 
 
 class Tokenizer(Protocol):
@@ -22,6 +24,19 @@ class Tokenizer(Protocol):
     def ids_to_text(self, ids: list[int]) -> str: ...
 
 
+def prompt_ids(record: PromptRecord, tokenizer: Tokenizer, bos_id: int | None) -> list[int]:
+    """The tokens of a prompt. A text begins with `bos_id`, unless that is None; with `messages` the tokenizer's chat
+    template decides. ValueError naming file and line for a prompt without tokens, or as `chat_ids`."""
+    if record.messages is not None:
+        with at(f"{record.where}: "):
+            ids = chat_ids(record.messages, tokenizer)
+    else:
+        ids = tokenizer.text_to_ids(record.prompt)
+    if not ids:
+        raise ValueError(f"{record.where}: {record.prompt_field}: {record.prompt!r} has no tokens in this vocabulary")
+    return ids if bos_id is None or record.messages is not None else [bos_id, *ids]
+
+
 class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """The prompts of one file, tokenized; an item is {text: int64 [length], length, prompt_index, domain}.
 
@@ -30,7 +45,8 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
     first_index    `prompt_index` of the first prompt. A validation set that starts where the training set ends shares
                    one grader with it: `RuleRewards(train.records + validation.records)`.
     too_long       a prompt of more than max_prompt_length tokens: "error", or "drop" it (`dropped` counts them).
-    bos_id         a token that every prompt begins with, counted in its length; None: the text's tokens alone
+    bos_id         a token that every text begins with, counted in its length; None: only the text's own tokens. For
+                   `messages` the tokenizer's chat template decides
 
     Every rank reads the same file and holds the same items.
     """
@@ -58,18 +74,13 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
                     f"{record.where}: domain: {record.domain!r} is not in the training data{hint}; "
                     f"its domains are {', '.join(self.domains)}"
                 )
-        tokens = [tokenizer.text_to_ids(record.prompt) for record in records]
-        for record, ids in zip(records, tokens, strict=True):
-            if not ids:
-                raise ValueError(f"{record.where}: prompt: {record.prompt!r} has no tokens in this vocabulary")
-        if bos_id is not None:
-            tokens = [[bos_id, *ids] for ids in tokens]
+        tokens = [prompt_ids(record, tokenizer, bos_id) for record in records]
         fits = [len(ids) <= max_prompt_length for ids in tokens]
         self.dropped = fits.count(False)
         if self.dropped and (too_long == "error" or self.dropped == len(records)):
-            first = fits.index(False)
+            record, ids = next((record, ids) for record, ids, fit in zip(records, tokens, fits, strict=True) if not fit)
             raise ValueError(
-                f"{records[first].where}: prompt: {len(tokens[first])} tokens, more than max_prompt_length = "
+                f"{record.where}: {record.prompt_field}: {len(ids)} tokens, more than max_prompt_length = "
                 f"{max_prompt_length}; so are {self.dropped} of {len(records)} prompts of this file. Shorten them, "
                 "raise max_prompt_length, or set too_long: drop"
             )
@@ -88,8 +99,8 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
             outside = tokens[(tokens < 0) | (tokens >= vocab_size)].tolist()
             if outside:
                 raise ValueError(
-                    f"{record.where}: prompt: the tokenizer makes the token {outside[0]} of it, outside its own "
-                    f"vocabulary of {vocab_size}"
+                    f"{record.where}: {record.prompt_field}: the tokenizer makes the token {outside[0]} of it, outside "
+                    f"its own vocabulary of {vocab_size}"
                 )
 
     def subset(self, places: Sequence[int]) -> PromptSubset:

@@ -1,7 +1,12 @@
 """Prompts in JSONL files, line by line.
 
 One JSON object a line:
-    prompt     text, not empty
+    prompt     text, not empty: the policy reads it as it stands
+    messages   in place of prompt, a conversation to be answered: [{"role": "user", "content": "2+5="}], with the roles
+               system, user, assistant and tool. The tokenizer's own chat template writes it out and adds the beginning
+               of the answer (the generation prompt). The policy reads the tokens that transformers'
+               `apply_chat_template` makes; `add_BOS` does not apply, the template decides about BOS. A template that
+               writes today's date makes another prompt each day
     domain     name of the domain; the strata `domain` and `prompt_group` are made of this and of the prompt's index
     grader     "reasoning_gym" (with `task`, `entry`), "math_verify" (with `answer`), both with an optional
                `answer_form`, or one of the config's own, whose fields are free
@@ -23,12 +28,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_fiberpo.aligner.data.chat import check_messages
 from nemo_fiberpo.aligner.data.jsonl import lines_of, parse_line
 from nemo_fiberpo.graders.builtin import ANSWER_FORMS, GRADER_FIELDS
 from nemo_fiberpo.labelling.expert_partitions import COLUMN
 from nemo_fiberpo.values import at, short
 
-_REQUIRED = ("prompt", "domain", "grader")
+_PROMPT, _MESSAGES = "prompt", "messages"  # a line has one of the two
+_REQUIRED = ("domain", "grader")
 _OPTIONAL = ("id", "response")
 _STRATA, _META = "strata", "meta"
 _OF_ROLLOUT = ("domain", "prompt_group", "trajectory", "state", COLUMN)  # strata whose labels are not for `strata`
@@ -39,7 +46,10 @@ _JSON_NAMES: dict[type, str] = {str: "a string", dict: "an object"}
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """One prompt. `fields` is what its grader gets; `where` is "file:line", for messages."""
+    """One prompt. `fields` is what its grader gets; `where` is "file:line", for messages of errors.
+
+    `prompt` is the text; where there are `messages`, it is the content of the last one, which the policy answers.
+    """
 
     prompt: str
     domain: str
@@ -49,11 +59,17 @@ class PromptRecord:
     id: str | None = None
     response: str | None = None
     strata: dict[str, str] = field(default_factory=dict, repr=False)
+    messages: tuple[dict[str, str], ...] | None = field(default=None, repr=False)
 
     @property
     def line(self) -> int:
         """Its line in the file, from 1."""
         return int(self.where.rpartition(":")[2])
+
+    @property
+    def prompt_field(self) -> str:
+        """The field of the line that the prompt is made of."""
+        return _PROMPT if self.messages is None else _MESSAGES
 
 
 def load_prompts(path: str | Path, own_graders: Collection[str] = ()) -> list[PromptRecord]:
@@ -86,7 +102,8 @@ def _record(where: str, line: bytes, own_graders: Collection[str]) -> PromptReco
         data = parse_line(line)
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(data).__name__}")
-    for name in _REQUIRED:
+    messages = _messages(where, data)
+    for name in _REQUIRED if messages else (_PROMPT, *_REQUIRED):
         _require(where, data, name, str)
         if not data[name].strip():
             raise ValueError(f"{where}: {name}: is empty")
@@ -103,12 +120,28 @@ def _record(where: str, line: bytes, own_graders: Collection[str]) -> PromptReco
     if data["domain"] == _ALL:
         raise ValueError(f"{where}: domain: {_ALL!r} is what the mean over all domains is called; take another name")
     _check_strata(where, strata)
-    known = (*_REQUIRED, *_OPTIONAL, _STRATA, _META)
+    known = (_PROMPT, _MESSAGES, *_REQUIRED, *_OPTIONAL, _STRATA, _META)
     rest = {name: value for name, value in data.items() if name not in known}
     if grader in GRADER_FIELDS and grader not in own_graders:
         _check_fields(where, grader, rest)
-    prompt, domain, identity, response = data["prompt"], data["domain"], data.get("id"), data.get("response")
-    return PromptRecord(prompt, domain, grader, rest, where, identity, response, strata)
+    prompt = messages[-1]["content"] if messages else data[_PROMPT]
+    identity, response = data.get("id"), data.get("response")
+    return PromptRecord(prompt, data["domain"], grader, rest, where, identity, response, strata, messages)
+
+
+def _messages(where: str, data: dict[str, Any]) -> tuple[dict[str, str], ...] | None:
+    """The checked `messages` of a line, None if it has a `prompt` in their place."""
+    if _MESSAGES not in data:
+        if isinstance(data.get(_PROMPT), list):
+            raise ValueError(f"{where}: {_PROMPT}: expected a string, found list; chat messages go into {_MESSAGES}")
+        if _PROMPT not in data and (found := difflib.get_close_matches(_MESSAGES, data, n=1)):
+            raise ValueError(f"{where}: {_MESSAGES}: missing; is {found[0]!r} meant to be it?")
+        return None
+    if _PROMPT in data:
+        raise ValueError(f"{where}: {_MESSAGES}: stands beside {_PROMPT}; a line has one of the two")
+    with at(f"{where}: "):
+        check_messages(data[_MESSAGES])
+    return tuple(data[_MESSAGES])
 
 
 def _check_strata(where: str, strata: Any) -> None:
@@ -136,7 +169,7 @@ def _check_fields(where: str, grader: str, fields: dict[str, Any]) -> None:
         _require(where, fields, name, required[name])
     for name in fields:
         if name not in known:
-            valid = [*_REQUIRED, *_OPTIONAL, _STRATA, *known, _META]
+            valid = [_PROMPT, _MESSAGES, *_REQUIRED, *_OPTIONAL, _STRATA, *known, _META]
             raise ValueError(
                 f"{where}: {name}: unknown field{near(name, valid)}; valid: {', '.join(valid)}. What nothing reads "
                 f"can stay in {_META}"

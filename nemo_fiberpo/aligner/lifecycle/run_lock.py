@@ -4,6 +4,9 @@
 to a process, so SIGKILL releases it and no forked helper keeps it; it is also lost when its process closes any other
 descriptor of the file, so nothing else here opens it. What the file says is for the message and decides nothing alone.
 
+With the package filelock, a helper that C code forks would keep the lock: its flock belongs to every process that has
+the open file, and only forks by Python close that.
+
 What is guaranteed: on a local file system, on NFS with a lock manager (every NFSv4) and on Lustre mounted with `flock`,
 two jobs never train in one directory, on whatever nodes. With `local_lock` (NFS) or `localflock` (Lustre) that holds
 between processes of one node only. A file system without locks is said in a warning and the run goes on. The lock of a

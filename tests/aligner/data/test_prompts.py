@@ -85,7 +85,10 @@ def test_a_file_with_mark_blank_lines_and_no_last_newline_is_read(tmp_path):
         (line(answer=7), 'answer: expected a string, found int; write "7"'),
         (line(answer=" "), "answer: is empty"),
         (line(id=""), "id: is empty; leave it out"),
-        (line(source="web"), "source: unknown field; valid: prompt, domain, grader, id, response, strata, answer, "),
+        (
+            line(source="web"),
+            "source: unknown field; valid: prompt, messages, domain, grader, id, response, strata, answer, ",
+        ),
         (line(grader="reasoning_gym", answer=None, task="gcd", entry={}), "entry: is empty"),
         (line(strata={"domain": "x"}), "strata.domain: 'domain' has labels of its own, these would not be read"),
         (line(strata={"trajectory": "x"}), "strata.trajectory: 'trajectory' has labels of its own"),
