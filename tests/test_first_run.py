@@ -39,7 +39,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[
 
 def test_the_block_passes_every_check(commands: dict[str, list[str]], capsys: pytest.CaptureFixture[str]):
     assert list(commands) == ["import-hf", "check", "train", "export-hf"]
-    assert commands["train"] == commands["check"], "what is checked is what is trained"
+    assert commands["train"] == [*commands["check"], "--ranks", "1"], "what is checked is what is trained"
     assert main(["import-hf", *commands["import-hf"]]) == 0
     assert main(["check", *commands["check"]]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
