@@ -1,4 +1,4 @@
-"""The README's first run on one's own data and model: with a small Llama, its block passes every check before training."""
+"""The README's first run on your own data and model: its block passes every check, with a small Llama as the model."""
 
 from __future__ import annotations
 
