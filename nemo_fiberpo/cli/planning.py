@@ -42,6 +42,7 @@ def plan_of(cfg: DictConfig, name: str) -> Plan:
             f"{name}: has no section {', '.join(lacking)}; a run begins with defaults: [base, hierarchy: domain, "
             "algorithm: fiberpo, model: policy, _self_], or with a layout, defaults: [cluster/mixtral_8x7b, _self_]"
         )
+    cfg = cfg.copy()  # the checkpoint's own model config joins it below, and is not what the user wrote
     problems: list[str] = []
     filled = _filled(cfg)
 

@@ -167,7 +167,7 @@ def test_one_rank_sends_nothing(run: Run):
             ["algorithm.val_check_interval=30", "data.heldout=null"],
             "algorithm.val_check_interval: 30 evaluates data.heldout, which is not given",
         ),
-        (["seed=x"], "seed: must be a whole number, got 'x'"),
+        (["seed=x"], "seed: must be a whole number from 0 to 2147483647, got 'x'"),
         (["model.optim.lr='1e-6'"], "model.optim.lr: must be a finite number, got '1e-6'"),
         (["+model.num_layer=2"], "model.num_layer: nothing reads this key; did you mean 'num_layers'?"),
         (["data.train=/tmp"], "/tmp: cannot be read: is no regular file"),
