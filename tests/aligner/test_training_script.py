@@ -125,7 +125,7 @@ def test_the_quickstart_config_passes_the_check_which_tells_what_is_not_there(tm
     begun = [sys.executable, str(ROOT / "examples" / "train_gpt_fiberpo.py"), "--check", "--config-name", "quickstart"]
     done = subprocess.run([*begun, f"run_dir={tmp_path}"], env=environment(), text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("checked: name, run_dir, seed, ")
+    assert done.stdout.startswith("the config: name, run_dir, seed, ")
     assert f"data.train: not checked: there is no {tmp_path}/data/train.jsonl" in done.stdout
 
 
