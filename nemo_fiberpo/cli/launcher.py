@@ -134,15 +134,16 @@ def run_ranks(command: Sequence[str], number: int) -> int:
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     failed: int | None = None
     until = float("inf")
-    while any(rank.poll() is None for rank in ranks) and time.monotonic() < until:
+    while True:
+        statuses = [rank.poll() for rank in ranks]  # all of them: a rank may wait for one that has failed
         if failed is None:
-            failed = next((rank.returncode for rank in ranks if rank.returncode not in (None, *_MAY_END)), None)
+            failed = next((status for status in statuses if status not in (None, *_MAY_END)), None)
             if failed is not None:
                 until = time.monotonic() + GRACE
+        ended = [status for status in statuses if status is not None]
+        if len(ended) == len(ranks) or time.monotonic() >= until:
+            break
         time.sleep(0.05)
-    ended = [rank.returncode for rank in ranks if rank.returncode is not None]
-    if failed is None:
-        failed = next((status for status in ended if status not in _MAY_END), None)
     if failed is None:
         return max(ended)
     return failed if failed >= 0 else 128 - failed

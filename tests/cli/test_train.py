@@ -94,6 +94,17 @@ def test_an_error_in_the_config_is_said_before_any_rank_starts(tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_rank_that_waits_for_one_that_has_failed_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    code = (
+        "import os, pathlib, sys, time\n"
+        "if os.environ['RANK'] == '1': sys.exit(3)\n"
+        f"time.sleep(60); pathlib.Path({str(tmp_path / 'waited')!r}).touch()"
+    )
+    monkeypatch.setattr(launcher, "GRACE", 0.5)
+    assert launcher.run_ranks([sys.executable, "-c", code], 2) == 3
+    assert not (tmp_path / "waited").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "cores", "number"),
     [
