@@ -16,7 +16,7 @@ from nemo_fiberpo.aligner.config.data import DataSettings
 from nemo_fiberpo.aligner.config.nemo import NEMO
 from nemo_fiberpo.aligner.config.parsing import build, plain
 from nemo_fiberpo.aligner.config.rewards import RewardSettings
-from nemo_fiberpo.aligner.config.run import PretrainedCheckpoint, ResumeSettings, RunSettings
+from nemo_fiberpo.aligner.config.run import ResumeSettings, RunSettings
 from nemo_fiberpo.aligner.config.warm_start import WarmStartSettings
 from nemo_fiberpo.config import (
     mapping,
@@ -40,11 +40,7 @@ def run_settings(cfg: DictConfig) -> RunSettings:
     """The keys outside of sections. ValueError naming the field, for an unknown section too."""
     reject_unknown_keys(cfg, SECTIONS)
     given = {entry.name: cfg[entry.name] for entry in dataclasses.fields(RunSettings) if entry.name in cfg}
-    settings: RunSettings = RunSettings(**given)
-    if cfg.get("pretrained_checkpoint") is not None:
-        known = [entry.name for entry in dataclasses.fields(PretrainedCheckpoint)]
-        reject_unknown_keys(cfg.pretrained_checkpoint, known, "pretrained_checkpoint")
-    return settings
+    return RunSettings(**given)
 
 
 def hierarchy_section(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None]:
