@@ -12,37 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from nemo_fiberpo.aligner.data.records import PromptRecord
 from nemo_fiberpo.aligner.rewards.rules import RuleRewards
 from nemo_fiberpo.graders.pool import GraderPool
-from tests.support.bad_records import BAD, HERE, bad
+from tests.support.bad_records import BAD, HERE, LIMIT, bad, gym, rewards_of, sum_entry
 from tests.support.launching import wait_for
 
 pytestmark = pytest.mark.usefixtures("find_bad_graders")
-
-
-LIMIT = 1.5  # seconds for an answer: long for one that does nothing, also where the machine is busy
-
-
-def rewards_of(*responses: str, **options) -> tuple[list[float], list[str | None], list[str]]:
-    with RuleRewards([bad()], graders=BAD, time_limit=LIMIT, **options) as rewards:
-        scores = rewards.score([0] * len(responses), list(responses))
-    return scores.rewards.tolist(), scores.failed, scores.reasons
-
-
-def sum_entry() -> dict:
-    return {"answer": "5", "metadata": {}, "question": "2 - 4 + 7 ="}
-
-
-def gym(task: str, entry: dict, **fields) -> PromptRecord:
-    return PromptRecord("p", "d", "reasoning_gym", {"task": task, "entry": entry, **fields}, "made.jsonl:1")
-
-
-def math(answer: str) -> PromptRecord:
-    return PromptRecord("p", "m", "math_verify", {"answer": answer}, "made.jsonl:9")
-
-
-# what the shipped graders say
 
 
 @pytest.mark.parametrize(
