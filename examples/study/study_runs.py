@@ -28,16 +28,23 @@ class Run:
 
 def read_study(path: Path = FILE) -> dict[str, list[Run]]:
     """The runs of every stage, in the order in which they are run: all with one seed before those with the next."""
-    study: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path), resolve=True)  # type: ignore[assignment]
+    study: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # type: ignore[assignment]
     stages = {}
     for stage, chosen in study["stages"].items():
         runs = []
         for seed in study["seeds"][chosen["seeds"]]:
             for setting in chosen["settings"]:
-                for lr in chosen["lr"]:
-                    for objective in chosen["objectives"]:
-                        overrides = [*study["common"], *study["settings"][setting], f"model.optim.lr={lr:g}"]
-                        overrides += study["objectives"][objective]
-                        runs.append(Run(setting, objective, float(lr), seed, tuple(overrides)))
+                for objective, lr in _arms(chosen):
+                    overrides = [*study["common"], *study["settings"][setting], f"model.optim.lr={lr:g}"]
+                    overrides += study["objectives"][objective]
+                    runs.append(Run(setting, objective, lr, seed, tuple(overrides)))
         stages[stage] = runs
     return stages
+
+
+def _arms(stage: dict[str, Any]) -> list[tuple[str, float]]:
+    """Objective and learning rate. A stage has a list of rates for all its objectives, or names the rate of each."""
+    objectives = stage["objectives"]
+    if isinstance(objectives, dict):
+        return [(objective, float(lr)) for objective, lr in objectives.items()]
+    return [(objective, float(lr)) for lr in stage["lr"] for objective in objectives]
