@@ -36,10 +36,16 @@ def read_study(path: Path = FILE) -> dict[str, list[Run]]:
             for setting in chosen["settings"]:
                 for objective, lr in _arms(chosen):
                     overrides = [*study["common"], *study["settings"][setting], f"model.optim.lr={lr:g}"]
-                    overrides += study["objectives"][objective]
+                    overrides += _flat(study["objectives"][objective])
                     runs.append(Run(setting, objective, lr, seed, tuple(overrides)))
         stages[stage] = runs
     return stages
+
+
+def read_outcomes(path: Path = FILE) -> dict[str, list[str]]:
+    """By setting, the domains whose held-out reward is the outcome; a setting that is not there counts all."""
+    outcomes: dict[str, list[str]] = OmegaConf.to_container(OmegaConf.load(path).outcome)  # type: ignore[assignment]
+    return outcomes
 
 
 def _arms(stage: dict[str, Any]) -> list[tuple[str, float]]:
@@ -48,3 +54,8 @@ def _arms(stage: dict[str, Any]) -> list[tuple[str, float]]:
     if isinstance(objectives, dict):
         return [(objective, float(lr)) for objective, lr in objectives.items()]
     return [(objective, float(lr)) for lr in stage["lr"] for objective in objectives]
+
+
+def _flat(overrides: list[Any]) -> list[str]:
+    """The overrides of an objective, with those of the lists that it includes."""
+    return [one for entry in overrides for one in (entry if isinstance(entry, list) else [entry])]
