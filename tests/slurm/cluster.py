@@ -181,7 +181,9 @@ class Cluster:
                 found[pid] = command
         return found
 
-    def command(self, *arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
+    def command(
+        self, *arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 60
+    ) -> str:
         """A SLURM command on this cluster; what it printed. SlurmError if it failed. One that slurmctld was too busy to
         answer is tried again."""
         for attempt in range(5):
@@ -193,7 +195,7 @@ class Cluster:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                timeout=60,
+                timeout=timeout,
             )
             if not done.returncode:
                 return done.stdout

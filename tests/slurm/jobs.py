@@ -42,6 +42,11 @@ class Job:
         batch = ["sbatch", "--parsable", *options, str(ROOT / "examples" / "slurm" / script), *arguments]
         self.id = self.cluster.command(*batch, cwd=self.folder, env=environment).strip()
 
+    def srun(self, command: str) -> str:
+        """`fiberpo COMMAND` of the run on both nodes, by srun without a script; what it printed."""
+        run = ["fiberpo", command, "quickstart", f"run_dir={self.run_dir}", *SMALL, *RUN, "trainer.num_nodes=2"]
+        return self.cluster.command("srun", *ONE_RANK_EACH, *run, "trainer.devices=1", cwd=ROOT, timeout=PATIENCE)
+
     def output(self) -> str:
         """What the job and its ranks printed, in all its starts; of an array, all tasks."""
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("fiberpo-*.out")))

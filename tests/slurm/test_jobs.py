@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import SlurmError
-from tests.slurm.jobs import ONE_RANK_EACH, PATIENCE, Job, same_metrics, seconds_since
+from tests.slurm.jobs import ONE_RANK_EACH, PATIENCE, RL_STEPS, Job, same_metrics, seconds_since
 from tests.slurm.ranks import ranks_that_end
 from tests.support.launching import wait_for
 from tests.support.processes import kill
@@ -37,6 +37,13 @@ def test_the_shipped_script_trains_on_two_nodes(uninterrupted):
     assert fields["NumNodes"] == "2" and fields["Restarts"] == "0" and fields["ExitCode"] == "0:0"
     assert json.loads((uninterrupted.run_dir / "run.json").read_text())["identity"]["ranks"] == 2
     assert "nodes n[1-2], 1 ranks each by srun" in said
+
+
+def test_fiberpo_train_is_a_rank_under_srun(job, uninterrupted):
+    printed = job.srun("train")
+    assert printed.count(f"step {RL_STEPS}/{RL_STEPS}") == 1, printed
+    assert json.loads((job.run_dir / "run.json").read_text())["identity"]["ranks"] == 2
+    same_metrics(job, uninterrupted)
 
 
 def test_a_job_outlives_the_death_of_each_of_its_nodes(cluster, job, uninterrupted, record_property):
