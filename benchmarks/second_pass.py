@@ -47,8 +47,9 @@ def plain(hierarchy: Hierarchy) -> dict[str, Any]:
 
 def record(out: Path, arguments: list[str]) -> None:
     """Train, and save what the objective of every off-policy optimizer step is evaluated on."""
-    from nemo_fiberpo.megatron import step
+    import nemo_fiberpo.megatron.step
 
+    step: Any = nemo_fiberpo.megatron.step
     exact_step, surrogate = step.exact_step, step.surrogate
     kept: list[dict[str, Any]] = []
     place = 0
@@ -97,7 +98,8 @@ def second_share(entry: dict[str, Any], hierarchy: Hierarchy, rows: Tensor, micr
         return [entry[name][part].flatten().double() for name in ("log_ratio", "advantage")]
 
     whole, use_min = cells(rows).shared, entry["use_min"]
-    exact = token_coefficients(*columns(rows), whole, hierarchy, use_min=use_min).view(len(rows), -1)
+    log_ratio, advantage = columns(rows)
+    exact = token_coefficients(log_ratio, advantage, whole, hierarchy, use_min=use_min).view(len(rows), -1)
     split = list(zip(rows.chunk(microbatches), exact.chunk(microbatches), strict=True))
     touched = 0
     for (part, right), own in zip(split, part_cells([cells(part) for part, _ in split], whole), strict=True):
@@ -111,7 +113,8 @@ def print_table(path: str) -> None:
     kept = torch.load(path)
     groups = min(len(entry["labels"]["prompt_group"].unique()) for entry in kept)
     counts = [number for number in COUNTS if groups % number == 0]
-    print(f"\n{path}: {len(kept)} steps of {len(kept[0]['mask'])} rows in {groups} prompt groups; {kept[0]['hierarchy']}")
+    print(f"\n{path}: {len(kept)} steps of {len(kept[0]['mask'])} rows in {groups} prompt groups")
+    print(kept[0]["hierarchy"])
     for gate in GATES:
         for arrangement in ARRANGEMENTS:
             for number in counts:

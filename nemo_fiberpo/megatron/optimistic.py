@@ -82,8 +82,9 @@ def optimistic_step(
     else:
         finalise()
     word = SECOND_PASS[0 if not again else 1 + (len(again) == len(microbatches))]
-    figures = torch.stack([extra.double(), error.double().to(extra.device)]).tolist()
-    return StepResult(-result.value, result.report, *figures, exact, word, len(again) / len(microbatches))
+    extra_sum, gap = torch.stack([extra.double(), error.double().to(extra.device)]).tolist()
+    share = len(again) / len(microbatches)
+    return StepResult(-result.value, result.report, extra_sum, gap, exact, word, share)
 
 
 class _Guesses:
@@ -176,10 +177,11 @@ def without_gradient_sync(policy: Policy) -> Iterator[Callable[[], None]]:
     config = policy.config
     hooks = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func")
     before = {name: getattr(config, name) for name in hooks if hasattr(config, name)}
-    finalise, given = before.get("finalize_model_grads_func"), list[tuple[tuple[Any, ...], dict[str, Any]]]()
+    finalise: Any = before.get("finalize_model_grads_func")
+    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def finalise_now() -> None:
-        for arguments, options in given if finalise is not None else ():
+        for arguments, options in given:
             with contextlib.ExitStack() as waiting:
                 for chunk in policy.chunks:
                     waiting.enter_context(_synchronous(chunk))
@@ -187,8 +189,8 @@ def without_gradient_sync(policy: Policy) -> Iterator[Callable[[], None]]:
 
     with contextlib.ExitStack() as unsynced:
         for chunk in policy.chunks:
-            if hasattr(chunk, "no_sync"):
-                unsynced.enter_context(chunk.no_sync())
+            no_sync: Any = getattr(chunk, "no_sync", contextlib.nullcontext)
+            unsynced.enter_context(no_sync())
         try:
             config.no_sync_func = config.grad_sync_func = None
             if finalise is not None:
@@ -202,7 +204,7 @@ def without_gradient_sync(policy: Policy) -> Iterator[Callable[[], None]]:
 @contextlib.contextmanager
 def _synchronous(chunk: torch.nn.Module) -> Iterator[None]:
     """Megatron's DDP with `overlap_grad_reduce` expects reductions that a backward pass has begun; here none has."""
-    ddp = getattr(chunk, "ddp_config", None)
+    ddp: Any = getattr(chunk, "ddp_config", None)
     before = getattr(ddp, "overlap_grad_reduce", False)
     if not before:
         yield

@@ -8,9 +8,10 @@ from omegaconf import OmegaConf
 from nemo_fiberpo.aligner import cpu
 
 cpu.install()
-from nemo_fiberpo.aligner.actor import FiberPOActor, balanced  # noqa: E402
+from nemo_fiberpo.aligner.actor import FiberPOActor  # noqa: E402
 from nemo_fiberpo.aligner.config.model_checks import check_model, check_vocabulary, first_token  # noqa: E402
 from nemo_fiberpo.aligner.generation import lockstep  # noqa: E402
+from nemo_fiberpo.megatron.sequences import balanced  # noqa: E402
 from tests.support.launching import ROOT  # noqa: E402
 
 GOOD = {"mcore_gpt": True, "optim": {"name": "mcore_distributed_optim"}, "ppo": {"sampling_params": {}}}

@@ -18,8 +18,8 @@ from nemo_fiberpo.megatron.one_pass import one_pass_cells
 from nemo_fiberpo.megatron.schedule import Policy
 from nemo_fiberpo.megatron.sequences import Rows, gather_rows, length_multiple, packed_rows, packed_spans, padded_rows
 from nemo_fiberpo.megatron.step import StepTokens
-from nemo_fiberpo.objective.optimistic import PartCells, part_cells
 from nemo_fiberpo.objective import Budget, Hierarchy, SharedCells, Stratum, build_cells, token_weights
+from nemo_fiberpo.objective.optimistic import PartCells, part_cells
 from tests.megatron import segments
 from tests.megatron.partitions import MEMBERSHIP, PARTITIONS
 from tests.megatron.segments import SEGMENT, SEGMENTS

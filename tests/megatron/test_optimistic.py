@@ -1,18 +1,15 @@
-"""The optimistic step against the two-pass step: loss, metrics and every gradient, on the layouts whose gradients Megatron
-finalises in ways of their own; what it runs and reduces; and deliberate mistakes in it."""
+"""The optimistic step against the two-pass step: loss, metrics and every gradient, on the layouts whose gradients
+Megatron finalises in ways of their own; what it runs and reduces; and deliberate mistakes in it."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import pickle
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from nemo_fiberpo.megatron import optimistic
 from nemo_fiberpo.megatron.compat import auxiliary_loss_log, fields_of
 from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.megatron.optimistic import optimistic_step
@@ -104,12 +101,15 @@ def step_of(layout: Layout, batch: Batch, name: str, guess: bool) -> Found:
 
 
 def pairs_worker(rank: int, world: int, layouts: list[Layout], pickled: bytes) -> list[list[tuple[Found, Found]]]:
-    given: dict[str, Batch] = pickle.loads(pickled)
+    given: dict[comparison.Kind, dict[str, Batch]] = pickle.loads(pickled)
+    found = []
     with tiny.megatron(layouts[0]):
-        return [
-            [tuple(step_of(layout, batch, name, guess) for guess in (False, True)) for name, batch in given.items()]
-            for layout in layouts
-        ]
+        for layout in layouts:
+            of_layout = given[layout.kind].items()
+            found.append(
+                [(step_of(layout, batch, name, False), step_of(layout, batch, name, True)) for name, batch in of_layout]
+            )
+    return found
 
 
 def largest_difference(pairs: list[tuple[Found, Found]]) -> float:
@@ -125,14 +125,16 @@ def largest_difference(pairs: list[tuple[Found, Found]]) -> float:
 
 @pytest.fixture(scope="module")
 def problems() -> bytes:
-    """Old log-probs are those of one process and of the dense or expert model alike: any will do, as both steps get the
-    same."""
+    """By kind of model, whose log-probs in one process the old ones are made from."""
     cases = sorted({case for case, *_ in PROBLEMS.values()})
     known = {case: next(name for name, entry in CASES.items() if entry.batch == case) for case in cases}
-    references = comparison.references_for([Layout()], list(known.values()))
-    kind = Layout().kind
+    layouts = [layout for _, layouts in RUNS for layout in layouts]
+    references = comparison.references_for(layouts, list(known.values()))
     return pickle.dumps(
-        {name: problem_of(name, references[kind, known[case]].batch) for name, (case, *_) in PROBLEMS.items()}
+        {
+            kind: {name: problem_of(name, references[kind, known[case]].batch) for name, (case, *_) in PROBLEMS.items()}
+            for kind in {layout.kind for layout in layouts}
+        }
     )
 
 

@@ -87,9 +87,9 @@ class Layout:
         return self.tp > 1 if self.sequence_parallel is None else self.sequence_parallel
 
     @property
-    def kind(self) -> tuple[int, int, bool]:
-        """What the model is, whatever the layout: layers, experts, rotary positions."""
-        return self.num_layers, self.experts, self.rope
+    def kind(self) -> tuple[int, int, bool, bool]:
+        """What the model is, whatever the layout: layers, experts, rotary positions, tied embeddings."""
+        return self.num_layers, self.experts, self.rope, self.tied
 
     @property
     def groups(self) -> str:
