@@ -3,13 +3,16 @@ Megatron finalises in ways of their own; what it runs and reduces; and deliberat
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pickle
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from nemo_fiberpo.megatron import optimistic
 from nemo_fiberpo.megatron.compat import auxiliary_loss_log, fields_of
 from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.megatron.optimistic import optimistic_step
@@ -51,7 +54,8 @@ PROBLEMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a rank's step gave; `forwards` counts forward passes, `log` are the router losses that were logged."""
+    """What a rank's step gave; `forwards` and `finalised` count forward passes and how often gradients were finalised,
+    `log` are the router losses that were logged."""
 
     loss: float
     metrics: dict[str, float]
@@ -59,6 +63,7 @@ class Found:
     grads: dict[str, shards.Gradient]
     calls: int
     forwards: int
+    finalised: int
     log: dict[str, torch.Tensor]
     second_pass: str | None
     share: float | None
@@ -77,14 +82,21 @@ def problem_of(name: str, batch: Batch) -> Batch:
 def step_of(layout: Layout, batch: Batch, name: str, guess: bool) -> Found:
     model, strata = tiny.make_model(layout), PROBLEMS[name][1]
     axes = TokenAxes.from_parallel_state(gathered={"cp": layout.gathered} if layout.gathered else None)
-    step, reducer, forwards = batches.make_step(layout, batch, strata, axes), Reducer(axes), 0
-    policy = batches.make_policy(layout, model, step.rows)
+    step, reducer = batches.make_step(layout, batch, strata, axes), Reducer(axes)
+    policy, forwards, finalised = batches.make_policy(layout, model, step.rows), 0, 0
+    finalise = policy.config.finalize_model_grads_func
 
     def counted(*given: Any) -> Any:
         nonlocal forwards
         forwards += 1
         return policy.forward(*given)
 
+    def finalising(*given: Any, **options: Any) -> Any:
+        nonlocal finalised
+        finalised += 1
+        return finalise(*given, **options)
+
+    policy.config.finalize_model_grads_func = finalising
     counting, chain = dataclasses.replace(policy, forward=counted), batches.hierarchy(strata)
     options = {"extra_loss": batches.kl_penalty} if name == "penalty" else {}
     auxiliary_loss_log().clear()
@@ -96,7 +108,7 @@ def step_of(layout: Layout, batch: Batch, name: str, guess: bool) -> Found:
     assert result.recompute_error < 1e-12
     log = {key: fields_of(entry)["values"].clone() for key, entry in auxiliary_loss_log().items()}
     grads, metrics = shards.gradients(model), result.report.metrics()
-    done = reducer.calls, forwards, log, result.second_pass, result.second_share
+    done = reducer.calls, forwards, finalised, log, result.second_pass, result.second_share
     return Found(result.loss, metrics, result.extra_loss, grads, *done)
 
 
@@ -155,8 +167,64 @@ def test_it_is_the_two_pass_step(problems, world: int, layouts: list[Layout]) ->
                 assert (one.second_pass, one.share, one.calls) == (words[name], pairs[0][1].share, two.calls + 1)
                 again, chunks = round(one.share * layout.microbatches), layout.vpp
                 assert one.forwards == (layout.microbatches + again) * chunks
+                assert one.finalised == two.finalised == 1
                 assert two.forwards == 2 * layout.microbatches * chunks
                 assert one.log.keys() == two.log.keys()
                 assert all(torch.allclose(one.log[key], value, rtol=BOUND) for key, value in two.log.items())
         assert words["quiet"] == "none" and words["far"] == "whole"
         assert words["local cells"] == "none" or (layout.cp > 1 and not layout.gathered)
+
+
+@contextlib.contextmanager
+def replaced(name: str, value: Any) -> Iterator[None]:
+    """An attribute of the module of the optimistic step."""
+    before = getattr(optimistic, name)
+    setattr(optimistic, name, value)
+    try:
+        yield
+    finally:
+        setattr(optimistic, name, before)
+
+
+@contextlib.contextmanager
+def synchronised(policy: Any) -> Iterator[Callable[[], None]]:
+    yield lambda: None
+
+
+def whole_coefficients(*given: Any) -> Any:
+    guesses = given[4]
+    guesses.coefficients = [torch.zeros_like(value) for value in guesses.coefficients]
+    return optimistic_correct(*given)
+
+
+optimistic_correct, first_scale = optimistic._correct, optimistic.loss_scale
+MISTAKES: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
+    "no mistake": contextlib.nullcontext,
+    "no second pass": lambda: replaced("_chosen", lambda *given: []),
+    "gradients are finalised twice": lambda: replaced("without_gradient_sync", synchronised),
+    "the second pass has the exact coefficients": lambda: replaced("_correct", whole_coefficients),
+    "router losses in both passes": lambda: replaced("without_router_losses", contextlib.nullcontext),
+    "the second pass is scaled like the first": lambda: replaced(
+        "loss_scale", lambda number, axes: first_scale(4, axes)
+    ),
+}
+
+
+def mistakes_worker(rank: int, world: int, layout: Layout, pickled: bytes, name: str) -> list[tuple[Found, Found]]:
+    batch = pickle.loads(pickled)[layout.kind][name]
+    pairs = []
+    with tiny.megatron(layout):
+        two = step_of(layout, batch, name, guess=False)
+        for mistake in MISTAKES.values():
+            with mistake():
+                pairs.append((two, step_of(layout, batch, name, guess=True)))
+    return pairs
+
+
+def test_a_mistake_is_far_above_the_bound(problems) -> None:
+    layout, name = Layout(ep=2, microbatches=4, **ROUTER_LOSSES), "half without tokens"
+    ranks = distributed.run(mistakes_worker, 2, layout, problems, name, timeout=400.0)
+    for mistake, pairs in zip(MISTAKES, zip(*ranks, strict=True), strict=True):
+        error = largest_difference(list(pairs))
+        print(f"{mistake}: {error:.1e}")
+        assert error <= BOUND if mistake == "no mistake" else error > 1e-3, mistake
