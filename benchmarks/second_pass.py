@@ -33,7 +33,6 @@ from nemo_fiberpo.objective.optimistic import differs, optimistic_coefficients, 
 ROOT = Path(__file__).resolve().parents[1]
 ARRANGEMENTS = ("shuffled", "whole groups", "by domain")
 GATES = ("rollback", "clip")
-COUNTS = (2, 3, 4, 6, 8)
 
 
 def plain(hierarchy: Hierarchy) -> dict[str, Any]:
@@ -112,7 +111,7 @@ def second_share(entry: dict[str, Any], hierarchy: Hierarchy, rows: Tensor, micr
 def print_table(path: str) -> None:
     kept = torch.load(path)
     groups = min(len(entry["labels"]["prompt_group"].unique()) for entry in kept)
-    counts = [number for number in COUNTS if groups % number == 0]
+    counts = (2, 4, 8) if groups % 8 == 0 else (2, 3, 6)  # micro-batches of whole groups
     print(f"\n{path}: {len(kept)} steps of {len(kept[0]['mask'])} rows in {groups} prompt groups")
     print(kept[0]["hierarchy"])
     for gate in GATES:

@@ -50,7 +50,7 @@ def test_whole_groups_fit_into_micro_batches_or_are_refused():
     with pytest.raises(ValueError, match=r"algorithm.micro_batches: whole_groups, .* = 12 is no multiple"):
         whole.check_passes(chain, 12)
     settings(micro_batches="whole_groups", packing=True, passes=1).check_passes(chain[1:], 8)
-    with pytest.raises(ValueError, match="micro_batches: must be one of any, whole_groups"):
+    with pytest.raises(ValueError, match="micro_batches: must be any or whole_groups"):
         settings(micro_batches="groups")
 
 
