@@ -40,6 +40,11 @@ class PartCells:
         return not any(bool(quiet.any()) for quiet in (*self.quiet.nodes, self.quiet.tokens_J))
 
 
+def gates_can_pass(hierarchy: Hierarchy, gating: RatioGating | None) -> bool:
+    """Whether every gate passes exactly somewhere. With one that does not, such as `soft`, a shared cell always acts."""
+    return gating is not None or all(stratum.gate.passes > 0 for stratum in hierarchy.active)
+
+
 def part_cells(parts: Sequence[Cells], whole: SharedCells) -> list[PartCells]:
     """Of every micro-batch, from the cells of its tokens by themselves and those of the whole step on this rank."""
     return [PartCells(part.shared, _quiet(part.shared, whole)) for part in parts]

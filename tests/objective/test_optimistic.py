@@ -13,7 +13,7 @@ import nemo_fiberpo as fpo
 from nemo_fiberpo.objective import optimistic
 from nemo_fiberpo.objective.fibration import Quiet, Tokens, gate_cells, measure
 from nemo_fiberpo.objective.forest import Forest
-from nemo_fiberpo.objective.optimistic import PartCells, differs, optimistic_coefficients, part_cells
+from nemo_fiberpo.objective.optimistic import PartCells, differs, gates_can_pass, optimistic_coefficients, part_cells
 from tests.objective.cases import CHAIN, Case, branched_case, make_case, tree_case, with_floor, with_gates
 from tests.objective.test_host_reads import HostReads
 
@@ -196,6 +196,13 @@ def test_other_maps_are_exact_where_their_cells_are_whole(gating: fpo.RatioGatin
         [part] = part_cells([case.part(at).cells], whole)
         given = case.log_ratio[at], case.weight[at], part, case.hierarchy, gating
         assert torch.allclose(optimistic_coefficients(*given), exact[at], rtol=0, atol=BOUND)
+
+
+def test_a_gate_that_bends_at_once_never_passes():
+    hierarchy = make_case(3, 1).hierarchy
+    assert gates_can_pass(hierarchy, None) and gates_can_pass(with_gates(hierarchy, "clip"), None)
+    bent = with_gates(hierarchy, "rollback", "soft")
+    assert not gates_can_pass(bent, None) and gates_can_pass(bent, fpo.PpoClip(0.2, 0.2))
 
 
 def test_the_host_reads_nothing():

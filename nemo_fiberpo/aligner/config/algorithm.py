@@ -153,11 +153,6 @@ class AlgorithmSettings:
         return self.passes == 1 or self.micro_batches == "whole_groups"
 
     @property
-    def guesses(self) -> bool:
-        """Whether optimistic steps are taken where they pay."""
-        return self.passes == "auto"
-
-    @property
     def samples_per_rollout(self) -> int:
         return self.prompts_per_rollout * self.samples_per_prompt
 
