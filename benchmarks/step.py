@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
+from routing_capture import VOCABULARY, make_spec
 
-from benchmarks.routing_capture import VOCABULARY, make_spec
 from nemo_fiberpo.megatron import cpu
 from nemo_fiberpo.megatron.gpt import gpt_policy
 from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
@@ -58,7 +58,9 @@ def works_of(model: Any, args: argparse.Namespace) -> dict[str, Work]:
     def given(hierarchy: Hierarchy, acting: float) -> tuple[StepTokens, list[Any]]:
         parts = [
             hierarchy.cells(
-                {name: labels[name][index].flatten() for name in hierarchy.columns}, mask.flatten(), shape=mask.shape
+                {name: labels[name][index].flatten() for name in hierarchy.columns},
+                mask.flatten(),
+                shape=(len(mask), mask.shape[1]),
             )
             for index, mask in enumerate(live)
         ]

@@ -41,7 +41,7 @@ class PartCells:
 
 
 def gates_can_pass(hierarchy: Hierarchy, gating: RatioGating | None) -> bool:
-    """Whether every gate passes exactly somewhere. With one that does not, such as `soft`, a shared cell always acts."""
+    """Whether every gate has drifts at which it passes exactly. With one such as `soft` every shared cell acts."""
     return gating is not None or all(stratum.gate.passes > 0 for stratum in hierarchy.active)
 
 
