@@ -8,11 +8,12 @@ strata:                                        # by name, coarsest first
   prompt_group: {budget: {pos: 0.04, neg: 0.03}, slope: {cap: 32}}
   task: {budget: {pos: 0.03, neg: 0.02}, only: {domain: [code, math]}}
   task_language: {join: [task, language], budget: {pos: 0.03, neg: 0.02}}
-  trajectory: {budget: {pos: 0.12, neg: 0.05}, slope: 32, gate: rollback, enabled: true}
+  trajectory: {budget: {pos: 0.12, neg: 0.05}, slope: 32, gate: soft, enabled: true}
   trajectory_expert: {join: [trajectory, expert_partition], budget: {pos: 0.12, neg: 0.05}, min_tokens: 16}
 branches:
   modality: {beside: domain, budget: {pos: 0.02, neg: 0.015}}
 sweeps: 2
+gate: clip                                     # of every stratum that names none
 expert_partitions: {by: {cold: [0, 3], hot: [1, 2]}, layers: all, membership: hard, agreement: true}
 token_labels: {segment: {markers: {think: ["<think>", "</think>"]}, rest: answer}}
 ignore: ["<tool_result>", "</tool_result>"]
@@ -261,6 +262,7 @@ _HIERARCHY: dict[str, Callable[[Any, str], Any]] = {
     "strata": _strata,
     "branches": _strata,
     "sweeps": _as_given,
+    "gate": _as_given,
 }
 _STRATUM: dict[str, Callable[[Any, str], Any]] = {
     "budget": _budget,

@@ -1,5 +1,5 @@
 """Figures 2 to 4: the settings of the paper's captions, and the order and the borders of what they show. The paper
-prints no values for them, so none are compared. And what the demonstration of segments shows.
+prints no values for them, so none are compared. And what the demonstrations of segments and of the claims show.
 """
 
 from __future__ import annotations
@@ -188,7 +188,37 @@ def test_the_segment_that_is_trained_hard_is_held_and_the_other_goes_on_learning
     assert learned[0] > 0.01 and learned[1] < 0.5 * learned[0]
 
 
-@pytest.mark.parametrize("name", ["figure2", "figure3", "figure4", "segments"])
+def test_only_the_minimum_pulls_a_drift_back_beyond_its_budget(figure):
+    module = figure("claims")
+    used = (module.DRIFTS / module.BUDGET).tolist()
+    window = 1 + 1 / 8  # C*, in budgets
+    for advantage in (1.0, -1.0):
+        paper = module.force(module.PAPER, advantage)
+        for at, push in zip(used, paper, strict=True):
+            expected = advantage if at <= 1 else -8 * advantage if at < window - 1e-9 else 0.0
+            assert push * expected >= 0
+            assert (abs(push) > 7) == (abs(expected) == 8) and (expected == 0) == (abs(push) < 1e-12)
+    for objective in (module.MINIMUM, module.DEFAULT, module.GRPO):
+        assert all(push < -0.99 for push in module.force(objective, -1.0)), objective.label
+    beyond = [push for at, push in zip(used, module.force(module.DEFAULT, 1.0), strict=True) if at > 1]
+    assert len(beyond) > 50 and not any(abs(push) > 1e-12 for push in beyond)
+
+
+def test_tokens_learn_beyond_a_budget_and_half_of_them_beyond_a_clip(figure):
+    module = figure("claims")
+    assert all(set(module.survival(objective)) == {1.0} for objective in (module.PAPER, module.DEFAULT))
+    shares = module.survival(module.GRPO)
+    assert shares[0] == 1.0 and shares[-1] == 0.5
+
+
+def test_a_domain_is_not_held_for_the_drift_of_another(figure):
+    module = figure("claims")
+    alone, batch = module.neighbour(module.DOMAINS), module.neighbour(module.BATCH)
+    assert max(alone) - min(alone) < 1e-12 and alone[0] == pytest.approx(batch[0], abs=1e-12)
+    assert batch[-1] < 0.6 * batch[0]
+
+
+@pytest.mark.parametrize("name", ["figure2", "figure3", "figure4", "segments", "claims"])
 def test_one_command_draws_a_figure(name: str, tmp_path: Path):
     pytest.importorskip("matplotlib")
     command = [sys.executable, str(FIGURES / f"{name}.py"), str(tmp_path)]

@@ -90,7 +90,7 @@ def test_a_result_holds_every_sampled_answer_and_a_value_for_each_rl_step(tmp_pa
     ("before", "after", "collapsed"), [("1111", "1100", False), ("1111", "1000", True), ("1100", "1---", False)]
 )
 def test_a_collapse_is_a_final_reward_below_half_of_that_before(before: str, after: str, collapsed: bool):
-    assert results.collapsed({"heldout": {"before": {"a": before}, "after": {"a": after}}}) is collapsed
+    assert results.collapsed({"setting": "s", "heldout": {"before": {"a": before}, "after": {"a": after}}}) is collapsed
 
 
 def test_the_interval_holds_the_spread_of_seeds_and_of_prompts():
@@ -116,7 +116,7 @@ def test_verdicts(low: float, high: float, said: str):
 def test_only_arms_with_five_seeds_are_compared():
     digits = {"before": {"a": "10" * 50}, "after": {"a": "11" * 50}}
     worse = {"before": {"a": "10" * 50}, "after": {"a": "10" * 50}}
-    common = {"overrides": ["algorithm.rl_steps=1"], "curves": {"train_rollouts/rewards": [0.5]}}
+    common = {"setting": "s", "overrides": ["algorithm.rl_steps=1"], "curves": {"train_rollouts/rewards": [0.5]}}
 
     def table(seeds: int) -> list[str]:
         arms = {

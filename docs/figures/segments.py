@@ -41,8 +41,6 @@ CHANGES = {
     "strata": {
         "domain": {"enabled": False},
         "prompt_group": {"enabled": False},
-        "trajectory": {"slope": 1.0},
-        "segment_in_trajectory": {"slope": 1.0},
     },
     "token_labels": {"segment": {"first": "think"}},  # the prompt ends with <think>
 }

@@ -21,21 +21,27 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from numpy.typing import NDArray
-from study_runs import Run, read_study
+from study_runs import Run, read_outcomes, read_study
 
 STUDY = Path(__file__).resolve().parents[2] / "docs" / "study"
 BASELINES = ("grpo", "clip_higher", "ppo", "gspo")
 MARGIN = -0.03  # "not inferior": the lower bound of the difference to the best baseline is above this
 SEEDS = 5  # fewer get no verdict: their intervals cover little but the spread of prompts
 RESAMPLES = 10_000
+OUTCOMES = read_outcomes()
 Result = dict[str, Any]
 Arm = tuple[str, str, float]  # setting, objective, learning rate
 
 
 def rewards(result: Result, moment: str) -> NDArray[np.float64]:
-    """Of every held-out prompt, in order of domains; nan where the answer could not be graded, or the run had ended."""
-    digits = "".join(result["heldout"][moment][domain] for domain in sorted(result["heldout"]["before"]))
+    """Of every held-out prompt that counts in the setting, in order of domains; nan where the answer was not graded."""
+    digits = "".join(result["heldout"][moment][domain] for domain in counted(result))
     return np.array([float(digit) if digit != "-" else np.nan for digit in digits])
+
+
+def counted(result: Result) -> list[str]:
+    """The domains whose reward is the outcome."""
+    return OUTCOMES.get(result["setting"]) or sorted(result["heldout"]["before"])
 
 
 def final(result: Result) -> NDArray[np.float64]:
@@ -93,24 +99,42 @@ def verdict(low: float, high: float) -> str:
     return "inferior" if high < MARGIN else "undecided"
 
 
+def panels(arms: Mapping[Arm, Mapping[int, Result]]) -> list[tuple[str, dict[Arm, Mapping[int, Result]]]]:
+    """Titles and arms that are compared: those of a setting, and of a learning rate where an objective has several."""
+    by_rate = len({arm[:2] for arm in arms}) < len(arms)
+    out: dict[tuple[str, float], dict[Arm, Mapping[int, Result]]] = defaultdict(dict)
+    for arm, of_seed in arms.items():
+        out[arm[0], arm[2] if by_rate else 0.0][arm] = of_seed
+    return [(setting + (f", learning rate {lr:.1e}" if lr else ""), out[setting, lr]) for setting, lr in sorted(out)]
+
+
+HEAD = (
+    "objective", "learning rate", "seeds", "before", "after", "by domain", "worst", "area", "entropy", "tokens cut",
+    "collapses", "difference to the best baseline", "",
+)  # fmt: skip
+
+
 def table(arms: Mapping[Arm, Mapping[int, Result]]) -> list[str]:
-    """Markdown, a row for each arm, best first; compared with the best baseline of its setting and learning rate."""
-    head = "objective | seeds | before | after | worst domain | area | collapses | difference to the best baseline | "
+    """Markdown, a row for each arm, best first; compared with the best baseline of its panel."""
     out = []
-    for setting, lr in sorted({(setting, lr) for setting, _, lr in arms}):
-        here = {arm: of_seed for arm, of_seed in arms.items() if (arm[0], arm[2]) == (setting, lr)}
+    for title, here in panels(arms):
         after = {arm: float(np.mean([np.nanmean(final(r)) for r in of_seed.values()])) for arm, of_seed in here.items()}
         ordered = sorted(here, key=lambda arm: -after[arm])
         best = next((arm for arm in ordered if arm[1] in BASELINES), None)
-        out += ["", f"### {setting}, learning rate {lr:.0e}", "", f"| {head}|", "|---" * 9 + "|"]
+        out += ["", f"### {title}", "", f"| {' | '.join(HEAD)}|", "|---" * len(HEAD) + "|"]
         for arm in ordered:
-            of_seed = here[arm]
-            before = np.mean([np.nanmean(rewards(result, "before")) for result in of_seed.values()])
-            worst = np.mean([min(domain_means(result).values()) for result in of_seed.values()])
-            cells = [arm[1], str(len(of_seed)), f"{before:.3f}", f"{after[arm]:.3f}", f"{worst:.3f}"]
-            cells += [f"{np.mean([area(result) for result in of_seed.values()]):.3f}"]
-            cells += [str(sum(map(collapsed, of_seed.values())))]
-            differences = paired(of_seed, here[best]) if best is not None and arm != best else []
+            results = list(here[arm].values())
+            domains = [domain_means(result) for result in results]
+            averages = {domain: np.mean([means[domain] for means in domains]) for domain in domains[0]}
+            cells = [arm[1], f"{arm[2]:.1e}", str(len(results))]
+            cells += [f"{np.mean([np.nanmean(rewards(result, 'before')) for result in results]):.3f}"]
+            cells += [f"{after[arm]:.3f}", " / ".join(f"{value:.2f}" for value in averages.values())]
+            cells += [f"{np.mean([min(domain_means(r)[name] for name in counted(r)) for r in results]):.3f}"]
+            cells += [f"{np.mean([area(result) for result in results]):.3f}"]
+            cells += [f"{last(results, 'train_rollouts/entropy'):.2f}"]
+            cells += [f"{last(results, 'train_optim/gates/token/clipped'):.0%}"]
+            cells += [str(sum(map(collapsed, results)))]
+            differences = paired(here[arm], here[best]) if best is not None and arm != best else []
             if differences:
                 low, high = interval(differences, np.random.default_rng(0))
                 mean = np.mean([np.nanmean(values) for values in differences])
@@ -122,30 +146,36 @@ def table(arms: Mapping[Arm, Mapping[int, Result]]) -> list[str]:
     return out
 
 
+def last(results: Sequence[Result], metric: str, width: int = 5) -> float:
+    """The mean of a metric over seeds and the last RL steps; nan without any."""
+    curves = [result["curves"].get(metric, [])[-width:] for result in results]
+    values = np.array([value for curve in curves for value in curve if value is not None])
+    return float(values.mean()) if len(values) else float("nan")
+
+
 def picture(arms: Mapping[Arm, Mapping[int, Result]], path: Path) -> None:
     """Reward of the sampled responses over RL steps, the mean of five: the mean over seeds, and their range."""
-    panels = sorted({(setting, lr) for setting, _, lr in arms})
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), squeeze=False, sharey=True)
+    shown = panels(arms)
+    figure, axes = plt.subplots(1, len(shown), figsize=(5.5 * len(shown), 4.2), squeeze=False, sharey=True)
     objectives = sorted({objective for _, objective, _ in arms})
     colours = dict(zip(objectives, plt.get_cmap("tab20")(np.linspace(0, 1, 20)), strict=False))
-    for axis, (setting, lr) in zip(axes[0], panels, strict=True):
-        for objective in objectives:
-            results = arms.get((setting, objective, lr), {}).values()
-            curves = [result["curves"].get("train_rollouts/rewards", []) for result in results]
-            if not curves:
-                continue
+    for axis, (title, here) in zip(axes[0], shown, strict=True):
+        for (_, objective, _), of_seed in sorted(here.items()):
+            curves = [result["curves"].get("train_rollouts/rewards", []) for result in of_seed.values()]
             length = max(map(len, curves))
             values = np.array([[*smooth(curve), *[np.nan] * (length - len(curve))] for curve in curves], dtype=float)
             steps = np.arange(1, length + 1)
             style = "-" if objective not in BASELINES else "--"
             axis.plot(steps, np.nanmean(values, axis=0), style, color=colours[objective], label=objective)
             axis.fill_between(steps, np.nanmin(values, 0), np.nanmax(values, 0), color=colours[objective], alpha=0.1)
-        axis.set(title=f"{setting}, learning rate {lr:.0e}", xlabel="RL step")
+        axis.set(title=title, xlabel="RL step")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("reward of the sampled responses")
     entries = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    shown = sorted(entries)
-    figure.legend([entries[label] for label in shown], shown, fontsize=8, loc="center left", bbox_to_anchor=(0.91, 0.5))
+    labels = sorted(entries)
+    figure.legend(
+        [entries[label] for label in labels], labels, fontsize=8, loc="center left", bbox_to_anchor=(0.91, 0.5)
+    )
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 

@@ -28,16 +28,34 @@ class Run:
 
 def read_study(path: Path = FILE) -> dict[str, list[Run]]:
     """The runs of every stage, in the order in which they are run: all with one seed before those with the next."""
-    study: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path), resolve=True)  # type: ignore[assignment]
+    study: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # type: ignore[assignment]
     stages = {}
     for stage, chosen in study["stages"].items():
         runs = []
         for seed in study["seeds"][chosen["seeds"]]:
             for setting in chosen["settings"]:
-                for lr in chosen["lr"]:
-                    for objective in chosen["objectives"]:
-                        overrides = [*study["common"], *study["settings"][setting], f"model.optim.lr={lr:g}"]
-                        overrides += study["objectives"][objective]
-                        runs.append(Run(setting, objective, float(lr), seed, tuple(overrides)))
+                for objective, lr in _arms(chosen):
+                    overrides = [*study["common"], *study["settings"][setting], f"model.optim.lr={lr:g}"]
+                    overrides += _flat(study["objectives"][objective])
+                    runs.append(Run(setting, objective, lr, seed, tuple(overrides)))
         stages[stage] = runs
     return stages
+
+
+def read_outcomes(path: Path = FILE) -> dict[str, list[str]]:
+    """By setting, the domains whose held-out reward is the outcome; a setting that is not there counts all."""
+    outcomes: dict[str, list[str]] = OmegaConf.to_container(OmegaConf.load(path).outcome)  # type: ignore[assignment]
+    return outcomes
+
+
+def _arms(stage: dict[str, Any]) -> list[tuple[str, float]]:
+    """Objective and learning rate. A stage has a list of rates for all its objectives, or names the rate of each."""
+    objectives = stage["objectives"]
+    if isinstance(objectives, dict):
+        return [(objective, float(lr)) for objective, lr in objectives.items()]
+    return [(objective, float(lr)) for lr in stage["lr"] for objective in objectives]
+
+
+def _flat(overrides: list[Any]) -> list[str]:
+    """The overrides of an objective, with those of the lists that it includes."""
+    return [one for entry in overrides for one in (entry if isinstance(entry, list) else [entry])]

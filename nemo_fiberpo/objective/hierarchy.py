@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..fields import setting
 from ..values import nearest, positive_number
-from .gates import constant
+from .gates import Gate, constant, find_gate
 from .labels import Names, check_labels, find_membership, resolve_labels
 from .sharing import Cells, SharedCells, Stages, make_cells
 from .stratum import Budget, Stratum, belongs_in_chain, check_structure, nothing_left
@@ -40,10 +40,14 @@ class Hierarchy:
     token_clips: Mapping[str, float] = setting(default_factory=dict, form="{cell: number}")
     """Clip of single cells of the coarsest stratum, by name, in place of `token_clip`."""
 
+    gate: Gate = setting("rollback", form="rollback, clip, soft, or package.module:function")  # made a Gate below
+    """Shape of the gate past its budget, of every stratum that names none; `rollback` is the paper's (10)."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "strata", tuple(self.strata))
         object.__setattr__(self, "token_clip", positive_number(self.token_clip, "token_clip"))
         object.__setattr__(self, "branches", tuple(self.branches))
+        object.__setattr__(self, "gate", find_gate(self.gate))
         if not isinstance(self.token_clips, Mapping):
             raise ValueError(f"token_clips: must be a mapping from names of cells to numbers, got {self.token_clips!r}")
         clips = {key: positive_number(value, f"token_clips.{key}") for key, value in self.token_clips.items()}
@@ -233,7 +237,7 @@ class Hierarchy:
         lines = [stratum.describe() for stratum in self.strata]
         lines += [branch.describe(f"  branch beside {at}, {self.sweeps} x") for branch, at in beside]
         clips = "".join(f"  {name}: {clip:g}" for name, clip in self.token_clips.items())
-        return "\n".join([*lines, f"{'token':<16}clip {self.token_clip:g}{clips}"])
+        return "\n".join([*lines, f"{'token':<16}clip {self.token_clip:g}{clips}", f"{'gate':<16}{self.gate.name}"])
 
 
 def build_cells(

@@ -71,8 +71,10 @@ class Stratum:
     """A cell with fewer live tokens, over all ranks, is merged into its parent: it has no drift of its own, and finer
     cells in it are measured from the parent. null: every cell counts, even of one token."""
 
-    gate: Gate = setting("rollback", form="rollback, clip, soft, or package.module:function")  # made a Gate below
-    """Shape of the gate past its budget, see docs/hierarchy.md."""
+    gate: Gate | None = setting(
+        None, form="rollback, clip, soft, package.module:function, or null"
+    )  # made a Gate below
+    """Shape of the gate past its budget, see docs/hierarchy.md; null is that of the hierarchy."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -100,7 +102,8 @@ class Stratum:
             raise ValueError(
                 f"min_tokens: must be a whole number of at least 2, got {short(floor)}; leave it out for no floor"
             )
-        object.__setattr__(self, "gate", find_gate(self.gate))
+        if self.gate is not None:
+            object.__setattr__(self, "gate", find_gate(self.gate))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -114,7 +117,7 @@ class Stratum:
             slope = f"min(token count, {slope.cap:g})"
         phrases = [f"{self.name:<15} C+ {self.budget.pos:g}  C- {self.budget.neg:g}  k {slope}"]
         phrases += [f"{name}: C+ {budget.pos:g} C- {budget.neg:g}" for name, budget in self.budgets.items()]
-        phrases += [f"gate {self.gate.name}"] if self.gate.name != "rollback" else []
+        phrases += [f"gate {self.gate.name}"] if self.gate is not None else []
         phrases += [f"join of {', '.join(self.join)}"] if self.join else []
         phrases += [f"cells below {self.min_tokens} tokens merged"] if self.min_tokens else []
         phrases += [f"only in {key} {', '.join(kept)}" for key, kept in self.only.items()]

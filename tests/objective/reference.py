@@ -146,15 +146,15 @@ class Stratum:
                 for entry in members:
                     entry.left[side] = combination([(entry.left[side], 1.0), (mean, -1.0)])
 
-    def gated(self, entry: Entry) -> list[Number]:
-        """g of both channels of the entry's cell."""
+    def gated(self, entry: Entry, default: Any) -> list[Number]:
+        """g of both channels of the entry's cell; `default` is the gate of the hierarchy."""
         cell = self.cell(entry)
         if cell is None or cell not in self.drift:
             return []
         budget = self.given.budgets.get(self.called(cell), self.given.budget)
         slope, count = self.given.slope, float(self.count[cell])
         slope = count if slope is None else min(count, slope.cap) if hasattr(slope, "cap") else slope
-        gate = GATES[self.given.gate.name]
+        gate = GATES[(self.given.gate or default).name]
         pair = zip(self.drift[cell], (budget.pos, budget.neg), strict=True)
         return [gate(x, bound, slope) for x, bound in pair]
 
@@ -207,7 +207,7 @@ def evaluate(
             eps = hierarchy.token_clips.get(chain[0].called(chain[0].cell(entry)), eps)
         parts = [clip(left, eps) for left in entry.left]
         for stratum in (*chain, *branches):
-            parts += stratum.gated(entry)
+            parts += stratum.gated(entry, hierarchy.gate)
         terms[entry.token] += [(part, float(entry.share)) for part in parts]
     gated = {i: combination(of_token) for i, of_token in terms.items()}
     counted = []

@@ -206,9 +206,10 @@ def test_reject_unknown_keys_for_others():
 
 @pytest.mark.parametrize("text", [YAML, LISTED], ids=["by name", "list"])
 def test_gates_and_token_clips_are_read(text: str):
-    config = edited("strata.2.gate", "soft", text) | {"token_clips": {"code": 0.06}}
+    config = edited("strata.2.gate", "soft", text) | {"token_clips": {"code": 0.06}, "gate": "clip"}
     read = fpo.load_hierarchy(config)
-    assert [stratum.gate.name for stratum in read.strata] == ["rollback", "rollback", "soft"]
+    assert [stratum.gate and stratum.gate.name for stratum in read.strata] == [None, None, "soft"]
+    assert read.gate.name == "clip" and fpo.load_hierarchy(edited("sweeps", 1, text)).gate.name == "rollback"
     assert read.token_clips == {"code": 0.06} and read.token_clip == 0.04
     for path, value, message in [
         (
@@ -216,6 +217,7 @@ def test_gates_and_token_clips_are_read(text: str):
             "sofd",
             r"strata\[2\]\.gate: must be one of rollback, clip, soft, or package\.module:function",
         ),
+        ("gate", "sofd", r"gate: must be one of rollback, clip, soft, or package\.module:function, got 'sofd'"),
         ("strata.2.gate", "math:sin", r"strata\[2\]\.gate: 'math:sin' fails"),
         ("token_clips", 0.1, "token_clips: must be a mapping"),
         ("token_clips", {"code": 0}, r"token_clips\.code: must be finite and greater than 0"),

@@ -91,6 +91,16 @@ def test_other_gates_on_policy_and_over_ranks():
         is_one_process_on_ranks(mixed, torch.arange(40) % 3, 3)
 
 
+def test_the_gate_of_a_hierarchy_is_that_of_every_stratum_without_one():
+    case = branched_case("in two places", 5, 0.15)
+    of_strata = gated(case, "soft")
+    of_hierarchy = replace(case, hierarchy=replace(case.hierarchy, gate="soft"))
+    found, expected, without = (one.surrogate().coefficients for one in (of_hierarchy, of_strata, case))
+    assert torch.equal(found, expected) and not torch.equal(found, without)
+    mixed = replace(case, hierarchy=replace(with_gates(case.hierarchy, "soft", "clip"), gate="rollback"))
+    equals_the_slow_loops(mixed)
+
+
 def test_a_clip_gate_has_no_push_back_by_hand():
     # one trajectory of two tokens, M+ = 0.3 beyond C = 0.1: L = 0.1, and nothing of the common drift in the gradient
     hierarchy = fpo.Hierarchy((fpo.Stratum("trajectory", fpo.Budget(0.1, 0.1), gate="clip"),), 1.0)
@@ -106,8 +116,9 @@ def test_a_clip_gate_has_no_push_back_by_hand():
 
 def test_a_hierarchy_says_which_gates_it_has():
     hierarchy = make_hierarchy(1, gate="soft")
-    assert "gate soft" in hierarchy.describe() and "gate" not in make_hierarchy(1).describe()
-    assert hierarchy.strata[0].gate is GATES["soft"] and make_hierarchy(1).strata[0].gate is GATES["rollback"]
+    assert "gate soft" in hierarchy.describe() and "gate soft" not in make_hierarchy(1).describe()
+    assert hierarchy.strata[0].gate is GATES["soft"] and make_hierarchy(1).strata[0].gate is None
+    assert hierarchy.gate is GATES["rollback"] and hierarchy.describe().splitlines()[-1].split() == ["gate", "rollback"]
     assert hierarchy != make_hierarchy(1) and hierarchy == make_hierarchy(1, gate=GATES["soft"])
 
 
@@ -184,7 +195,14 @@ def test_a_users_gate_by_hand(module: str):
     ],
 )
 def test_what_is_no_gate_is_refused(given: object, message: str, module: str):
-    for use in (find_gate, lambda gate: fpo.Stratum("a", fpo.Budget(1, 1), gate=gate)):
+    def of_stratum(gate: object) -> fpo.Stratum:
+        return fpo.Stratum("a", fpo.Budget(1, 1), gate=gate)
+
+    def of_hierarchy(gate: object) -> fpo.Hierarchy:
+        return fpo.Hierarchy((fpo.Stratum("a", fpo.Budget(1, 1)),), token_clip=1, gate=gate)
+
+    # A stratum without a gate has that of its hierarchy.
+    for use in (find_gate, of_hierarchy, *([of_stratum] if given is not None else [])):
         with pytest.raises(ValueError, match=f"^{message}"):
             use(given)
 
