@@ -25,11 +25,12 @@ from nemo_fiberpo.aligner.generation.inference_layout import whole_sequences
 from nemo_fiberpo.aligner.generation.lockstep import GUARD_ROWS, Lockstep, add_guard_rows, expert_group, generate_tokens
 from nemo_fiberpo.aligner.rollout.experts import ExpertLabels
 from nemo_fiberpo.aligner.rollout.minibatch import Minibatch
+from nemo_fiberpo.megatron.choice import StepChoice
 from nemo_fiberpo.megatron.gpt import gpt_policy
 from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.megatron.one_pass import one_pass_step
 from nemo_fiberpo.megatron.penalty import kl_penalty
-from nemo_fiberpo.megatron.sequences import Rows, length_multiple, packed_rows, packed_spans, padded_rows
+from nemo_fiberpo.megatron.sequences import Rows, balanced, length_multiple, packed_rows, packed_spans, padded_rows
 from nemo_fiberpo.megatron.step import Policy, StepResult, StepTokens, current_log_probs, exact_step
 from nemo_fiberpo.objective import ExpertPartitions, Hierarchy, RatioGating
 
@@ -59,6 +60,7 @@ class FiberPOActor(MegatronGPTActorModel):
         self.experts: ExpertLabels | None = None
         # Optimizer steps begun, and how many had been when the old log-probs were computed.
         self._steps_begun, self._old_since = 0, -1
+        self._choice = StepChoice()
 
     def _build_vocab(self) -> None:
         """The parent's, which is done before anything is allocated."""
@@ -112,14 +114,20 @@ class FiberPOActor(MegatronGPTActorModel):
                 self._reset_sequence_parallelism_args()
 
     def rows(
-        self, tokens: Tensor, lengths: Tensor, size: int, packed: bool, counted: Tensor | None = None
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        size: int,
+        packed: bool,
+        counted: Tensor | None = None,
+        together: int = 1,
     ) -> list[Rows]:
         """The micro-batches of this rank's samples, all of one width.
 
-        tokens int64 [b, s], lengths [b] of the sequences, `size` samples per micro-batch; `counted`, bool [b], as in
-        `padded_rows`. Padded rows keep the order of
-        the samples; packed ones are filled so that they come out about equally long, on every rank to the width of the
-        longest of any rank. SPMD: every rank calls this; one all-reduce where `packed`.
+        tokens int64 [b, s], lengths [b] of the sequences, `size` samples per micro-batch, runs of `together` of them
+        never apart; `counted`, bool [b], as in `padded_rows`. Padded rows keep the order of the samples; packed ones
+        come out about equally long, filled to the width of the longest of any rank. SPMD: every rank calls this; one
+        all-reduce where `packed`.
         """
         axes, real = self.reducer.axes, lengths.tolist()
         cp = axes.axis("cp")
@@ -128,7 +136,7 @@ class FiberPOActor(MegatronGPTActorModel):
         if not packed:
             order = torch.arange(len(tokens), device=tokens.device)
             return [padded_rows(tokens, samples, lengths=real, **place) for samples in order.split(size)]
-        dealt = balanced(real, len(tokens) // size)
+        dealt = balanced(real, len(tokens) // size, together)
         widest = max(sum(packed_spans([real[i] for i in samples], multiple)) for samples in dealt)
         width = torch.tensor([widest], device=torch.cuda.current_device())
         torch.distributed.all_reduce(width, op=torch.distributed.ReduceOp.MAX, group=axes.group)
@@ -230,6 +238,9 @@ class FiberPOActor(MegatronGPTActorModel):
             given = policy, microbatches, tokens
             if minibatch.parts is not None:
                 return one_pass_step(*given, minibatch.parts, hierarchy, self.reducer, **options)
+            if minibatch.guessed is not None and not on_policy:
+                place = self._steps_begun - 1 - self._old_since
+                return self._choice.step(place, minibatch.guessed, *given, hierarchy, self.reducer, **options)
             return exact_step(*given, hierarchy, self.reducer, on_policy=on_policy, **options)
 
     def _policy(self, rows: Sequence[Rows]) -> Policy:
@@ -287,13 +298,3 @@ def _watched(
     experts: ExpertLabels | None, policy: Policy, microbatches: Sequence[Any]
 ) -> contextlib.AbstractContextManager[Policy]:
     return contextlib.nullcontext(policy) if experts is None else experts.watch(policy, microbatches)
-
-
-def balanced(lengths: Sequence[int], bins: int) -> list[list[int]]:
-    """Indices of `lengths` in `bins` lists of equally many, about equal sums: the longest first, back and forth."""
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    dealt: list[list[int]] = [[] for _ in range(bins)]
-    for place, index in enumerate(order):
-        turn, within = divmod(place, bins)
-        dealt[within if turn % 2 == 0 else bins - 1 - within].append(index)
-    return dealt

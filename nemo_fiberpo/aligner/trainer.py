@@ -89,7 +89,7 @@ class FiberPOTrainer(PPOTrainer):
         super().__init__(**parent, batch_iterator_cls=repeated_prompts(settings.samples_per_prompt))
         if settings.packing and not self.model.cfg.get("transformer_engine", True) and not cpu.installed():
             raise ValueError("algorithm.packing: true needs model.transformer_engine: true on a GPU")
-        self._rollout_cls = grouped_rollout(settings.optimizer_steps, whole_groups=settings.passes == 1)
+        self._rollout_cls = grouped_rollout(settings.optimizer_steps, whole_groups=settings.whole_groups)
         self._minibatches: list[Minibatch] = []
         self._overrun: set[str] = set()
 
@@ -230,7 +230,9 @@ class FiberPOTrainer(PPOTrainer):
         metrics = {"grad_norm": grad_norm, "lr": lr, "on_policy": float(result.report is None)}
         metrics |= {"gate_all_reduces": float(self.model.reducer.calls - calls)}
         metrics |= self._over_ranks(result, minibatch)
-        if minibatch.parts is not None:  # one pass has no other to differ from
+        if result.second_share is not None:
+            metrics["second_pass"] = result.second_share
+        if minibatch.parts is not None or result.second_share == 0.0:  # one pass has no other to differ from
             del metrics["recompute_error"]
         if result.loss is not None:
             metrics["loss"] = result.loss

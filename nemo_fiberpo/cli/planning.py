@@ -164,7 +164,8 @@ def _request(
         gating=settings.gating_map if settings is not None else None,
         kl=settings is not None and settings.kl.coefficient > 0,
         epochs=settings.epochs if settings is not None else 1,
-        passes=settings.passes if settings is not None else 2,
+        passes=1 if settings is not None and settings.passes == 1 else 2,
+        whole_groups=settings is not None and settings.whole_groups,
         cpu=on_cpu(cfg),
     )
 

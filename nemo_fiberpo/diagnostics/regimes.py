@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..objective.fibration import Tokens, checked, gate_cells, measure, weigh
+from ..objective.fibration import Tokens, gate_cells, measure, weigh
 from ..objective.gates import GLOBAL_REGIMES, aggregate_gate, regimes, states
 from ..objective.hierarchy import Hierarchy
+from ..objective.inputs import checked
 from ..objective.sharing import Cells, Reduce, SharedCells, sum_nodes
 
 LOCAL_REGIMES = ("L-I", "L-II", "L-III")

@@ -51,10 +51,7 @@ def balancing_real_tokens(policy: Policy) -> Iterator[Policy]:
 
     SPMD: one all-reduce of the tokens per expert over TP x CP per layer and micro-batch, as Megatron's own.
     """
-    from megatron.core.transformer.moe.router import TopKRouter
-
-    running = _Running()
-    routers = [module for chunk in policy.chunks for module in chunk.modules() if isinstance(module, TopKRouter)]
+    running, routers = _Running(), _routers(policy)
     if policy.routed is None or not routers:
         yield policy
         return
@@ -74,8 +71,25 @@ def balancing_real_tokens(policy: Policy) -> Iterator[Policy]:
         yield replace(policy, forward=forward)
 
 
+@contextlib.contextmanager
+def without_router_losses(policy: Policy) -> Iterator[None]:
+    """Run the policy so that its routers add no loss to a gradient, log none and count no token."""
+    with contextlib.ExitStack() as replaced:
+        for router in _routers(policy):
+            replaced.enter_context(_replaced(router, _silent(router)))
+        yield
+
+
+def _routers(policy: Policy) -> list[Any]:
+    if not getattr(policy.config, "num_moe_experts", None):
+        return []
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    return [module for chunk in policy.chunks for module in chunk.modules() if isinstance(module, TopKRouter)]
+
+
 def _replacements(router: Any, running: _Running) -> dict[str, Any]:
-    """The attributes of a router that balances by itself no more; both versions of megatron-core ask for these."""
+    """The attributes of a router whose losses are those of `_Losses`."""
     routing, losses = router.routing, _Losses(router)
 
     def balanced(logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -85,7 +99,12 @@ def _replacements(router: Any, running: _Running) -> dict[str, Any]:
         probs, routing_map = routing(logits, *args, **kwargs)
         return losses.with_balance(probs, logits, routing_map, running.routed), routing_map
 
-    off: dict[str, Any] = {"routing_type": "none", "enable_expert_bias": False, "routing": balanced}
+    return _silent(router) | {"routing": balanced}
+
+
+def _silent(router: Any) -> dict[str, Any]:
+    """The attributes of a router that balances by itself no more; both versions of megatron-core ask for these."""
+    off: dict[str, Any] = {"routing_type": "none", "enable_expert_bias": False}
     off["apply_z_loss"] = lambda logits, *_, **__: logits
     if has_compiled_bias(router):  # an attribute that changes would compile it again
         off["_apply_expert_bias"] = lambda *_, **__: None

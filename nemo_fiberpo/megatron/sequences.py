@@ -247,3 +247,15 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad[..., ctx.rank * ctx.width : (ctx.rank + 1) * ctx.width], None
+
+
+def balanced(lengths: Sequence[int], bins: int, together: int = 1) -> list[list[int]]:
+    """Indices of `lengths` in `bins` lists of equally many, about equal sums: the longest first, back and forth. Runs
+    of `together` indices stay together."""
+    runs = [range(first, first + together) for first in range(0, len(lengths), together)]
+    order = sorted(runs, key=lambda run: (-sum(lengths[index] for index in run), run.start))
+    dealt: list[list[int]] = [[] for _ in range(bins)]
+    for place, run in enumerate(order):
+        turn, within = divmod(place, bins)
+        dealt[within if turn % 2 == 0 else bins - 1 - within].extend(run)
+    return dealt

@@ -11,6 +11,7 @@ micro-batch is refused, see `schedule.refuse_inexact`. Pass A leaves no state be
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,6 +74,8 @@ class StepResult:
                      A's, or the old ones on-policy) over this rank's live tokens; more than rounding means that the
                      passes are not the same function. 0 but on the last pipeline stage
     coefficients     c_j of this rank's tokens, one tensor per micro-batch; has a meaning on the last stage alone
+    second_pass      of an optimistic step: over which micro-batches its second pass ran, `optimistic.SECOND_PASS`
+    second_share     of an optimistic step: the share of a rank's micro-batches that this was
     """
 
     loss: float | None
@@ -80,6 +83,8 @@ class StepResult:
     extra_loss: float
     recompute_error: float
     coefficients: list[Tensor] = field(repr=False)
+    second_pass: str | None = None
+    second_share: float | None = None
 
 
 def exact_step(
@@ -120,7 +125,7 @@ def exact_step(
     two without branches; none if `on_policy`. Those of Megatron come beside.
     """
     refuse_inexact(policy.config)
-    problem = _count_problem(len(microbatches), len(tokens.old_log_probs))
+    problem = count_problem(len(microbatches), len(tokens.old_log_probs))
     # Without a reduction there is no way to tell the others; expert- and context-parallel ranks wait in pass A.
     sizes = (getattr(policy.config, f"{axis}_parallel_size", 1) or 1 for axis in ("expert_model", "context"))
     if problem is not None and (on_policy or max(sizes) > 1):
@@ -133,7 +138,7 @@ def exact_step(
     else:
         current = current_log_probs(policy, microbatches) if problem is None else []
         problem = problem or _shape_problem(current, tokens.old_log_probs)
-        log_ratio = _log_ratio(current, tokens) if problem is None else torch.zeros_like(flat_advantage)
+        log_ratio = log_ratio_of(current, tokens) if problem is None else torch.zeros_like(flat_advantage)
         riders = agreement(reducer.axes, len(microbatches), problem, flat_advantage.device)
         old = torch.cat([value.reshape(-1) for value in tokens.old_log_probs]) if parts else torch.zeros(0)
         result = surrogate(log_ratio, flat_advantage, tokens.cells, hierarchy, reducer, gating, use_min, riders, old)
@@ -176,12 +181,13 @@ def backward_pass(
     coefficients_of: Callable[[int, Tensor], Tensor],
     scale: float,
     extra_loss: Callable[[Tensor, Any], Tensor] | None,
+    balanced: bool = True,
 ) -> Tensor:
     """Pass D: forward and backward of (-sum_j c_j log pi_j + extra losses) * scale; returns this rank's extra losses,
     which the host has not read.
 
     `coefficients_of(index, log-probs)` gives the c_j of a micro-batch, from its log-probs without gradient; it is
-    called on the last stage alone. Routers balance the tokens of `Policy.routed`.
+    called on the last stage alone. Where `balanced`, routers balance the tokens of `Policy.routed`.
     """
 
     def forward_step(data: Iterator[tuple[int, Any]], module: torch.nn.Module):
@@ -195,7 +201,7 @@ def backward_pass(
 
         return policy.forward(batch, module), loss_func
 
-    with balancing_real_tokens(policy) as policy:
+    with balancing_real_tokens(policy) if balanced else contextlib.nullcontext(policy) as policy:
         kept = run(policy, forward_step, microbatches, forward_only=False, collect_non_loss_data=False)
     return torch.stack([entry["extra"] for entry in kept]).sum() if kept else torch.zeros(())
 
@@ -220,13 +226,14 @@ def shape_problem(index: int, log_probs: Tensor, old: Tensor) -> str | None:
     return f"log_probs: shape {shapes[0]} in micro-batch {index}, but old_log_probs have {shapes[1]}"
 
 
-def _count_problem(microbatches: int, of_tokens: int) -> str | None:
+def count_problem(microbatches: int, of_tokens: int) -> str | None:
+    """What is wrong with the number of micro-batches, None if nothing is."""
     if microbatches == of_tokens and microbatches:
         return None
     return f"microbatches: {microbatches} of them, but tokens of {of_tokens}; at least one"
 
 
-def _log_ratio(current: Sequence[Tensor], tokens: StepTokens) -> Tensor:
+def log_ratio_of(current: Sequence[Tensor], tokens: StepTokens) -> Tensor:
     """Flat log-ratios; zeros on a stage without log-probs, which represents no tokens."""
     if not current:
         return torch.cat([torch.zeros_like(old).reshape(-1) for old in tokens.old_log_probs])

@@ -38,6 +38,7 @@ from torch.autograd.function import once_differentiable
 from . import kernels
 from .gates import log_clip
 from .hierarchy import Hierarchy
+from .inputs import check_sums, checked
 from .kernels import Weighed
 from .sharing import NO_RIDERS, Cells, Reduce, Riders, SharedCells, all_reduce, sum_nodes
 
@@ -75,6 +76,14 @@ class Drift:
 
 
 @dataclass(frozen=True, eq=False)
+class Quiet:
+    """Gates that are taken to pass: nodes, bool [N] per forest, and the token clips of joint cells, bool [J]."""
+
+    nodes: tuple[Tensor, ...]
+    tokens_J: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Gates:
     """Budget C and derivative G of the gates of all nodes, [2, N] per forest; and what tokens read of their joint cell,
     see `kernels.gate`."""
@@ -85,17 +94,19 @@ class Gates:
 
 
 def measure(
-    tokens: Tokens, cells: SharedCells, reduce: Reduce | None, riders: Riders = NO_RIDERS
+    tokens: Tokens, cells: SharedCells, reduce: Reduce | None, riders: Riders = NO_RIDERS, check: bool = True
 ) -> tuple[Drift, dict[str, Tensor]]:
     """The extraction: O and X; and the sums of the riders, which are checked first. Raises ValueError on every rank
-    where a live token of any rank has a non-finite value, or where other ranks are summed than share the cells."""
+    where a live token of any rank has a non-finite value, or where other ranks are summed than share the cells. Without
+    `check` the host reads nothing, and such input gives meaningless values."""
     layout, forests = cells.layout, cells.forests
     sums_P2, largest_P, bad_P2 = kernels.run(kernels.measure, tokens.log_ratio_PS, tokens.weight_PS, layout.entries)
     sums_2J, bad_2 = layout.cell_sums(sums_P2), bad_P2.sum(0)
     checks = {"checks": torch.cat([bad_2, bad_2.new_ones(1)]), **riders.parts}
     sums, summed = sum_nodes([(forest.slots, forest.up(sums_2J)) for forest in forests], reduce, checks)
     riders.check(summed)
-    _check(summed["checks"], bad_2, tokens, cells, reduce)
+    if check:
+        check_sums(summed["checks"], bad_2, tokens.log_ratio, tokens.weight, cells, reduce)
     mean = [sums_2N / forest.count_N for sums_2N, forest in zip(sums, forests, strict=True)]
     drift, reference_2J = [torch.zeros_like(mean_2N) for mean_2N in mean], torch.zeros_like(sums_2J)
     for number, index in enumerate(cells.stages.visits):
@@ -109,12 +120,15 @@ def measure(
     return Drift(sums_2J, mean, drift, reference_2J, largest_P), summed
 
 
-def gate_cells(drift: Drift, cells: SharedCells, hierarchy: Hierarchy) -> Gates:
-    """g(X) and G of every node, with the gate, budgets and slope of its stratum; and the offsets of joint cells."""
+def gate_cells(drift: Drift, cells: SharedCells, hierarchy: Hierarchy, quiet: Quiet | None = None) -> Gates:
+    """g(X) and G of every node, with the gate, budgets and slope of its stratum; and the offsets of joint cells. Those
+    that are `quiet` pass, whatever their drift."""
     budgets, slopes = [], []
     clip_J = hierarchy.clip_of(cells)
+    if quiet is not None:
+        clip_J = torch.where(quiet.tokens_J, torch.inf, clip_J)
     offset_J = torch.zeros_like(clip_J)
-    for forest, drift_2N in zip(cells.forests, drift.drift, strict=True):
+    for number, (forest, drift_2N) in enumerate(zip(cells.forests, drift.drift, strict=True)):
         bounds = [
             hierarchy.active[index].bounds_of(forest.label_N[at], forest.count_N[at], cells.levels[index].names)
             for index, at in forest.slices.items()
@@ -126,6 +140,9 @@ def gate_cells(drift: Drift, cells: SharedCells, hierarchy: Hierarchy) -> Gates:
             at = slice(nodes[0].start, nodes[-1].stop)
             gated.append(gate(drift_2N[:, at], budget_2N[:, at], slope_N[at]))
         value_2N, slope_2N = (torch.cat(part, -1) for part in zip(*gated, strict=True))
+        if quiet is not None:
+            value_2N = torch.where(quiet.nodes[number], drift_2N, value_2N)
+            slope_2N = torch.where(quiet.nodes[number], 1.0, slope_2N)
         offset_J = offset_J + forest.path(value_2N.sum(0))
         budgets.append(budget_2N)
         slopes.append(slope_2N)
@@ -250,50 +267,3 @@ def gated_log_ratio(
     cells = checked(cells, hierarchy, log_ratio=log_ratio)
     gated: Tensor = _GatedLogRatio.apply(log_ratio, cells, hierarchy, reduce)
     return gated
-
-
-def checked(cells: Cells | SharedCells, hierarchy: Hierarchy | None, **tokens: Tensor) -> SharedCells:
-    """The shared cells, after the checks that they are of this hierarchy, and that `tokens`, by the names of their
-    arguments, are floating-point [T] on the device of the cells."""
-    cells = cells.shared
-    if hierarchy is not None:
-        hierarchy.check_cells(cells)
-    for name, value in tokens.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            got = getattr(value, "dtype", type(value).__name__)
-            raise ValueError(f"{name}: must be a floating-point tensor, got {got}")
-        if value.ndim != 1 or value.numel() != cells.num_tokens:
-            raise ValueError(f"{name}: must have shape [{cells.num_tokens}] like the labels, got {list(value.shape)}")
-        if value.device != cells.count_J.device:
-            raise ValueError(f"{name}: is on {value.device}, but the cells are on {cells.count_J.device}")
-    return cells
-
-
-def find_bad(value_T: Tensor, cells: SharedCells) -> str | None:
-    """The first value of a live token that is not finite, and its place, for a message; None without one."""
-    batch, mask_T = cells.layout.batch, cells.layout.mask_T
-    bad_T = ~(value_T.abs() <= kernels.LARGEST.get(value_T.dtype, torch.finfo(value_T.dtype).max))
-    bad = (bad_T if mask_T is None else bad_T & mask_T).nonzero()
-    if not bad.numel():
-        return None
-    index = int(bad[0])
-    where = f"sample {index // batch[1]}, token position {index % batch[1]}" if batch else None
-    return f"{value_T[index].item()} on a live token, {where or f'token {index} of the flat batch'}"
-
-
-def _check(summed: Tensor, bad_2: Tensor, tokens: Tokens, cells: SharedCells, reduce: Reduce | None) -> None:
-    """Refuse bad input on any rank, and a reduction over another number of ranks than share the cells."""
-    *here, bad_ratios, bad_weights, ranks = torch.cat([bad_2, summed]).tolist()
-    if ranks != cells.world_size:
-        what = f"sums over {int(ranks)} rank(s)" if reduce is not None else "is required"
-        raise ValueError(f"reduce: {what}, but the cells are shared by {cells.world_size} rank(s); see `Cells.share`")
-    names, values = ("log_ratio", "weighted_advantage"), (tokens.log_ratio, tokens.weight)
-    for own, total, name, value in zip(here, (bad_ratios, bad_weights), names, values, strict=True):
-        if own and value is not None:
-            raise ValueError(
-                f"{name}: {find_bad(value, cells)}; {round(total)} such tokens in all, all live values must be finite"
-            )
-        if total:
-            raise ValueError(
-                f"{name}: {round(total)} live tokens on another rank are not finite; see that rank's error"
-            )

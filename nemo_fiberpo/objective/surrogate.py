@@ -9,8 +9,10 @@ from torch import Tensor
 
 from ..values import nearest, positive_number
 from .baselines import DppoTv
-from .fibration import Drift, Tokens, checked, coefficients, find_bad, gate_cells, measure, narrowed, weigh
+from .fibration import Drift, Tokens, coefficients, gate_cells, measure, narrowed, weigh
 from .hierarchy import Hierarchy
+from .inputs import checked, find_bad
+from .kernels import TokenLayout
 from .ratio_gating import Gated, RatioGating, check_gating
 from .report import Report, make_report, pack, report_fields, unpack
 from .sharing import NO_RIDERS, Cells, Level, Reduce, Riders, SharedCells, all_reduce, sum_nodes
@@ -116,14 +118,14 @@ def surrogate(
         out, summed = coefficients(tokens, weighed, cells, drift, gates, reduce, head)
     else:
         check_gating(gating, hierarchy)
-        gating = _with_old(gating, old_log_probs, cells)
+        gating = with_old(gating, old_log_probs, cells)
         out, summed = _evaluate_map(gating, tokens, cells, hierarchy, reduce, riders)
     fields = unpack(summed)
     value, report = make_report(fields, cells)
     return Surrogate(value, out, report, fields)
 
 
-def _with_old(gating: RatioGating, old_log_probs: Tensor | None, cells: SharedCells) -> RatioGating:
+def with_old(gating: RatioGating, old_log_probs: Tensor | None, cells: SharedCells) -> RatioGating:
     """The map, with the old log-probs of this rank's live tokens where it compares probabilities."""
     if not isinstance(gating, DppoTv):
         return gating
@@ -142,17 +144,40 @@ def _evaluate_map(
     drift, gated, y, level = _gate_tokens(gating, tokens, cells, reduce, riders)
     value, clipped = (y * gated.ratio).sum(), layout.masked(gated.clipped.to(y.dtype)).sum()
     fields = pack(report_fields(drift, gate_cells(drift, cells, hierarchy), cells, value, clipped), cells)
-    out = y * gated.diagonal
     if level is None:
-        summed = all_reduce(fields, reduce)
+        given_C, summed = None, all_reduce(fields, reduce)
     else:
-        assert gated.left is not None and gated.right is not None
-        given = y * gated.left
-        (given_C,), summed = sum_nodes([(level.slots, level.sums(layout.sum_tokens(given)))], reduce, fields)
+        (given_C,), summed = sum_nodes([(level.slots, given_up(gated, y, level, layout))], reduce, fields)
+    return narrowed(map_coefficients(gated, y, level, layout, given_C), tokens.log_ratio.dtype), summed
+
+
+def given_up(gated: Gated, y: Tensor, level: Level, layout: TokenLayout) -> Tensor:
+    """By cell of the level, what its tokens give up to the others, [C]."""
+    assert gated.left is not None
+    return level.sums(layout.sum_tokens(y * gated.left))
+
+
+def map_coefficients(
+    gated: Gated, y: Tensor, level: Level | None, layout: TokenLayout, given_C: Tensor | None
+) -> Tensor:
+    """Coefficients [T], float64, of a map that has been evaluated at the tokens; `given_C` are the sums of `given_up`
+    over all ranks."""
+    out = y * gated.diagonal
+    if level is not None:
+        assert gated.left is not None and gated.right is not None and given_C is not None
         pulled = layout.at_tokens(level.at(given_C))
         # A token alone in its cell, or beyond the budget, gave all there is: the difference is exactly 0.
-        out = out + gated.right * (pulled - given if gated.others_only else pulled)
-    return narrowed(layout.masked(out), tokens.log_ratio.dtype), summed
+        out = out + gated.right * (pulled - y * gated.left if gated.others_only else pulled)
+    return layout.masked(out)
+
+
+def feature_sums(gating: RatioGating, x: Tensor, y: Tensor, cells: SharedCells) -> tuple[Level, Tensor, Tensor]:
+    """The level whose cells the map couples, each token's count [T] of its cell, and this rank's sums of the feature
+    [C]."""
+    assert gating.stratum is not None
+    level, layout = cells.hard_level(gating.stratum), cells.layout
+    count = layout.at_tokens(level.at(level.count_C)).clamp_min(1.0)
+    return level, count, level.sums(layout.sum_tokens(gating.feature(x, y >= 0, count)))
 
 
 def _gate_tokens(
@@ -165,9 +190,7 @@ def _gate_tokens(
     x, y = layout.masked(tokens.log_ratio.double()), layout.masked(tokens.weight.double())
     if gating.stratum is None:
         return measure(tokens, cells, reduce, riders)[0], gating.gate(x, y >= 0, x, x), y, None
-    level = cells.hard_level(gating.stratum)
-    count = layout.at_tokens(level.at(level.count_C)).clamp_min(1.0)
-    sum_C = level.sums(layout.sum_tokens(gating.feature(x, y >= 0, count)))
+    level, count, sum_C = feature_sums(gating, x, y, cells)
     riders = Riders({**riders.parts, "feature": level.slots.pack(sum_C)}, riders.check)
     drift, summed = measure(tokens, cells, reduce, riders)
     total = layout.at_tokens(level.at(level.slots.unpack(sum_C, summed["feature"])))
@@ -187,6 +210,6 @@ def gated_ratio(
     """
     cells = checked(cells, None, log_ratio=log_ratio, weighted_advantage=weighted_advantage)
     tokens = Tokens.of(cells, log_ratio, weighted_advantage)
-    gating = _with_old(gating, old_log_probs, cells)
+    gating = with_old(gating, old_log_probs, cells)
     ratio = _gate_tokens(gating, tokens, cells, reduce, NO_RIDERS)[1].ratio
     return cells.layout.masked(ratio, 1.0)

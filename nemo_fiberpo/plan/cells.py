@@ -118,6 +118,7 @@ def step_cells(
     of_tokens: Mapping[str, Sequence[str]] | None = None,
     gating: RatioGating | None = None,
     passes: int = 2,
+    whole_groups: bool = False,
 ) -> StepCells:
     """Of one optimizer step of whole prompt groups, dealt to the ranks as `aligner.rollout.deal_groups` deals them.
 
@@ -126,7 +127,8 @@ def step_cells(
     """
     chosen = prompts.most_varied(prompts_per_step)
     samples = torch.arange(prompts_per_step * group)
-    of_ranks = [samples.chunk(dp)[rank] if passes == 1 else samples[rank::dp] for rank in range(dp)]
+    together = whole_groups or passes == 1
+    of_ranks = [samples.chunk(dp)[rank] if together else samples[rank::dp] for rank in range(dp)]
     shards = [own for own in of_ranks for _ in range(cp)]
     made = [
         _cells(hierarchy, prompts, chosen, own, group, positions, partitions, of_tokens or {})

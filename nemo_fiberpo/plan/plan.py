@@ -25,7 +25,8 @@ class Request:
     """The parts of a run's configuration, resolved; what could not be read is None and said in the problems already.
 
     of_tokens  names of the labels of `token_labels` by column
-    kl  whether the initial policy is needed;  epochs: passes over a rollout;  passes: forward passes of a step
+    kl  whether the initial policy is needed;  epochs: passes over a rollout;  passes: most forward passes of a step
+    whole_groups  whether a prompt group is dealt to one rank
     cpu  a run without GPUs: neither its memory nor its network is what `assumptions` say, so that the one is compared
          with nothing and no times are estimated
     """
@@ -44,6 +45,7 @@ class Request:
     kl: bool = False
     epochs: int = 1
     passes: int = 2
+    whole_groups: bool = False
     cpu: bool = False
 
     @property
@@ -218,6 +220,7 @@ def _add_cells(
             of_tokens=request.of_tokens,
             gating=request.gating,
             passes=request.passes,
+            whole_groups=request.whole_groups,
         ),
     )
     if cells is None:

@@ -8,9 +8,10 @@ from omegaconf import OmegaConf
 from nemo_fiberpo.aligner import cpu
 
 cpu.install()
-from nemo_fiberpo.aligner.actor import FiberPOActor, balanced  # noqa: E402
+from nemo_fiberpo.aligner.actor import FiberPOActor  # noqa: E402
 from nemo_fiberpo.aligner.config.model_checks import check_model, check_vocabulary, first_token  # noqa: E402
 from nemo_fiberpo.aligner.generation import lockstep  # noqa: E402
+from nemo_fiberpo.megatron.sequences import balanced  # noqa: E402
 from tests.support.launching import ROOT  # noqa: E402
 
 GOOD = {"mcore_gpt": True, "optim": {"name": "mcore_distributed_optim"}, "ppo": {"sampling_params": {}}}
@@ -171,3 +172,9 @@ def test_packed_micro_batches_have_equally_many_samples_and_about_equal_lengths(
     dealt = balanced([1, 9, 7, 2, 8, 3], 3)
     assert dealt == [[1, 0], [4, 3], [2, 5]]
     assert sorted(index for part in dealt for index in part) == list(range(6))
+
+
+def test_packed_micro_batches_keep_groups_together():
+    # sums of pairs 10 9 11 | 4 2 8: 11 10 9, the second turn backwards
+    dealt = balanced([1, 9, 7, 2, 8, 3, 2, 2, 1, 1, 4, 4], 3, together=2)
+    assert dealt == [[4, 5, 8, 9], [0, 1, 6, 7], [2, 3, 10, 11]]

@@ -112,6 +112,20 @@ def test_one_pass_is_two_passes_where_cells_allow_it(start, tmp_path):
             assert one[1][1][key] == pytest.approx(value, rel=1e-2, abs=1e-5), key
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_optimistic_steps_are_two_passes(start, tmp_path, packing: bool):
+    """With a domain that is everywhere. The first step after a rollout is on-policy; the second one is optimistic."""
+    given = [*(PACKED if packing else []), "algorithm.micro_batches=whole_groups"]
+    two = rollout_and_steps(start, tmp_path, "two", 2, *given)
+    auto = rollout_and_steps(start, tmp_path, "auto", 2, *given, "algorithm.passes=auto")
+    assert auto[0] == two[0]
+    for step, other in zip(auto[1], two[1], strict=True):
+        assert step["train_optim/grad_norm"] == pytest.approx(other["train_optim/grad_norm"], rel=2e-5)
+    first, second = auto[1][:2]
+    assert first["train_optim/on_policy"] == 1.0 and "train_optim/second_pass" not in first
+    assert second["train_optim/gate_all_reduces"] == 3.0 and 0.0 <= second["train_optim/second_pass"] <= 1.0
+
+
 def test_one_pass_refuses_a_domain_that_is_everywhere(start, tmp_path):
     with pytest.raises(AssertionError, match=r"one pass: domain 0 \('algorithms'\) has tokens in micro-batch \d of dp"):
         rollout_and_steps(start, tmp_path, "domain", 2, "algorithm.passes=1")

@@ -19,6 +19,7 @@ from nemo_fiberpo.megatron.schedule import Policy
 from nemo_fiberpo.megatron.sequences import Rows, gather_rows, length_multiple, packed_rows, packed_spans, padded_rows
 from nemo_fiberpo.megatron.step import StepTokens
 from nemo_fiberpo.objective import Budget, Hierarchy, SharedCells, Stratum, build_cells, token_weights
+from nemo_fiberpo.objective.optimistic import PartCells, part_cells
 from tests.megatron import segments
 from tests.megatron.partitions import MEMBERSHIP, PARTITIONS
 from tests.megatron.segments import SEGMENT, SEGMENTS
@@ -165,11 +166,12 @@ def rows_of(layout: Layout, batch: Batch, axes: TokenAxes) -> list[Rows]:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What a rank's step is called with; `parts` are the cells of `one_pass_step`."""
+    """What a rank's step is called with; `parts` are the cells of `one_pass_step`, `guessed` of `optimistic_step`."""
 
     microbatches: list[dict[str, Any]]
     tokens: StepTokens
     parts: list[SharedCells] | None
+    guessed: list[PartCells]
 
     @property
     def rows(self) -> list[Rows]:
@@ -196,11 +198,11 @@ def make_step(layout: Layout, batch: Batch, strata: Sequence[str], axes: TokenAx
     weights = token_weights(trajectories).split([one.numel() for one in mask])
     weighted = [w.view_as(m) * e.take(p["advantage"], 0.0) for w, m, (e, p) in zip(weights, mask, pairs, strict=True)]
     of_parts = None
+    by_themselves = [chain.cells(one, m.reshape(-1), names=named) for one, m in zip(labels, mask, strict=True)]
     if layout.one_pass:
-        ones = zip(labels, mask, strict=True)
-        of_parts = one_pass_cells([chain.cells(one, m.reshape(-1), names=named) for one, m in ones], axes)
+        of_parts = one_pass_cells(by_themselves, axes)
     microbatches = [{"rows": e.rows, "mask": m, "old": o} for e, m, o in zip(laid, mask, old, strict=True)]
-    return Step(microbatches, StepTokens(old, weighted, mask, cells), of_parts)
+    return Step(microbatches, StepTokens(old, weighted, mask, cells), of_parts, part_cells(by_themselves, cells))
 
 
 class GatherAndSum(torch.autograd.Function):

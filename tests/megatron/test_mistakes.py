@@ -16,7 +16,7 @@ ranks whose loss reaches the parameters (for pp the last stage) have all log-pro
 complete already; leaving the axis out is no mistake of the gradient. ep is no axis of tokens: its ranks lie inside
 dp x cp, so a mistake of ep is one among some ranks of dp.
 
-The step's own checks of what ranks agree on (`agreement.py`, and the number of ranks in `fibration.measure`) ride in
+The step's own checks of what ranks agree on (`agreement.py`, and the number of ranks in `inputs.check_sums`) ride in
 the first reduction and refuse those mistakes that touch their numbers, too. They are switched off here: the comparison
 must catch them by itself.
 """
@@ -133,7 +133,7 @@ def mistakes_worker(
 ) -> list[Outcome]:
     batch = pickle.loads(pickled)
     step.agreement = lambda *arguments: NO_RIDERS  # type: ignore[assignment]
-    fibration._check = lambda *arguments: None  # type: ignore[assignment]
+    fibration.check_sums = lambda *arguments: None  # type: ignore[assignment]
     with tiny.megatron(layout):
         return [
             comparison.take_step(layout, batch, make_reducer=lambda axes, m=mistake: sabotaged(m, axis, axes))

@@ -52,6 +52,7 @@ class Layout:
     recompute            activations are computed again in the backward pass
     gathered             "slice" or "sum": log-probs are gathered over cp, see `groups.GATHERED`; "" where they are not
     one_pass             `one_pass_step` instead of `exact_step`
+    tied                 the output layer has the weight of the embedding
     layers               of the whole model; None for one per stage, two at least
     """
 
@@ -72,6 +73,7 @@ class Layout:
     recompute: bool = False
     gathered: str = ""
     one_pass: bool = False
+    tied: bool = False
     aux_loss: float = 0.0
     layers: int | None = None
     options: tuple[tuple[str, Any], ...] = ()
@@ -85,9 +87,9 @@ class Layout:
         return self.tp > 1 if self.sequence_parallel is None else self.sequence_parallel
 
     @property
-    def kind(self) -> tuple[int, int, bool]:
-        """What the model is, whatever the layout: layers, experts, rotary positions."""
-        return self.num_layers, self.experts, self.rope
+    def kind(self) -> tuple[int, int, bool, bool]:
+        """What the model is, whatever the layout: layers, experts, rotary positions, tied embeddings."""
+        return self.num_layers, self.experts, self.rope, self.tied
 
     @property
     def groups(self) -> str:
@@ -190,6 +192,8 @@ def make_model(layout: Layout) -> Any:
     model = chunks if layout.vpp > 1 else chunks[0]
     with torch.no_grad():
         for name, parameter in shards.named_parameters(model):
+            if layout.tied and name == "output_layer.weight":  # the last stage's copy
+                name = "embedding.word_embeddings.weight"
             index, number = shards.shard_place(name)
             parameter.copy_(shards.shard_of(shards.full_parameter(name, parameter, number), parameter, index, number))
     return model
@@ -215,5 +219,6 @@ def _make_chunk(layout: Layout, config: Any, stage: int) -> Any:
         post_process=rank == layout.pp - 1 and stage == layout.vpp - 1,
         parallel_output=True,
         position_embedding_type="rope" if layout.rope else "learned_absolute",
+        share_embeddings_and_output_weights=layout.tied,
         **virtual,
     )

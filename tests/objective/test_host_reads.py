@@ -150,11 +150,11 @@ def test_coefficients_alone_are_read_once():
     cells = case.cells.shared
     with HostReads(cells) as reads:
         fpo.token_coefficients(case.log_ratio, case.weight, cells, case.hierarchy)
-    assert reads.found == ["fibration.py::_check: tolist"]
+    assert reads.found == ["inputs.py::check_sums: tolist"]
     with HostReads(cells) as reads:
         leaf = case.log_ratio.clone().requires_grad_()
         fpo.gated_log_ratio(leaf, cells, case.hierarchy).sum().backward()
-    assert reads.found == ["fibration.py::_check: tolist"]
+    assert reads.found == ["inputs.py::check_sums: tolist"]
 
 
 @pytest.mark.parametrize(

@@ -91,9 +91,15 @@ class AlgorithmSettings:
     """Whether the samples of a micro-batch are packed into one row without padding (THD format). On a GPU this needs
     Transformer Engine."""
 
-    passes: int = setting(2, form="1 or 2")
+    passes: int | str = setting(2, form="1, 2 or auto")
     """Forward passes per optimizer step. 2 is exact for every hierarchy and layout. 1 saves the second pass where every
-    cell lies inside one micro-batch of one data-parallel rank, which is checked; see docs/parallelism.md."""
+    cell lies inside one micro-batch of one data-parallel rank, which is checked. `auto` is exact everywhere, and runs
+    the second pass only over micro-batches in which it changes a coefficient, as long as that costs less than 2; see
+    docs/performance.md."""
+
+    micro_batches: str = setting("any", choices=("any", "whole_groups"))
+    """Which samples share a micro-batch. `whole_groups`: all responses to a prompt, so that prompt groups and
+    trajectories are cells of one micro-batch. `model.micro_batch_size` must be a multiple of `samples_per_prompt`."""
 
     val_check_interval: int = setting(0, at_least=0, may_change=True)
     """RL steps between evaluations of the held-out prompts; 0: none during training."""
@@ -111,8 +117,8 @@ class AlgorithmSettings:
             )
         if self.compile != "auto" and not isinstance(self.compile, bool):
             raise ValueError(f"compile: must be auto, true or false, got {self.compile!r}")
-        if self.passes not in (1, 2):
-            raise ValueError(f"passes: must be 1 or 2, got {self.passes!r}")
+        if self.passes not in (1, 2, "auto") or isinstance(self.passes, bool):
+            raise ValueError(f"passes: must be 1, 2 or auto, got {self.passes!r}")
         if self.prompts_per_rollout % self.optimizer_steps:
             raise ValueError(
                 f"optimizer_steps: {self.optimizer_steps} must divide prompts_per_rollout = "
@@ -142,6 +148,11 @@ class AlgorithmSettings:
         return isinstance(self.gating, HierarchyGating) and self.gating.use_min
 
     @property
+    def whole_groups(self) -> bool:
+        """Whether the samples of a prompt group are dealt to one rank, and in padded rows to one micro-batch."""
+        return self.passes == 1 or self.micro_batches == "whole_groups"
+
+    @property
     def samples_per_rollout(self) -> int:
         return self.prompts_per_rollout * self.samples_per_prompt
 
@@ -153,15 +164,22 @@ class AlgorithmSettings:
         return rl_steps * self.optimizer_steps * self.epochs
 
     def check_passes(self, strata: Sequence[Stratum], micro_batch_size: int) -> None:
-        """ValueError where one pass cannot be exact whatever the rollout; the rest shows in its cells."""
+        """ValueError where prompt groups do not fit into micro-batches, or where one pass cannot be exact whatever the
+        rollout; the rest shows in its cells."""
+        if self.micro_batches == "whole_groups" and micro_batch_size % self.samples_per_prompt:
+            raise ValueError(
+                f"algorithm.micro_batches: whole_groups, but model.micro_batch_size = {micro_batch_size} is no "
+                f"multiple of algorithm.samples_per_prompt = {self.samples_per_prompt}; change one, or set it to any"
+            )
         # A join with the trajectory lies inside it.
         coarser = [stratum.name for stratum in strata if "trajectory" not in stratum.columns]
-        if self.passes == 2 or not coarser:
+        if self.passes != 1 or not coarser:
             return
-        if self.packing:
+        if self.packing and (self.micro_batches == "any" or coarser != ["prompt_group"]):
             raise ValueError(
                 f"algorithm.passes: 1 with packing: true, which deals samples to micro-batches by length, but the "
-                f"hierarchy has {coarser}; set passes to 2, or take hierarchy=trajectory"
+                f"hierarchy has {coarser}; set passes to 2 or auto, or take hierarchy=trajectory; micro_batches: "
+                "whole_groups keeps prompt groups together"
             )
         if "prompt_group" in coarser and micro_batch_size % self.samples_per_prompt:
             raise ValueError(

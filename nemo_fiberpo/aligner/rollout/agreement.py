@@ -15,6 +15,7 @@ from nemo_fiberpo.megatron.exchange import exchange
 from nemo_fiberpo.megatron.one_pass import one_pass_cells
 from nemo_fiberpo.megatron.sequences import Rows
 from nemo_fiberpo.objective import Cells, Hierarchy, build_cells, token_weights
+from nemo_fiberpo.objective.optimistic import gates_can_pass, part_cells
 
 
 def agreed_minibatches(
@@ -41,15 +42,17 @@ def agreed_minibatches(
             actor.cfg.micro_batch_size,
             settings.packing,
             part["mask"].any(dim=1),
+            settings.samples_per_prompt if settings.micro_batches == "whole_groups" else 1,
         )
         for part in samples
     ]
+    guesses = settings.passes == "auto" and gates_can_pass(hierarchy, settings.gating_map)
     own: list[Cells] = []
     pieces: list[list[Cells]] = [[] for _ in samples]
     try:
         for part, of_part, into in zip(samples, rows, pieces, strict=True):
             own += [_hierarchy_cells(part, of_part, strata, hierarchy), _trajectory_cells(part, of_part)]
-            if settings.passes == 1:
+            if settings.passes == 1 or guesses:
                 into += [_hierarchy_cells(part, [entry], strata, hierarchy) for entry in of_part]
     except Exception as error:
         own, problem = [], str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
@@ -66,7 +69,8 @@ def agreed_minibatches(
         cells, trajectories = shared[2 * index : 2 * index + 2]
         weights = token_weights(trajectories, settings.weights, length=settings.fixed_length)
         parts = one_pass_cells(pieces[index], axes) if settings.passes == 1 else None
-        made.append(in_rows(part, of_part, weights, cells, parts, compared))
+        guessed = part_cells(pieces[index], cells) if guesses else None
+        made.append(in_rows(part, of_part, weights, cells, parts, guessed, compared))
     return made
 
 

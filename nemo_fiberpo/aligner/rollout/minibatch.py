@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nemo_fiberpo.megatron.sequences import Rows
 from nemo_fiberpo.objective import SharedCells
+from nemo_fiberpo.objective.optimistic import PartCells
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Minibatch:
     mask                bool, live tokens
     cells               of all these tokens, flattened in this order; shared with the other ranks
     parts               for one pass: the cells of each micro-batch (`one_pass_cells`); None for two passes
+    guessed             for optimistic steps: the cells of each micro-batch by itself; None where none are taken
     expert_labels       the partitions of experts in the rollout; None where the routing of a step is not compared
     """
 
@@ -35,6 +37,7 @@ class Minibatch:
     mask: Sequence[Tensor]
     cells: SharedCells
     parts: Sequence[SharedCells] | None = None
+    guessed: Sequence[PartCells] | None = None
     expert_labels: Sequence[Tensor] | None = None
 
 
@@ -44,6 +47,7 @@ def in_rows(
     weights: Tensor,
     cells: SharedCells,
     parts: Sequence[SharedCells] | None,
+    guessed: Sequence[PartCells] | None = None,
     expert_labels: str | None = None,
 ) -> Minibatch:
     """The columns of a minibatch, [b, s - 1], in the rows of its micro-batches; `weights` are in rows already, flat.
@@ -65,6 +69,7 @@ def in_rows(
         mask=[entry.take(part["mask"], False) for entry in rows],
         cells=cells,
         parts=parts,
+        guessed=guessed,
         expert_labels=None if expert_labels is None else [entry.take(part[expert_labels]) for entry in rows],
     )
 

@@ -42,6 +42,25 @@ def test_one_pass_that_cannot_be_exact_is_refused_at_once(changes, strata, size,
     settings(**changes).check_passes([chain[-1], inside], size)
 
 
+def test_whole_groups_fit_into_micro_batches_or_are_refused():
+    chain = [Stratum(name, Budget(0.1, 0.1)) for name in ("domain", "prompt_group", "trajectory")]
+    whole = settings(micro_batches="whole_groups")
+    assert whole.whole_groups and not settings().whole_groups
+    whole.check_passes(chain, 24)
+    with pytest.raises(ValueError, match=r"algorithm.micro_batches: whole_groups, .* = 12 is no multiple"):
+        whole.check_passes(chain, 12)
+    settings(micro_batches="whole_groups", packing=True, passes=1).check_passes(chain[1:], 8)
+    with pytest.raises(ValueError, match="micro_batches: must be any or whole_groups"):
+        settings(micro_batches="groups")
+
+
+@pytest.mark.parametrize("passes", [0, 3, True, "two"])
+def test_passes_are_one_two_or_auto(passes):
+    assert settings(passes="auto").passes == "auto"
+    with pytest.raises(ValueError, match="passes: must be 1, 2 or auto"):
+        settings(passes=passes)
+
+
 def test_sizes_follow():
     assert settings().samples_per_rollout == 768
     assert settings().samples_per_step == 192
