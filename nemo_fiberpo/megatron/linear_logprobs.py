@@ -3,9 +3,9 @@
 `logprobs.vocab_parallel_log_probs` holds [tokens, V / tp] logits and, in the backward pass, their gradient. Here both
 passes walk over blocks of vocabulary columns. The forward pass keeps the running maximum and sum of the softmax for
 each token; the backward pass computes each block's logits again. So a step has one matrix product more, 8 instead of 6
-flops per token, column and hidden unit. Blocks of columns, where Liger and verl take blocks of tokens: then the weight's
-gradient is one product per row of it, rounded once, and only that of the hidden states is summed over blocks, in
-float32.
+flops per token, column and hidden unit. Blocks are of columns, where Liger and verl take blocks of tokens: so the
+weight's gradient is one product per row of it, rounded once, and only that of the hidden states is summed over blocks,
+in float32.
 
 `output_layer` has the place where this meets Megatron's model.
 """

@@ -117,9 +117,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
     """Saves the logits themselves (no copy) and their log-partition; backward recomputes the softmax by chunks."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, target: Tensor, group: dist.ProcessGroup | None, vocab_size: int
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, target: Tensor, group: dist.ProcessGroup | None, vocab_size: int) -> Tensor:
         dtype = accumulate_dtype(logits)
         first, ctx.columns = own_columns(logits.shape[-1], group, vocab_size)
         x_TV = logits.reshape(-1, logits.shape[-1])[:, : ctx.columns]

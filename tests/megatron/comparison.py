@@ -24,7 +24,7 @@ from tests.megatron.tiny import Layout
 from tests.support import distributed
 
 BOUND = 1e-10
-Kind = tuple[int, int, bool]
+Kind = tuple[int, int, bool, bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +107,8 @@ def reference_worker(rank: int, world: int, kinds: list[Kind], cases: list[str])
 
 def _reference(kind: Kind, case: Case) -> Reference:
     """The whole batch in one micro-batch, the slow objective, and autograd through both; no step of ours."""
-    layers, experts, rope = kind
-    layout = Layout(experts=experts, rope=rope, layers=layers)
+    layers, experts, rope, tied = kind
+    layout = Layout(experts=experts, rope=rope, layers=layers, tied=tied)
     model = tiny.make_model(layout)
     batch = batches.make_batch(case.batch)
     [laid] = batches.lay_out(layout, [batch], batches.LENGTH, 0)
