@@ -67,6 +67,11 @@ def peak_bytes(work: Callable[[], object]) -> int:
 def medians(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median seconds of each, run in turns so that a slow spell of the machine hits all alike."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    return {name: statistics.median(spent) for name, spent in timed(works, repeats, clock).items()}
+
+
+def timed(works: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Seconds of each in every round, in which they run in turns, after one round that is not counted."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():
         work()
@@ -75,7 +80,7 @@ def medians(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
             start = clock()
             work()
             times[name].append(clock() - start)
-    return {name: statistics.median(spent) for name, spent in times.items()}
+    return times
 
 
 def with_passes(mode: str, work: Callable[[], object]) -> Callable[[], object]:

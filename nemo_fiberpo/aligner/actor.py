@@ -58,6 +58,7 @@ class FiberPOActor(MegatronGPTActorModel):
         self._sampling_params: dict[str, Any]
         self._generating: contextlib.ExitStack | None = None
         self.experts: ExpertLabels | None = None
+        self.logprobs = "auto"  # as in `gpt_policy`; `build.load_actor` decides it for all micro-batches of a run
         # Optimizer steps begun, and how many had been when the old log-probs were computed.
         self._steps_begun, self._old_since = 0, -1
         self._choice = StepChoice()
@@ -244,7 +245,8 @@ class FiberPOActor(MegatronGPTActorModel):
             return exact_step(*given, hierarchy, self.reducer, on_policy=on_policy, **options)
 
     def _policy(self, rows: Sequence[Rows]) -> Policy:
-        return gpt_policy(self.model, rows, mpu.get_tensor_model_parallel_group(), self.tokenizer.vocab_size)
+        size = self.tokenizer.vocab_size
+        return gpt_policy(self.model, rows, mpu.get_tensor_model_parallel_group(), size, self.logprobs)
 
     @torch.no_grad()
     def infer(self, inference_batch: dict[str, Tensor]) -> dict[str, Tensor]:

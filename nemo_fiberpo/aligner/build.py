@@ -18,8 +18,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_fiberpo.aligner.config.checks import check_lengths
+from nemo_fiberpo.aligner.config.sections import data_settings
 from nemo_fiberpo.aligner.lifecycle.preemption import shield_resource_tracker
+from nemo_fiberpo.megatron.output_layer import chosen
 from nemo_fiberpo.megatron.timeouts import limit_collectives
+from nemo_fiberpo.plan.lengths import response_length
 from nemo_fiberpo.storage import pickles
 from nemo_fiberpo.storage.policy_file import read_config
 
@@ -96,7 +99,17 @@ def load_actor(cfg: DictConfig, trainer: Any) -> Any:
     cfg.model = merged
     check_lengths(cfg)
     with pickles.named(path):
-        return load_from_nemo(FiberPOActor, cfg.model, trainer, strict=True, restore_path=path)
+        actor = load_from_nemo(FiberPOActor, cfg.model, trainer, strict=True, restore_path=path)
+    model = cfg.model
+    actor.logprobs = chosen(
+        model.get("logprobs") or "auto",
+        samples=max(model.micro_batch_size, model.ppo.forward_micro_batch_size),
+        length=data_settings(cfg).max_prompt_length + response_length(model),
+        vocabulary=model.get("override_vocab_size") or actor.padded_vocab_size,
+        tensor_parallel=model.get("tensor_model_parallel_size") or 1,
+        context_parallel=model.get("context_parallel_size") or 1,
+    )
+    return actor
 
 
 def initialise(cfg: DictConfig, trainer: Any, actor: Any, dataset: Any, optimizer_steps: int) -> tuple[Any, Any, Any]:

@@ -1,7 +1,7 @@
 """Log-probabilities from vocabulary-parallel logits, without gathering them.
 
-`gpt.gpt_policy` uses `vocab_parallel_log_probs`, with the targets of `sequences.Rows`; `next_token_log_probs` is for
-hosts whose sequences are whole.
+`gpt.gpt_policy` uses `vocab_parallel_log_probs`, with the targets of `sequences.Rows`, where logits are small;
+`linear_logprobs` is for large ones. `next_token_log_probs` is for hosts whose sequences are whole.
 
 Shapes: logits [..., V/tp] with any leading dimensions ([b, s] and [s, b] alike), targets [...]. Rank r of the
 tensor-parallel group holds the columns [r V/tp, (r+1) V/tp). An embedding may have more rows than the tokenizer has
@@ -10,11 +10,16 @@ tokens; the columns behind these are never sampled and are no part of the distri
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 24
+"""Logits that are worked on at a time, at most."""
+CHUNKS = 8
+"""In how many chunks the tokens are taken, at least: what is held beside the logits is a part of them."""
 
 
 def shift_labels(tokens: Tensor) -> Tensor:
@@ -57,17 +62,31 @@ def vocab_parallel_log_probs(
 
     SPMD: logits are sharded over `tp_group` along the last dimension, target and result are replicated; positions are
     the caller's. One MAX and one SUM all-reduce in the forward pass, none in the backward pass. Memory beyond the
-    logits: a chunk of them; in the backward pass their gradient and a chunk.
+    logits, at most 4 bytes per logit for float32 and bfloat16: a chunk of them in the forward pass; in the backward
+    pass their gradient and, for bfloat16, a chunk. Beside it a few numbers per token.
     """
-    columns = logits.shape[-1] * (dist.get_world_size(tp_group) if _parallel(tp_group) else 1)
+    size = vocabulary(logits.shape[-1], tp_group, vocab_size)
+    refuse_outside(target, size)
+    log_probs: Tensor = _VocabParallelLogProbs.apply(logits, target, tp_group, size)
+    return log_probs
+
+
+def vocabulary(local: int, tp_group: dist.ProcessGroup | None, vocab_size: int | None) -> int:
+    """The number of tokens, where each rank has `local` columns. ValueError where that is more than the columns."""
+    columns = local * (dist.get_world_size(tp_group) if parallel(tp_group) else 1)
     size = columns if vocab_size is None else vocab_size
     if not 1 <= size <= columns:
         raise ValueError(f"vocab_size: {size} tokens, but the logits have {columns} columns")
-    _refuse_outside(target, size)
-    return _VocabParallelLogProbs.apply(logits, target, tp_group, size)
+    return size
 
 
-def _refuse_outside(target: Tensor, size: int) -> None:
+def own_columns(local: int, tp_group: dist.ProcessGroup | None, size: int) -> tuple[int, int]:
+    """The first token of this rank's columns, and how many of them are tokens of the vocabulary."""
+    first = dist.get_rank(tp_group) * local if parallel(tp_group) and tp_group is not None else 0
+    return first, min(max(size - first, 0), local)
+
+
+def refuse_outside(target: Tensor, size: int) -> None:
     """The host does not wait for a GPU here: there the device asserts, and the error comes with a later read."""
     inside = (target >= 0) & (target < size)
     try:
@@ -80,15 +99,17 @@ def _refuse_outside(target: Tensor, size: int) -> None:
         ) from None
 
 
-def _accumulate_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+def accumulate_dtype(values: Tensor) -> torch.dtype:
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
-def _chunk(vocab: int) -> int:
-    return max(1, CHUNK_ELEMENTS // max(1, vocab))
+def _chunk(x_TV: Tensor) -> int:
+    """Tokens at a time."""
+    tokens, columns = x_TV.shape
+    return max(1, min(CHUNK_ELEMENTS // max(1, columns), -(-tokens // CHUNKS)))
 
 
-def _parallel(group: dist.ProcessGroup | None) -> bool:
+def parallel(group: dist.ProcessGroup | None) -> bool:
     return group is not None and dist.get_world_size(group) > 1
 
 
@@ -96,10 +117,9 @@ class _VocabParallelLogProbs(torch.autograd.Function):
     """Saves the logits themselves (no copy) and their log-partition; backward recomputes the softmax by chunks."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, target: Tensor, group: dist.ProcessGroup | None, vocab_size: int) -> Tensor:
-        dtype = _accumulate_dtype(logits)
-        first = dist.get_rank(group) * logits.shape[-1] if _parallel(group) else 0
-        ctx.columns = min(max(vocab_size - first, 0), logits.shape[-1])
+    def forward(ctx: Any, logits: Tensor, target: Tensor, group: dist.ProcessGroup | None, vocab_size: int) -> Tensor:
+        dtype = accumulate_dtype(logits)
+        first, ctx.columns = own_columns(logits.shape[-1], group, vocab_size)
         x_TV = logits.reshape(-1, logits.shape[-1])[:, : ctx.columns]
         local_T = target.reshape(-1) - first
         mine_T = (local_T >= 0) & (local_T < ctx.columns)
@@ -107,37 +127,54 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         max_T = x_TV.new_full(x_TV.shape[:1], -torch.inf, dtype=dtype)
         if ctx.columns:
             max_T = x_TV.amax(-1).to(dtype)
-        if _parallel(group):
+        if parallel(group):
             dist.all_reduce(max_T, op=dist.ReduceOp.MAX, group=group)
         sums_2T = torch.empty(2, x_TV.shape[0], dtype=dtype, device=logits.device)
-        chunk = _chunk(x_TV.shape[-1])
+        chunk = _chunk(x_TV)
         for start in range(0, x_TV.shape[0], chunk):
             tokens = slice(start, start + chunk)
-            shifted = x_TV[tokens].to(dtype) - max_T[tokens, None]
+            shifted = x_TV[tokens].to(dtype, copy=True).sub_(max_T[tokens, None])
             picked = shifted.gather(-1, local_T[tokens, None]).squeeze(-1) if ctx.columns else 0.0
             sums_2T[1, tokens] = torch.where(mine_T[tokens], picked, 0.0)
             sums_2T[0, tokens] = shifted.exp_().sum(-1)
-        if _parallel(group):
+            del shifted  # before the next chunk is made
+        if parallel(group):
             dist.all_reduce(sums_2T, op=dist.ReduceOp.SUM, group=group)
         log_sum_T = sums_2T[0].log()
         ctx.save_for_backward(logits, local_T, mine_T, max_T, log_sum_T)
         return (sums_2T[1] - log_sum_T).view(target.shape)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         logits, local_T, mine_T, max_T, log_sum_T = ctx.saved_tensors
         x_TV = logits.reshape(-1, logits.shape[-1])
         grad_T = grad.reshape(-1)
         out_TV = torch.empty(x_TV.shape, dtype=logits.dtype, device=logits.device)
         out_TV[:, ctx.columns :] = 0.0
         x_TV, real_TV = x_TV[:, : ctx.columns], out_TV[:, : ctx.columns]
-        chunk = _chunk(x_TV.shape[-1])
+        in_place = logits.dtype == max_T.dtype
+        chunk = _chunk(x_TV)
         for start in range(0, x_TV.shape[0] if ctx.columns else 0, chunk):
             tokens = slice(start, start + chunk)
-            upstream = grad_T[tokens, None]
-            # The two subtractions of the forward pass: their sum would round once more where the maximum is large.
-            softmax = (x_TV[tokens].to(grad_T.dtype) - max_T[tokens, None]).sub_(log_sum_T[tokens, None]).exp_()
-            block = softmax.mul_(-upstream)
-            block.scatter_add_(-1, local_T[tokens, None], torch.where(mine_T[tokens, None], upstream, 0.0))
-            real_TV[tokens] = torch.where(upstream == 0, 0.0, block)
+            block = real_TV[tokens].copy_(x_TV[tokens]) if in_place else x_TV[tokens].to(max_T.dtype)
+            to_log_prob_gradient(
+                block, local_T[tokens], mine_T[tokens], max_T[tokens], log_sum_T[tokens], grad_T[tokens]
+            )
+            if not in_place:
+                real_TV[tokens] = block
+            del block  # before the next chunk is made
         return out_TV.view(logits.shape), None, None, None
+
+
+def to_log_prob_gradient(
+    x_TV: Tensor, local_T: Tensor, mine_T: Tensor, max_T: Tensor, log_sum_T: Tensor, upstream_T: Tensor
+) -> None:
+    """Logits become, in place, the gradient with respect to them of sum_T upstream log pi:  upstream (1[target] - pi).
+
+    local_T are targets as columns of `x_TV`, and mine_T where they are among them. Exactly 0 where upstream is.
+    """
+    # The two subtractions of the forward pass: their sum would round once more where the maximum is large.
+    x_TV.sub_(max_T[:, None]).sub_(log_sum_T[:, None]).exp_().mul_(-upstream_T[:, None])
+    x_TV.scatter_add_(-1, local_T[:, None], torch.where(mine_T, upstream_T, 0.0)[:, None])
+    x_TV.masked_fill_((upstream_T == 0)[:, None], 0.0)

@@ -24,7 +24,7 @@ class Policy:
 
     model                  the module, or the list of its virtual pipeline chunks, in training mode
     forward_backward_func  what `megatron.core.pipeline_parallel.get_forward_backward_func()` returns
-    forward                (micro-batch, module) -> the module's output tensor; logits on the last stage
+    forward                (micro-batch, module) -> the module's output tensor, for `log_probs` on the last stage
     log_probs              (output, micro-batch) -> [b, s] log-probs of the tokens taken, with gradient; last stage only
     seq_length             of the activations that pipeline stages exchange, as Megatron's schedules want it
     micro_batch_size       likewise

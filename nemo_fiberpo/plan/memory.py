@@ -12,12 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_fiberpo.megatron.linear_logprobs import BLOCKS, LEAST_COLUMNS
+from nemo_fiberpo.megatron.logprobs import CHUNK_ELEMENTS, CHUNKS
+from nemo_fiberpo.megatron.output_layer import chosen
+
 from .layout import Layout
 from .shape import ModelShape
 
 GIB = 2**30
 MIB = 2**20
-LOGIT_CHUNK = 3 * 4 * 2**24  # what `logprobs.vocab_parallel_log_probs` works on at a time, in float32
+LOGIT_CHUNK = 4 * CHUNK_ELEMENTS  # what `vocab_parallel_log_probs` works on at a time in its forward pass, in float32
 GUARD_ROWS = 2  # rows that keep expert-parallel ranks in lockstep while responses are generated
 
 
@@ -33,6 +37,7 @@ class Run:
     checkpoint_every   layers per checkpoint
     flash              attention never holds [s, s] scores
     allgather          the dispatcher of tokens to experts gathers all of them
+    logprobs           as `model.logprobs`
     """
 
     prompt: int
@@ -48,6 +53,7 @@ class Run:
     checkpoint_every: int
     flash: bool
     allgather: bool
+    logprobs: str = "auto"
 
     @classmethod
     def from_config(
@@ -81,6 +87,7 @@ class Run:
             checkpoint_every=1 if block else every,
             flash=bool(model.get("transformer_engine", True)),
             allgather=model.get("moe_token_dispatcher_type", "allgather") == "allgather",
+            logprobs=model.get("logprobs") or "auto",
         )
 
     @property
@@ -134,6 +141,20 @@ def layer_bytes(shape: ModelShape, layout: Layout, run: Run, tokens: float, imba
     return tokens * (common + attention + mlp) * max(2, run.weight_bytes)
 
 
+def _log_probs(shape: ModelShape, layout: Layout, run: Run, tokens: float, backward: bool) -> dict[str, int]:
+    """By item: what log-probs of `tokens` need on the last stage, by their logits in float32 or by blocks of them, see
+    `megatron.logprobs` and `megatron.linear_logprobs`. The gradient of the output layer's weight is not counted."""
+    columns = shape.vocab / layout.tp
+    sizes = {"vocabulary": shape.vocab, "tensor_parallel": layout.tp, "context_parallel": layout.cp}
+    if chosen(run.logprobs, samples=max(run.rows, run.forward), length=run.length, **sizes) == "chunked":
+        width = min(max(columns / BLOCKS, LEAST_COLUMNS), columns)
+        # Logits of a block in bf16 and float32; hidden states of all ranks, and their gradient in both.
+        return {"log-probs in blocks": round(tokens * (6 * width + (8 if backward else 2) * shape.hidden))}
+    if backward:
+        return {"logits and their gradient": round(8 * tokens * columns)}
+    return {"logits": round(4 * tokens * columns + min(LOGIT_CHUNK, 4 * tokens * columns / CHUNKS))}
+
+
 def memory(shape: ModelShape, layout: Layout, run: Run, imbalance: float) -> Memory:
     """Of the rank, among one of each pipeline stage, that needs most."""
     stages = [_stage(shape, layout, run, imbalance, stage) for stage in range(layout.pp)]
@@ -164,16 +185,14 @@ def _stage(shape: ModelShape, layout: Layout, run: Run, imbalance: float, stage:
         "a layer's backward pass": round((run.checkpoint_every if again else 0) * one + one),
     }
     if stage == layout.pp - 1:
-        logits = tokens * shape.vocab / layout.tp
-        training["logits and their gradient"] = round(8 * logits + min(LOGIT_CHUNK, 12 * logits))
+        training |= _log_probs(shape, layout, run, tokens, backward=True)
     scoring = {}
     if run.forward > run.rows:
         tokens = run.forward * length / layout.cp
         one = layer_bytes(shape, layout, run, tokens, imbalance, layout.sequence_parallel)
         scoring["a layer's activations"] = round(one)
         if stage == layout.pp - 1:
-            logits = tokens * shape.vocab / layout.tp
-            scoring["logits"] = round(4 * logits + min(LOGIT_CHUNK, 12 * logits))
+            scoring |= _log_probs(shape, layout, run, tokens, backward=False)
     if not run.generated:
         return Memory(stage, static, training, scoring, {})
     rows = run.generated + (GUARD_ROWS if layout.ep > 1 else 0)

@@ -1,8 +1,9 @@
-"""report.md and report.json of `run.sh`, from the results of pytest and of `measure`.
+"""report.md and report.json of `run.sh`, from the results of pytest, of `measure` and of `benchmarks.logprobs`.
 
     python -m tests.gpu.report FOLDER --stages "name status seconds ..."
 
-FOLDER holds junit.xml and measure.json, as far as its stages came; the exit status is 0 where every check passed.
+FOLDER holds junit.xml, measure.json and logprobs.json, as far as its stages came; the exit status is 0 where every
+check passed.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from typing import Any
 
 import torch
 
+from benchmarks import logprobs
 from tests.gpu import device
 from tests.gpu.measure import markdown
 
-PACKAGES = ("triton", "megatron-core", "transformer_engine", "apex", "numpy")
+PACKAGES = ("triton", "liger_kernel", "megatron-core", "transformer_engine", "apex", "numpy")
 
 
 def versions() -> dict[str, str]:
@@ -72,6 +74,10 @@ def make_report(folder: Path, stages: dict[str, tuple[int, int]]) -> dict[str, A
             problems.append("torch.compile failed while measuring")
     else:
         problems.append("measuring did not end: there is no measure.json")
+    if (folder / "logprobs.json").exists():
+        report["log-probs"] = json.loads((folder / "logprobs.json").read_text())
+    else:
+        problems.append("measuring log-probs did not end: there is no logprobs.json")
     return {**report, "problems": problems, "ok": not problems}
 
 
@@ -93,6 +99,8 @@ def as_markdown(report: dict[str, Any]) -> str:
         lines += ["", "## Figures", "", markdown(report["measured"])]
         if report["measured"]["not compiled"]:
             lines += ["", f"Nothing compiled was measured: {report['measured']['not compiled']}."]
+    if "log-probs" in report:
+        lines += ["", "## Log-probs", "", logprobs.markdown(report["log-probs"])]
     return "\n".join(lines) + "\n"
 
 

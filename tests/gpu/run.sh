@@ -64,8 +64,11 @@ if [ -n "$wheels" ]; then
         --target "$scratch/site" "${packages[@]}"
     [ $failed -eq 0 ] || { cat "$out/install.log" >&2; exit 1; }
 fi
-stage checks 240 "$python" -m pytest tests/gpu -q -rs -p no:cacheprovider -o timeout=200 --junitxml "$out/junit.xml"
+stage checks 220 "$python" -m pytest tests/gpu -q -rs -p no:cacheprovider -o timeout=200 --junitxml "$out/junit.xml"
 stage measure 75 "$python" -m tests.gpu.measure --out "$out/measure.json"
+sizes=(--tokens 8192 --hidden 4096 --repeats 5)
+[ "$slow" -eq 1 ] || sizes=(--tokens 64 --hidden 64 --vocab 16384 --repeats 3)
+stage logprobs 20 "$python" -m benchmarks.logprobs --no-aligner "${sizes[@]}" --out "$out/logprobs.json"
 "$python" -m tests.gpu.report "$out" --stages "$stages" || failed=1
 cat "$out/report.md"
 echo "== $([ $failed -eq 0 ] && echo passed || echo failed) in $SECONDS s; $out/report.md, $out/report.json"

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks import logprobs
 from tests.gpu import measure, report
 from tests.gpu.device import ON_GPU
 
@@ -40,13 +42,15 @@ def test_every_figure_is_there(figures: dict):
 def test_the_report_fails_where_a_check_did(tmp_path: Path, figures: dict, good: bool):
     (tmp_path / "junit.xml").write_text(JUNIT.replace("failure", "system-out") if good else JUNIT)
     (tmp_path / "measure.json").write_text(json.dumps(figures))
+    of_log_probs = logprobs.measure(8, 4, 64, torch.float32, 1, with_aligner=False)
+    (tmp_path / "logprobs.json").write_text(json.dumps(of_log_probs))
     found = report.make_report(tmp_path, {"checks": (0 if good else 1, 3)})
     text = report.as_markdown(found)
     assert found["ok"] == good and ("a::bad: 1 != 2" in text) == (not good)
-    assert "1 x no apex" in text and "not asked for" in text
+    assert "1 x no apex" in text and logprobs.markdown(of_log_probs) in text and "not asked for" in text
 
 
 def test_the_report_fails_where_a_stage_left_nothing(tmp_path: Path):
     found = report.make_report(tmp_path, {"checks": (124, 240)})
-    assert not found["ok"] and len(found["problems"]) == 3
+    assert not found["ok"] and len(found["problems"]) == 4
     assert "checks ended by its time limit" in report.as_markdown(found)

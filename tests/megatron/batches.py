@@ -226,7 +226,7 @@ class GatherAndSum(torch.autograd.Function):
 def make_policy(layout: Layout, model: Any, rows: Sequence[Rows]) -> Policy:
     from megatron.core import parallel_state as mpu
 
-    policy = gpt_policy(model, rows, mpu.get_tensor_model_parallel_group())
+    policy = gpt_policy(model, rows, mpu.get_tensor_model_parallel_group(), logprobs=layout.logprobs)
     if not layout.gathered:
         return policy
     group = mpu.get_context_parallel_group()

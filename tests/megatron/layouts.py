@@ -111,6 +111,7 @@ def variants_of(ranks: int, groups: Layout, index: int, version: str) -> list[Va
     base = [entry for entry in base if not (entry.name.startswith("a2a") and entry.layout.dispatcher == "allgather")]
     packed = {"packed": index % 2 == 0, "rope": index % 3 != 0}
     extra = [make("rec", recompute=True, **packed), make("one", "trajectory_experts", one_pass=True, **packed)]
+    extra.append(make("chunk", logprobs="chunked", tied=index % 2 == 1, **packed))
     if ranks > groups.tp * groups.pp:
         extra.append(make("opt", distributed_optimizer=True, overlap=True, **packed))
     if groups.cp > 1:

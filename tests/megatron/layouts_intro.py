@@ -50,6 +50,7 @@ are masked. The one process labels them character by character. Labels and masks
 | `opt` | distributed optimizer (gradients are reduce-scattered), buckets reduced during the backward pass |
 | `rec` | full activation recomputation |
 | `one` | one pass; every cell, a trajectory, lies in one micro-batch |
+| `chunk` | log-probs from hidden states (`logprobs: chunked`), every other time with tied embeddings |
 | `slice`, `sum` | log-probs gathered over cp, with either backward pass of the gather |
 | `vpp2`, `vpp4` | virtual pipeline stages of a rank; `vpp2` with buckets reduced during the backward pass |
 | `dense` | no experts, no sequence parallelism |
@@ -57,8 +58,8 @@ are masked. The one process labels them character by character. Labels and masks
 
 `ag-pad` and `a2a-thd` have rotary positions, `ag-thd` and `a2a-pad` learned ones, the others either. Steps have `pp`
 micro-batches, 2 without pipeline stages. On 8 ranks each layout has two of the first four variants, both dispatchers
-and both kinds of rows, in alternation, and of `opt`, `rec`, `one`, `slice` and `sum` one or two in turn; that keeps the
-whole under an hour on two cores.
+and both kinds of rows, in alternation, and of `opt`, `rec`, `one`, `chunk`, `slice` and `sum` one or two in turn; that
+keeps the whole under an hour on two cores.
 
 **What is left out**, because Megatron itself does not allow it or does not get it right:
 

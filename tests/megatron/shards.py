@@ -16,7 +16,8 @@ def chunks_of(model: Any) -> list[Any]:
 
 
 def named_parameters(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
-    """Parameters by the names they have in one process: global numbers of layers and experts."""
+    """Parameters by the names they have in one process: global numbers of layers and experts, and a tied output layer
+    of a stage by itself is the embedding."""
     from megatron.core import parallel_state
 
     rank = parallel_state.get_expert_model_parallel_rank()
@@ -29,6 +30,8 @@ def named_parameters(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
                 name = f"decoder.layers.{layer.layer_number - 1}." + name[found.end() :]
                 experts = getattr(layer.mlp, "num_local_experts", 0)
                 name = re.sub(r"(?<=local_experts\.)\d+", lambda match, n=experts: str(rank * n + int(match[0])), name)
+            if name == "output_layer.weight" and chunk.module.share_embeddings_and_output_weights:
+                name = "embedding.word_embeddings.weight"
             renamed.append((name, parameter))
     return renamed
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nemo_fiberpo.megatron import cpu
+from nemo_fiberpo.megatron import cpu, linear_logprobs
 from tests.megatron import shards
 
 VOCAB, HIDDEN, HEADS, FFN, EXPERTS = 32, 16, 8, 32, 8
@@ -54,6 +54,8 @@ class Layout:
     one_pass             `one_pass_step` instead of `exact_step`
     tied                 the output layer has the weight of the embedding
     layers               of the whole model; None for one per stage, two at least
+    logprobs             as in `gpt_policy`
+    tied                 the output layer's weight is the embedding
     """
 
     tp: int = 1
@@ -76,6 +78,8 @@ class Layout:
     tied: bool = False
     aux_loss: float = 0.0
     layers: int | None = None
+    logprobs: str = "auto"
+    tied: bool = False
     options: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -107,6 +111,7 @@ class Layout:
             words.append("no sp")
         words += ["packed" if self.packed else "padded", "rope" if self.rope else "learned"]
         words += [name for name in ("distributed_optimizer", "overlap", "recompute", "one_pass") if getattr(self, name)]
+        words += [word for word, is_so in (("chunked", self.logprobs == "chunked"), ("tied", self.tied)) if is_so]
         return ", ".join(words + ([f"gathered {self.gathered}"] if self.gathered else []))
 
     def __str__(self) -> str:
@@ -124,6 +129,7 @@ def megatron(layout: Layout) -> Iterator[None]:
     from megatron.core import parallel_state, tensor_parallel
 
     torch.set_default_dtype(torch.float64)
+    linear_logprobs.LEAST_COLUMNS = 5  # several blocks of the small vocabulary, and a narrower one at the end
     with cpu.megatron_on_cpu(), float64_softmax():
         initialize = parallel_state.initialize_model_parallel
         initialize(
@@ -218,6 +224,7 @@ def _make_chunk(layout: Layout, config: Any, stage: int) -> Any:
         pre_process=rank == 0 and stage == 0,
         post_process=rank == layout.pp - 1 and stage == layout.vpp - 1,
         parallel_output=True,
+        share_embeddings_and_output_weights=layout.tied,
         position_embedding_type="rope" if layout.rope else "learned_absolute",
         share_embeddings_and_output_weights=layout.tied,
         **virtual,

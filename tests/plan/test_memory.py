@@ -53,12 +53,27 @@ def test_a_pipeline_keeps_as_many_microbatches_as_stages_follow():
 
 
 def test_the_pass_of_old_log_probs_by_hand():
-    """Its own number of rows: one layer's activations at a time, bf16 logits and a copy of them."""
+    """Its own number of rows: one layer's activations at a time, float32 logits and an eighth of them again."""
     found = memory(SHAPE, Layout(1, 1), dataclasses.replace(RUN, forward=16), 1.0)
     tokens = 16 * 32
     one = layer_bytes(SHAPE, Layout(1, 1), RUN, tokens, 1.0, False)
-    assert found.log_probs == {"a layer's activations": one, "logits": (4 + 12) * tokens * 256}
+    assert found.log_probs == {"a layer's activations": one, "logits": 4 * tokens * 256 * 9 // 8}
     assert found.peak == sum(found.static.values()) + sum(found.log_probs.values())
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "vocab"), [("chunked", 2**15), ("auto", 2**22), ("auto", 2**15), ("logits", 2**22)]
+)
+def test_log_probs_by_hand(logprobs: str, vocab: int):
+    """64 tokens: logits of 2^22 columns take 1 GiB, from which on `auto` takes blocks, of a 32nd of them."""
+    run, shape = dataclasses.replace(RUN, logprobs=logprobs), dataclasses.replace(SHAPE, vocab=vocab)
+    items = memory(shape, Layout(1, 1), run, 1.0).training
+    if logprobs == "chunked" or (logprobs, vocab) == ("auto", 2**22):
+        assert items["log-probs in blocks"] == 64 * (6 * vocab // 32 + 8 * 64)
+        assert "logits and their gradient" not in items
+    else:
+        assert items["logits and their gradient"] == 8 * 64 * vocab
+        assert "log-probs in blocks" not in items
 
 
 def test_keys_and_values_by_hand():

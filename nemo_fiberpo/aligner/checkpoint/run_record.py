@@ -17,8 +17,9 @@ from nemo_fiberpo.storage import reading
 from nemo_fiberpo.storage.manifest import write_atomically
 from nemo_fiberpo.values import nearest
 
-# The layout: NeMo's checkpoints load into any of it. The sums of a step are then rounded otherwise and other random
-# numbers generate, so metrics are those of an uninterrupted run in distribution only; the change is written down.
+# The layout, and how log-probs are computed in it: NeMo's checkpoints load into any of it. The sums of a step are then
+# rounded otherwise and other random numbers generate, so metrics are those of an uninterrupted run in distribution
+# only; the change is written down.
 _LAYOUT = (
     "model.tensor_model_parallel_size",
     "model.pipeline_model_parallel_size",
@@ -27,6 +28,7 @@ _LAYOUT = (
     "model.expert_model_parallel_size",
     "model.expert_tensor_parallel_size",
     "model.sequence_parallel",
+    "model.logprobs",
     "ranks",
 )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from nemo_fiberpo.aligner.config.nemo import check_precision
 from nemo_fiberpo.labelling.expert_partitions import COLUMN, ExpertPartitions
 from nemo_fiberpo.megatron import cpu
+from nemo_fiberpo.megatron.output_layer import check_choice
 from nemo_fiberpo.megatron.routing import chosen_layers
 from nemo_fiberpo.megatron.schedule import refuse_inexact
 from nemo_fiberpo.values import nearest
@@ -66,6 +67,10 @@ def model_problems(cfg: DictConfig, on_cpu: bool) -> Iterator[str]:
     for name, off in (("offload_adam_states", False), ("entropy_bonus", 0.0), ("ratio_eps", 0.0)):
         if cfg.ppo.get(name):
             yield f"model.ppo.{name}: {cfg.ppo.get(name)} is not supported by this actor; set it to {off}"
+    try:
+        check_choice(cfg.get("logprobs") or "auto", "model.logprobs")
+    except ValueError as error:
+        yield str(error)
     try:
         refuse_inexact(cfg)  # the fields have the names that Megatron's config has
     except ValueError as error:

@@ -38,6 +38,9 @@ KEYS: dict[str, str] = {
     "model.encoder_seq_length": "Longest sequence, prompt and response together.",
     "model.override_vocab_size": "Rows of the embedding; null: those of the tokenizer, padded.",
     "model.transformer_engine": "Whether layers are those of Transformer Engine. It must be false on a CPU.",
+    "model.logprobs": "chunked, logits or auto: whether log-probs are computed from hidden states, block by block of "
+    "the vocabulary, or from all logits. auto is chunked where the float32 logits of a micro-batch would take 1 GiB or "
+    "more on a rank. Both agree to rounding; see docs/performance.md.",
     "model.tokenizer": "NeMo's tokenizer. It must be the one that belongs to the policy.",
     "model.micro_batch_size": "Samples per forward and backward pass on a data-parallel rank.",
     "model.global_batch_size": "Samples per optimizer step over all ranks; follows from `algorithm`.",

@@ -29,6 +29,7 @@ BY_HAND: dict[str, str] = {
     **dict.fromkeys(("model.mcore_gpt", "model.transformer_engine", "model.megatron_amp_O2"), "bool"),
     **dict.fromkeys(("model.ppo.trt_llm.enable", "trainer.ppo.trt_llm.enable", "trainer.ppo.trt_llm.reshard"), "bool"),
     **dict.fromkeys(("trainer.ppo.gradient_clip_val", "model.optim.sched.min_lr"), "number"),
+    "model.logprobs": "text",
     "model.optim.betas": "list!",
     "model.optim.sched.name": "text!",
     **dict.fromkeys(("model.seed", "model.ppo.rollout_micro_batch_size"), "number!"),
