@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from nemo_fiberpo.cli import main
 from nemo_fiberpo.megatron import step
@@ -21,12 +22,12 @@ from tests.support.launching import ROOT, environment, free_ports
 
 
 def _own_part(_self: Reducer, buffer: Any) -> Any:
-    """Every rank gates by its own part of a cell."""
-    return buffer
+    """Every rank gates by its own part of a cell, as if the others had the same."""
+    return buffer * dist.get_world_size()
 
 
 def _mistaken(name: str) -> None:
-    if name == "no reduction":
+    if name == "cells of one rank":
         Reducer.__call__ = _own_part  # type: ignore[method-assign]
     if name == "a gradient as often as there are data-parallel ranks":
         scale = step.loss_scale
@@ -81,7 +82,7 @@ def test_layouts_take_the_step_of_one_rank(world: int, sizes: Sizes, precision: 
 @pytest.mark.parametrize(
     "mistake",
     [
-        "no reduction",
+        "cells of one rank",
         "a gradient as often as there are data-parallel ranks",
         "the mean of the micro-batches",
         "log-probs of other tokens",

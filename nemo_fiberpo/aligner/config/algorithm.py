@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nemo_fiberpo.aligner.config.data import DataSettings
 from nemo_fiberpo.fields import check, setting
-from nemo_fiberpo.objective import OBJECTIVES, RatioGating, Stratum
+from nemo_fiberpo.objective import OBJECTIVES, RatioGating, RolloutCorrection, Stratum
 from nemo_fiberpo.objective.surrogate import WEIGHTS
 
 
@@ -87,6 +87,8 @@ class AlgorithmSettings:
 
     kl: KlSettings = setting(default_factory=KlSettings)
 
+    rollout_correction: RolloutCorrection = setting(default_factory=RolloutCorrection)
+
     packing: bool = setting(False)
     """Whether the samples of a micro-batch are packed into one row without padding (THD format). On a GPU this needs
     Transformer Engine."""
@@ -140,6 +142,13 @@ class AlgorithmSettings:
     def use_min(self) -> bool:
         """Whether the minimum of PPO is taken on top of the hierarchy's gates."""
         return isinstance(self.gating, HierarchyGating) and self.gating.use_min
+
+    @property
+    def on_policy(self) -> bool | None:
+        """Whether a step is on-policy, None for what the actor finds out. A map that couples the tokens of a trajectory
+        is the identity at ratio 1 where they have one weighted advantage only, and corrections differ by token."""
+        couples = self.gating_map is not None and self.gating_map.stratum is not None
+        return False if couples and self.rollout_correction.active else None
 
     @property
     def samples_per_rollout(self) -> int:
