@@ -18,7 +18,7 @@ PACKAGE = ROOT / "nemo_fiberpo"
 ROOMS = [
     "values", "fields", "labelling", "objective", "diagnostics", "budget_warnings", "yaml_text", "plain", "config",
     "__init__",
-    "plan", "graders", "megatron", "storage",
+    "plan", "graders", "megatron", "verification", "storage",
     "aligner.cpu", "aligner.lifecycle", "aligner.config", "aligner.data", "aligner.generation", "aligner.rewards",
     "aligner.rollout", "aligner.finite", "aligner.checkpoint",
     "analysis", "aligner.loggers", "aligner.actor", "aligner.trainer", "aligner.build", "aligner.run",
@@ -39,6 +39,7 @@ ALLOWED = {
     "plan": BELOW,
     "graders": set(),
     "megatron": {"config", "objective", "labelling", "__init__"},
+    "verification": {"megatron", "objective", "labelling"},
     "storage": {"megatron"},
     **{room: set(ROOMS[: ROOMS.index(room)]) for room in ROOMS if room.startswith("aligner.")},
     "conversion": {"config", "storage", "aligner.cpu"},
@@ -56,6 +57,7 @@ FORBIDDEN = {
     "graders": PURE,
     "plan": {"megatron", "nemo", "nemo_aligner", "omegaconf", "hydra", "torch.distributed"},
     "megatron": {"nemo", "nemo_aligner", "omegaconf", "hydra"},
+    "verification": {"nemo", "nemo_aligner", "omegaconf", "hydra"},
     "analysis": {"megatron", "nemo", "nemo_aligner", "hydra"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from nemo_fiberpo.aligner.config.model_checks import check_model, check_vocabulary
+from nemo_fiberpo.aligner.generation.engine_log_probs import ENGINE, RecordsLogProbs
 from nemo_fiberpo.aligner.generation.inference_layout import whole_sequences
 from nemo_fiberpo.aligner.generation.lockstep import GUARD_ROWS, Lockstep, add_guard_rows, expert_group, generate_tokens
 from nemo_fiberpo.aligner.rollout.experts import ExpertLabels
@@ -59,6 +60,7 @@ class FiberPOActor(MegatronGPTActorModel):
         self._generating: contextlib.ExitStack | None = None
         self.experts: ExpertLabels | None = None
         self.logprobs = "auto"  # as in `gpt_policy`; `build.load_actor` decides it for all micro-batches of a run
+        self.records_log_probs = False  # whether `infer` hands over the log-probs of generation, the column ENGINE
         # Optimizer steps begun, and how many had been when the old log-probs were computed.
         self._steps_begun, self._old_since = 0, -1
         self._choice = StepChoice()
@@ -147,6 +149,17 @@ class FiberPOActor(MegatronGPTActorModel):
         """From now on `old_policy` labels tokens by the experts they are routed to. ValueError as `partition_table`
         and `RoutingCapture`."""
         self.experts = ExpertLabels(partitions, self.cfg, self.get_model_module_list())
+
+    def record_log_probs(self) -> None:
+        """From now on `infer` hands over the log-probs of the tokens it samples, by the passes that sampled them, as
+        the column ENGINE. ValueError where it cannot."""
+        if self.use_trtllm_generation:
+            raise ValueError(
+                "algorithm.rollout_correction.kind: needs the log-probs of the engine that samples, and NeMo-Aligner's "
+                "TensorRT-LLM generation returns tokens without them; set it to none, or model.ppo.trt_llm.enable to "
+                "false"
+            )
+        self.records_log_probs = True
 
     def log_probs_of(self, tokens: Tensor, lengths: Tensor, packed: bool = False) -> Tensor:
         """Log-probs of tokens[:, 1:] under the current weights, float32 [b, s - 1], on every rank of the model.
@@ -262,10 +275,11 @@ class FiberPOActor(MegatronGPTActorModel):
         group, new = expert_group(), self.max_new_tokens
         guards = 0 if group is None else GUARD_ROWS
         if group is None:
-            strategy = TrackLengthGPTModelTextGenerationStrategy(model=self, context_lengths=lengths, max_length=new)
+            plain = _RecordingStrategy if self.records_log_probs else TrackLengthGPTModelTextGenerationStrategy
+            strategy = plain(model=self, context_lengths=lengths, max_length=new)
         else:
             tokens, lengths = add_guard_rows(tokens, lengths, self.tokenizer.eos_id, new, group)
-            strategy = Lockstep(self, lengths, new, group)
+            strategy = (_RecordingLockstep if self.records_log_probs else Lockstep)(self, lengths, new, group)
         output = generate_tokens(self, tokens, lengths, strategy, self._sampling_params, self._length_params)
         response_tokens = broadcast_2d_tensor_within_pp(output, dtype=torch.long)
         # NeMo goes on until the longest prompt has its max_length new tokens; the others end at theirs.
@@ -279,7 +293,17 @@ class FiberPOActor(MegatronGPTActorModel):
             "prompt_lengths": lengths,
             "is_end": is_end,
         }
+        if isinstance(strategy, RecordsLogProbs):
+            columns[ENGINE] = strategy.log_probs(*response_tokens.shape)
         return {name: value[guards:] for name, value in columns.items()}
+
+
+class _RecordingStrategy(RecordsLogProbs, TrackLengthGPTModelTextGenerationStrategy):
+    pass
+
+
+class _RecordingLockstep(RecordsLogProbs, Lockstep):
+    pass
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor
 from nemo_fiberpo.aligner import finite
 from nemo_fiberpo.aligner.config.algorithm import AlgorithmSettings
 from nemo_fiberpo.aligner.data.prompts import PromptDataset
+from nemo_fiberpo.aligner.generation.engine_log_probs import ENGINE
 from nemo_fiberpo.aligner.generation.inference_layout import generation_axis
 from nemo_fiberpo.aligner.generation.lockstep import deterministic
 from nemo_fiberpo.aligner.rewards.reward_model import settled, stop_if_ungraded
@@ -37,7 +38,7 @@ from nemo_fiberpo.labelling.token_labels import IGNORED, TokenLabels
 from nemo_fiberpo.megatron import cpu
 from nemo_fiberpo.megatron.exchange import exchange_notes, non_finite
 from nemo_fiberpo.megatron.step import StepResult
-from nemo_fiberpo.objective import Hierarchy, check_gating
+from nemo_fiberpo.objective import Hierarchy, check_gating, correction_metrics
 from nemo_fiberpo.objective.kernels import compile_passes
 
 
@@ -68,6 +69,8 @@ class FiberPOTrainer(PPOTrainer):
         self.heldout, self.heldout_modes = heldout, heldout_modes
         if "greedy" in heldout_modes and parent["model"].use_trtllm_generation:
             raise ValueError("data.heldout_greedy: true, but TensorRT-LLM samples here; set it to false")
+        if settings.rollout_correction.active:
+            parent["model"].record_log_probs()
         if settings.val_check_interval and heldout is None:
             raise ValueError("algorithm.val_check_interval: evaluates data.heldout, which is not given")
         if len(prompts) < settings.prompts_per_rollout:
@@ -176,9 +179,16 @@ class FiberPOTrainer(PPOTrainer):
         problem = non_finite("old log-probs", log_probs, mask) or non_finite("advantage", advantage, mask)
         if "init_logprobs" in rollout_batch:
             problem = problem or non_finite("initial policy's log-probs", rollout_batch["init_logprobs"], mask)
+        if self.settings.rollout_correction.active:
+            problem = problem or non_finite("log-probs of generation", rollout_batch[ENGINE], mask)
         columns = dict(rollout_batch) | {"mask": mask}
         self._minibatches = agreed_minibatches(columns, problem, self.model, self.strata, self.hierarchy, self.settings)
-        return {"response_tokens": tokens}, entropy_metrics(columns, self.strata.names, self.model.reducer)
+        metrics = entropy_metrics(columns, self.strata.names, self.model.reducer)
+        sums = [entry.correction for entry in self._minibatches if entry.correction is not None]
+        if sums:
+            corrected = correction_metrics(self.model.reducer(torch.stack(sums).sum(0)))
+            metrics |= {f"rollout_correction/{name}": value for name, value in corrected.items()}
+        return {"response_tokens": tokens}, metrics
 
     def run_training(self, dataloader_iter: Iterator[Mapping[str, Tensor]]):
         """The optimizer steps of one rollout, `epochs` times over its minibatches."""
@@ -221,6 +231,7 @@ class FiberPOTrainer(PPOTrainer):
             gating=self.settings.gating_map,
             use_min=self.settings.use_min,
             kl_coefficient=self.settings.kl.coefficient,
+            on_policy=self.settings.on_policy,
         )
         self.model.finish_training_step()
         lr = self.optimizer.param_groups[0]["lr"]

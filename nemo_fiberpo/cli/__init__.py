@@ -15,13 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from nemo_fiberpo.cli import analysing, reference, training
+from nemo_fiberpo.cli import analysing, reference, training, verifying
 from nemo_fiberpo.cli.compose import known
 
 EXAMPLES = """examples:
   fiberpo train my_run                              train on this machine
   fiberpo check my_run                              what is wrong with it?
   fiberpo plan cluster/mixtral_8x7b                 what will it need?
+  fiberpo verify --tp 2 --pp 2                      does this layout take the step of one rank?
   fiberpo config algorithm                          what do its keys mean?
   fiberpo compare runs/seed0 runs/seed1 runs/grpo   what did they do?
   fiberpo calibrate runs/grpo                       budgets from its drift
@@ -60,7 +61,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         if given.config_name is not None and given.config is not None:  # as the script has it: what follows overrides
             given.overrides.insert(0, given.config)
         given.config = given.config_name or given.config
-        if given.config is None:
+        if given.config is None and given.command != "verify":
             _say(f"{of_runs[given.command].format_help()}\nerror: which configuration?\n", sys.stderr)
             return 2
         given.overrides += more
@@ -71,6 +72,9 @@ def _main(arguments: Sequence[str] | None) -> int:
             return training.check(
                 given.config, given.overrides, partial(_say, stream=sys.stdout), partial(_say, stream=sys.stderr)
             )
+        if given.command == "verify":
+            every = sys.argv[1:] if arguments is None else arguments
+            return verifying.verify(given, every, partial(_say, stream=sys.stdout))
         if given.command == "plan":
             return _plan(given.config, given.overrides, given.json)
         if given.command == "config":
@@ -118,6 +122,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         epilog=PLAN_EXAMPLES.format(names="\n  ".join(known()) or "none: there is no conf/ here"),
     )
     plan.add_argument("--json", action="store_true", help="print everything as JSON")
+    verifying.add_command(add)
     reference.add_command(commands, raw)
     analysing.add_commands(commands, raw)
     for name, (source, target, reads, writes) in CONVERSIONS.items():

@@ -62,7 +62,7 @@ def plan_of(cfg: DictConfig, name: str) -> Plan:
     config = read_config(filled, tried)
     if cfg.get("resume") and cfg.resume.get("allow"):
         tried(lambda: RunRecord(filled).check_allowed())
-    tried(lambda: _add_checkpoint(cfg))
+    tried(lambda: add_checkpoint(cfg))
     if assumptions.host == "nemo_aligner":
         problems += model_problems(cfg.model, bool(cfg.get("cpu", False)))
     request = tried(lambda: _request(cfg, name, assumptions, config, tried))
@@ -213,7 +213,7 @@ def _labels(
     return PromptLabels(labels, names, counted=True)
 
 
-def _add_checkpoint(cfg: DictConfig) -> None:
+def add_checkpoint(cfg: DictConfig) -> None:
     """Lay `cfg.model` over the model config of the checkpoint it starts from, where that is there, as loading does."""
     if OmegaConf.is_missing(cfg.pretrained_checkpoint, "restore_from_path"):
         return

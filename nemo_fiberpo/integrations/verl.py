@@ -44,7 +44,7 @@ from nemo_fiberpo.integrations.verl_columns import check_columns
 from nemo_fiberpo.megatron.groups import Axis, Reducer, TokenAxes
 from nemo_fiberpo.megatron.schedule import refuse_inexact, without_trace
 from nemo_fiberpo.megatron.step import linear_loss
-from nemo_fiberpo.objective import OBJECTIVES, Hierarchy, RatioGating, check_gating
+from nemo_fiberpo.objective import OBJECTIVES, Hierarchy, RatioGating, RolloutCorrection, check_gating
 
 __all__ = ["FiberPOConfig", "FiberPOEngine", "FiberPOFSDPEngine", "register"]
 
@@ -64,15 +64,22 @@ class FiberPOConfig(PolicyLossConfig):
     objective   fiberpo: gated by the hierarchy; another of `OBJECTIVES`: by `gating`, while the hierarchy only reports
     gating      the fields of that objective's map in `objective/ratio_gating.py` or `objective/baselines.py`; for
                 fiberpo {use_min: true or false}
+    rollout_weights   the fields of `RolloutCorrection`, such as {kind: tis, high: 2}, in place of verl's own
+                `algorithm.rollout_correction`; needs `rollout_log_probs`
     """
 
     hierarchy: Any = None
     objective: str = "fiberpo"
     gating: dict[str, Any] = field(default_factory=dict)
+    rollout_weights: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.loss_mode == LOSS_MODE:
             self.parsed = self.parse()
+            try:
+                self.correction = RolloutCorrection(**self.rollout_weights)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"actor.policy_loss.rollout_weights: {error}") from error
 
     def parse(self) -> tuple[Hierarchy, RatioGating | None, bool]:
         """The hierarchy, the map that gates in its place, and whether a minimum is taken. Raises ValueError."""
@@ -157,19 +164,20 @@ class FiberPOEngine:
         if self.step is None:
             self.refuse_inexact()
             hierarchy, gating, use_min = config.policy_loss.parsed
-            self.step = Step(hierarchy, gating, use_min, Reducer(self.token_axes()))
+            correction = config.policy_loss.correction
+            self.step = Step(hierarchy, gating, use_min, Reducer(self.token_axes()), correction)
         with self.without_trace():
             output = self.infer_batch(data, None)
         batch = ResponseBatch.of(data, output.get("model_output", {}).get("log_probs"))
         calls = self.step.reducer.calls
-        result = self.step.evaluate(batch, data, config)
+        result, of_correction = self.step.evaluate(batch, data, config)
         if first and dist.get_rank() == 0:
             logger.warning(describe(self, config.policy_loss))  # verl shows no lower level unless told to
         batch.carry(data, result)
         value = -result.value / data.shape[0]
         output = super().train_batch(data, partial(_with_coefficients, loss_function, value))  # type: ignore[misc]
         if self.is_mp_src_rank_with_outputs():
-            figures = {f"gates/{name}": figure for name, figure in result.report.metrics().items()}
+            figures = {f"gates/{name}": figure for name, figure in result.report.metrics().items()} | of_correction
             figures["gate_all_reduces"] = float(self.step.reducer.calls - calls)
             kinds = {name: "max" if "max" in name else "mean" for name in figures}
             output["metrics"] |= {name: Metric(kinds[name], figure) for name, figure in figures.items()}

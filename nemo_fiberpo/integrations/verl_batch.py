@@ -17,9 +17,12 @@ from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.objective import (
     Hierarchy,
     RatioGating,
+    RolloutCorrection,
     SharedCells,
     Surrogate,
     build_cells,
+    correction_metrics,
+    correction_weights,
     surrogate,
     token_weights,
 )
@@ -44,29 +47,28 @@ class ResponseBatch:
     """This rank's part of a mini-batch, [b, R].
 
     log_prob   of the current policy; on a pipeline stage that has none the old one, which counts nowhere
+    rollout    log-probs of the engine that sampled, where verl hands them over
     """
 
     mask: Tensor
     old: Tensor
     advantage: Tensor
     log_prob: Tensor
+    rollout: Tensor | None = None
 
     @classmethod
     def of(cls, data: TensorDict, log_probs: Tensor | None) -> ResponseBatch:
-        keys = [
-            "response_mask",
-            "old_log_probs",
-            "advantages",
-            *(["rollout_is_weights"] * ("rollout_is_weights" in data)),
-        ]
-        padded = data.select(*keys).to_padded_tensor()
+        optional = [key for key in ("rollout_is_weights", "rollout_log_probs") if key in data]
+        padded = data.select("response_mask", "old_log_probs", "advantages", *optional).to_padded_tensor()
         old = padded["old_log_probs"].double()
         current = old if log_probs is None else no_padding_2_padding(log_probs, data).double()
         advantage = padded["advantages"].double()
         if "rollout_is_weights" in data:
             advantage = advantage * padded["rollout_is_weights"]
         device = current.device
-        return cls(padded["response_mask"].bool().to(device), old.to(device), advantage.to(device), current)
+        rollout = padded["rollout_log_probs"].double().to(device) if "rollout_log_probs" in data else None
+        mask = padded["response_mask"].bool().to(device)
+        return cls(mask, old.to(device), advantage.to(device), current, rollout)
 
     def cells(self, data: TensorDict, hierarchy: Hierarchy, axes: TokenAxes) -> tuple[SharedCells, SharedCells]:
         """Cells of the hierarchy, and of the trajectories for the weights; shared with the other ranks."""
@@ -109,11 +111,24 @@ class Step:
     gating: RatioGating | None
     use_min: bool
     reducer: Reducer
+    correction: RolloutCorrection
 
-    def evaluate(self, batch: ResponseBatch, data: TensorDict, config: Any) -> Surrogate:
-        """Value and coefficients of a mini-batch over all ranks."""
+    def evaluate(self, batch: ResponseBatch, data: TensorDict, config: Any) -> tuple[Surrogate, dict[str, float]]:
+        """Value and coefficients of a mini-batch over all ranks, and the metrics of its correction."""
         cells, trajectories = batch.cells(data, self.hierarchy, self.reducer.axes)
         weighted = token_weights_of(config, trajectories, batch.mask) * batch.advantage.flatten()
+        metrics: dict[str, float] = {}
+        if self.correction.active:
+            if batch.rollout is None:
+                raise ValueError(
+                    "actor.policy_loss.rollout_weights: needs the rollout engine's log-probs, which are not in the "
+                    "batch; set actor_rollout_ref.rollout.calculate_log_probs to true"
+                )
+            given = batch.old.flatten(), batch.rollout.flatten(), trajectories, self.correction, self.reducer
+            corrected = correction_weights(*given)
+            weighted = weighted * corrected.weight
+            sums = self.reducer(corrected.sums)
+            metrics = {f"rollout_weights/{name}": float(value) for name, value in correction_metrics(sums).items()}
         log_ratio = (batch.log_prob - batch.old).flatten()
-        given = (log_ratio, weighted, cells, self.hierarchy, self.reducer, self.gating, self.use_min)
-        return surrogate(*given, old_log_probs=batch.old.flatten())
+        tokens = (log_ratio, weighted, cells, self.hierarchy, self.reducer, self.gating, self.use_min)
+        return surrogate(*tokens, old_log_probs=batch.old.flatten()), metrics

@@ -23,9 +23,10 @@ from torch import Tensor
 from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.megatron.schedule import Policy
 from nemo_fiberpo.megatron.step import StepResult, current_log_probs, exact_step
+from nemo_fiberpo.verification import shards
 from tests.gpu.device import CPU, DEVICE, ON_GPU
 from tests.gpu.traffic import host_reads
-from tests.megatron import batches, shards, tiny
+from tests.megatron import batches, tiny
 from tests.megatron.batches import STRATA, Batch
 from tests.megatron.tiny import Layout
 from tests.support import distributed

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from nemo_fiberpo.labelling.expert_partitions import COLUMN
-from nemo_fiberpo.megatron.exchange import exchange
-from nemo_fiberpo.megatron.gpt import gpt_policy
 from nemo_fiberpo.megatron.groups import TokenAxes
-from nemo_fiberpo.megatron.one_pass import one_pass_cells
-from nemo_fiberpo.megatron.schedule import Policy
-from nemo_fiberpo.megatron.sequences import Rows, gather_rows, length_multiple, packed_rows, packed_spans, padded_rows
-from nemo_fiberpo.megatron.step import StepTokens
-from nemo_fiberpo.objective import Budget, Hierarchy, SharedCells, Stratum, build_cells, token_weights
-from nemo_fiberpo.objective.optimistic import PartCells, part_cells
+from nemo_fiberpo.objective import Budget, Hierarchy, Stratum
+from nemo_fiberpo.verification import laying_out
+from nemo_fiberpo.verification.laying_out import Batch, Step, lay_out, make_policy, rows_of, share_of, split
 from tests.megatron import segments
 from tests.megatron.partitions import MEMBERSHIP, PARTITIONS
 from tests.megatron.segments import SEGMENT, SEGMENTS
 from tests.megatron.tiny import VOCAB, Layout
 
+__all__ = ["Batch", "Step", "lay_out", "make_policy", "rows_of", "share_of", "split"]
+
 LENGTH, SAMPLES = 12, 16
 STRATA = ("domain", "prompt_group", "trajectory")
 NAMES = {"domain": ["math", "code"], COLUMN: list(PARTITIONS), SEGMENT: list(SEGMENTS)}
-Batch = dict[str, torch.Tensor]
 
 
 def hierarchy(strata: Sequence[str] = STRATA) -> Hierarchy:
@@ -91,14 +85,6 @@ def make_batch(case: str = "uneven") -> Batch:
     return made
 
 
-def share_of(batch: Batch, rank: int, ranks: int) -> Batch:
-    return {name: value.chunk(ranks)[rank] for name, value in batch.items()}
-
-
-def split(batch: Batch, number: int) -> list[Batch]:
-    return [share_of(batch, index, number) for index in range(number)]
-
-
 def labels_of(batch: Batch, name: str) -> torch.Tensor:
     """A label per token, [b, s - 1], from one per sample or one per token; of expert partitions the memberships,
     [b, s - 1, P], where the batch has them."""
@@ -116,122 +102,9 @@ def names(strata: Sequence[str]) -> dict[str, list[str]]:
     return {name: value for name, value in NAMES.items() if name in hierarchy(strata).columns}
 
 
-@dataclasses.dataclass(frozen=True)
-class Laid:
-    """The samples of a micro-batch as rows: those this rank's model reads, and those whose columns it is given, which
-    are those of all cp ranks where log-probs are gathered."""
-
-    rows: Rows
-    columns: list[Rows]
-
-    def take(self, column: torch.Tensor, fill: Any = 0) -> torch.Tensor:
-        return torch.cat([rows.take(column, fill) for rows in self.columns], dim=1)
-
-
-def lay_out(layout: Layout, parts: Sequence[Batch], width: int, cp_rank: int) -> list[Laid]:
-    multiple = length_multiple(layout.tp, layout.cp, layout.splits_sequence)
-
-    def rows_of(part: Batch, rank: int) -> Rows:
-        options = {"cp_size": layout.cp, "cp_rank": rank, "multiple": multiple, "seq_length": width}
-        if layout.packed:
-            return packed_rows(part["tokens"], part["lengths"], **options)
-        return padded_rows(part["tokens"], lengths=part["lengths"], **options)
-
-    laid = []
-    for part in parts:
-        every = {rank: rows_of(part, rank) for rank in (range(layout.cp) if layout.gathered else [cp_rank])}
-        laid.append(Laid(every[cp_rank], list(every.values())))
-    return laid
-
-
-def row_width(layout: Layout, batch: Batch, data_ranks: int) -> int:
-    """The width of rows that all micro-batches of all ranks fit in: expert-parallel ranks exchange equal shapes."""
-    multiple = length_multiple(layout.tp, layout.cp, layout.splits_sequence)
-    if not layout.packed:
-        return -(-LENGTH // multiple) * multiple
-    parts = split(batch, data_ranks * layout.microbatches)
-    return max(sum(packed_spans(part["lengths"].tolist(), multiple)) for part in parts)
-
-
-def own_parts(layout: Layout, batch: Batch, axes: TokenAxes) -> tuple[list[Batch], list[Laid]]:
-    """This rank's micro-batches of the global batch, and their rows."""
-    data = axes.axis("dp")
-    parts = split(share_of(batch, data.rank, data.size), layout.microbatches)
-    return parts, lay_out(layout, parts, row_width(layout, batch, data.size), axes.axis("cp").rank)
-
-
-def rows_of(layout: Layout, batch: Batch, axes: TokenAxes) -> list[Rows]:
-    return [laid.rows for laid in own_parts(layout, batch, axes)[1]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """What a rank's step is called with; `parts` are the cells of `one_pass_step`, `guessed` of `optimistic_step`."""
-
-    microbatches: list[dict[str, Any]]
-    tokens: StepTokens
-    parts: list[SharedCells] | None
-    guessed: list[PartCells]
-
-    @property
-    def rows(self) -> list[Rows]:
-        return [batch["rows"] for batch in self.microbatches]
-
-
 def make_step(layout: Layout, batch: Batch, strata: Sequence[str], axes: TokenAxes) -> Step:
-    """This rank's share of the global batch, which has old log-probs, as the layout lays it out.
-
-    SPMD: every rank calls it, with the same batch. Exchanges cells once, twice with `layout.one_pass`.
-    """
-    parts, laid = own_parts(layout, batch, axes)
-    pairs = list(zip(laid, parts, strict=True))
-    mask = [entry.take(part["mask"], False) for entry, part in pairs]
-    old = [entry.take(part["old"], 0.0) for entry, part in pairs]
-    needed, named = columns(strata), names(strata)
-    labels = [{name: entry.take(labels_of(part, name)).flatten(0, 1) for name in needed} for entry, part in pairs]
-    every = {name: torch.cat([one[name] for one in labels]) for name in needed}
-    live = torch.cat([one.reshape(-1) for one in mask])
-    shape = (sum(len(one) for one in mask), mask[0].shape[-1])
-    chain = hierarchy(strata)
-    local = [chain.cells(every, live, names=named, shape=shape), build_cells(["trajectory"], every, live)]
-    cells, trajectories = exchange(local, axes, {"micro-batches per step": layout.microbatches})
-    weights = token_weights(trajectories).split([one.numel() for one in mask])
-    weighted = [w.view_as(m) * e.take(p["advantage"], 0.0) for w, m, (e, p) in zip(weights, mask, pairs, strict=True)]
-    of_parts = None
-    by_themselves = [chain.cells(one, m.reshape(-1), names=named) for one, m in zip(labels, mask, strict=True)]
-    if layout.one_pass:
-        of_parts = one_pass_cells(by_themselves, axes)
-    microbatches = [{"rows": e.rows, "mask": m, "old": o} for e, m, o in zip(laid, mask, old, strict=True)]
-    return Step(microbatches, StepTokens(old, weighted, mask, cells), of_parts, part_cells(by_themselves, cells))
-
-
-class GatherAndSum(torch.autograd.Function):
-    """A gather over cp whose backward pass adds up the gradients of all ranks before it takes its own part."""
-
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, group: Any) -> torch.Tensor:
-        ctx.group, ctx.width = group, values.shape[-1]
-        parts = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, values.contiguous(), group=group)
-        return torch.cat(parts, dim=-1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        grad = grad.clone()
-        dist.all_reduce(grad, group=ctx.group)
-        start = dist.get_rank(ctx.group) * ctx.width
-        return grad[..., start : start + ctx.width], None
-
-
-def make_policy(layout: Layout, model: Any, rows: Sequence[Rows]) -> Policy:
-    from megatron.core import parallel_state as mpu
-
-    policy = gpt_policy(model, rows, mpu.get_tensor_model_parallel_group(), logprobs=layout.logprobs)
-    if not layout.gathered:
-        return policy
-    group = mpu.get_context_parallel_group()
-    gather = {"slice": gather_rows, "sum": GatherAndSum.apply}[layout.gathered]
-    return dataclasses.replace(policy, log_probs=lambda output, batch: gather(policy.log_probs(output, batch), group))
+    """This rank's share of the global batch, see `laying_out.make_step`."""
+    return laying_out.make_step(layout, batch, hierarchy(strata), labels_of, names(strata), axes)
 
 
 def shares_of(batch: Batch, place: tuple[int, int]) -> dict[int, Fraction]:

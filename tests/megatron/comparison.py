@@ -16,10 +16,11 @@ from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.megatron.one_pass import one_pass_step
 from nemo_fiberpo.megatron.step import exact_step
 from nemo_fiberpo.objective import build_cells, surrogate, token_weights
-from tests.megatron import batches, partitions, segments, shards, slow, tiny
+from nemo_fiberpo.verification import shards
+from nemo_fiberpo.verification.shards import Gradient
+from tests.megatron import batches, partitions, segments, slow, tiny
 from tests.megatron.batches import STRATA, Batch
 from tests.megatron.partitions import MEMBERSHIP
-from tests.megatron.shards import Gradient
 from tests.megatron.tiny import Layout
 from tests.support import distributed
 

@@ -10,7 +10,8 @@ import torch
 
 from nemo_fiberpo.megatron.compat import schedule_cp_factor
 from nemo_fiberpo.megatron.groups import TokenAxes
-from tests.megatron import batches, shards, tiny
+from nemo_fiberpo.verification import shards
+from tests.megatron import batches, tiny
 from tests.megatron.batches import Batch
 from tests.megatron.comparison import take_step
 from tests.megatron.test_exact_step import plain_schedule

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from nemo_fiberpo.megatron.compat import auxiliary_loss_log, fields_of, schedule_cp_factor
 from nemo_fiberpo.megatron.groups import TokenAxes
 from nemo_fiberpo.megatron.step import current_log_probs
-from tests.megatron import batches, comparison, shards, tiny
+from nemo_fiberpo.verification import shards
+from tests.megatron import batches, comparison, tiny
 from tests.megatron.batches import Batch
 from tests.megatron.comparison import BOUND, Outcome, Reference, take_step
 from tests.megatron.slow import same_metrics

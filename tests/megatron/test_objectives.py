@@ -22,7 +22,8 @@ from nemo_fiberpo.objective import (
     TrulyPpo,
     surrogate,
 )
-from tests.megatron import comparison, shards, tiny
+from nemo_fiberpo.verification import shards
+from tests.megatron import comparison, tiny
 from tests.megatron.batches import Batch
 from tests.megatron.comparison import BOUND, Outcome, take_step
 from tests.megatron.tiny import Layout

@@ -22,9 +22,10 @@ from nemo_fiberpo.megatron.compat import schedule_cp_factor
 from nemo_fiberpo.megatron.groups import TokenAxes
 from nemo_fiberpo.megatron.sequences import Rows, packed_rows
 from nemo_fiberpo.megatron.step import backward_pass
-from tests.megatron import batches, shards, tiny
+from nemo_fiberpo.verification import shards
+from nemo_fiberpo.verification.shards import Gradient
+from tests.megatron import batches, tiny
 from tests.megatron.batches import Batch
-from tests.megatron.shards import Gradient
 from tests.megatron.test_exact_step import plain_schedule
 from tests.megatron.tiny import Layout
 from tests.support import distributed

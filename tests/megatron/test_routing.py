@@ -15,7 +15,8 @@ from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.megatron.routing import hard_labels
 from nemo_fiberpo.megatron.step import current_log_probs, exact_step
 from nemo_fiberpo.objective import ExpertPartitions
-from tests.megatron import batches, comparison, partitions, shards, tiny
+from nemo_fiberpo.verification import shards
+from tests.megatron import batches, comparison, partitions, tiny
 from tests.megatron.comparison import BOUND, Reference
 from tests.megatron.tiny import Layout
 from tests.support import distributed

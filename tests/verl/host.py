@@ -51,6 +51,7 @@ class Batch:
     extra_info: list[dict[str, str]]
     ref_log_prob: Tensor
     rollout_is_weights: Tensor | None = None
+    rollout_log_probs: Tensor | None = None
 
     def rows(self, index: list[int]) -> Batch:
         def of(values: Any) -> Any:
@@ -75,8 +76,9 @@ class Batch:
             "advantages": self.advantages,
             "ref_log_prob": self.ref_log_prob,
         }
-        if self.rollout_is_weights is not None:
-            tensors["rollout_is_weights"] = self.rollout_is_weights
+        for name in ("rollout_is_weights", "rollout_log_probs"):
+            if (value := getattr(self, name)) is not None:
+                tensors[name] = value
         columns = {"uid": self.uid, "data_source": self.data_source, "extra_info": self.extra_info}
         data = tu.get_tensordict({name: value.clone() for name, value in tensors.items()} | columns)
         return tu.assign_non_tensor(left_right_2_no_padding(data), temperature=1.0, **settings)

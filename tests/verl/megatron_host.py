@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nemo_fiberpo import load_hierarchy
-from tests.megatron import shards
+from nemo_fiberpo.verification import shards
 from tests.objective.reference import evaluate
 from tests.support.distributed import run
 from tests.verl import host

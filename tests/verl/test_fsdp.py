@@ -99,6 +99,57 @@ def test_importance_weights_of_the_rollout_multiply_advantages(folder: Any, batc
     assert relative_error(found["gradients"], expected(folder, batch, HIERARCHY).gradients) > 0.05
 
 
+def mismatched(batch: Batch) -> Batch:
+    """With log-probs of an engine that has others."""
+    noise = 0.2 * torch.randn(batch.old_log_probs.shape, generator=torch.Generator().manual_seed(5))
+    return dataclasses.replace(batch, rollout_log_probs=(batch.old_log_probs - noise) * batch.response_mask)
+
+
+def test_masks_and_weights_of_verls_own_correction(folder: Any, batch: Batch):
+    """Whole sequences and single tokens are rejected by verl before the step; others keep a truncated weight."""
+    from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
+
+    given = mismatched(batch)
+    data, mask, _ = compute_rollout_correction_and_rejection_mask(
+        given.old_log_probs, given.rollout_log_probs, given.response_mask, rollout_is="token", rollout_is_threshold=1.1,
+        rollout_rs="seq_mean_k1,token_k1", rollout_rs_threshold="0.95_1.1,0.7_1.4",
+    )  # fmt: skip
+    rejected = given.response_mask.bool() & ~mask.bool()
+    assert rejected.any(1).sum() > (rejected.sum(1) == given.response_mask.sum(1)).sum() > 0
+    corrected = dataclasses.replace(
+        given, response_mask=mask, rollout_is_weights=data.batch["rollout_is_weights"], rollout_log_probs=None
+    )
+    case = {"micro_batch_size": 2, "policy_loss": FIBERPO, "loss_agg_mode": "token-mean"}
+    found, wanted = steps(2, folder, corrected, [case])[0], expected(folder, corrected, HIERARCHY, "token-mean")
+    assert relative_error(found["gradients"], wanted.gradients) < FLOAT32
+    assert relative_error(found["gradients"], expected(folder, batch, HIERARCHY, "token-mean").gradients) > 0.05
+
+
+def test_rollout_weights_by_the_engines_log_probs(folder: Any, batch: Batch):
+    given = mismatched(batch)
+    live = given.response_mask.bool()
+    difference = torch.where(live, given.old_log_probs.double() - given.rollout_log_probs.double(), 0.0)
+    mean = difference.sum(1, keepdim=True) / live.sum(1, keepdim=True)
+    weight = {
+        "tis": difference.exp().clamp(max=1.1),
+        "sequence_mask": difference.exp() * ((mean.exp() >= 0.95) & (mean.exp() <= 1.05)),
+    }
+    settings = {
+        "tis": {"kind": "tis", "high": 1.1},
+        "sequence_mask": {"kind": "sequence_mask", "low": 0.95, "high": 1.05},
+    }
+    cases = [
+        {"micro_batch_size": 2, "policy_loss": {**FIBERPO, "rollout_weights": settings[kind]}, **MEAN}
+        for kind in weight
+    ]
+    for (kind, expected_weight), found in zip(weight.items(), steps(2, folder, given, cases), strict=True):
+        weighted = dataclasses.replace(batch, rollout_is_weights=expected_weight)
+        assert relative_error(found["gradients"], expected(folder, weighted, HIERARCHY).gradients) < FLOAT32, kind
+        touched = (expected_weight == 0) if kind == "sequence_mask" else (difference.exp() > 1.1)
+        share = (touched & live).sum().item() / live.sum().item()
+        assert 0 < share < 1 and found["metrics"]["rollout_weights/touched"][0] == pytest.approx(share)
+
+
 def test_gates_of_the_parts_would_give_another_gradient(folder: Any, batch: Batch):
     """What the tests above would find if every micro-batch had gates of its own."""
     whole = expected(folder, batch, HIERARCHY).gradients

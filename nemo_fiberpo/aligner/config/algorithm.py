@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nemo_fiberpo.aligner.config.data import DataSettings
 from nemo_fiberpo.fields import check, setting
-from nemo_fiberpo.objective import OBJECTIVES, RatioGating, Stratum
+from nemo_fiberpo.objective import OBJECTIVES, RatioGating, RolloutCorrection, Stratum
 from nemo_fiberpo.objective.surrogate import WEIGHTS
 
 
@@ -87,6 +87,8 @@ class AlgorithmSettings:
 
     kl: KlSettings = setting(default_factory=KlSettings)
 
+    rollout_correction: RolloutCorrection = setting(default_factory=RolloutCorrection)
+
     packing: bool = setting(False)
     """Whether the samples of a micro-batch are packed into one row without padding (THD format). On a GPU this needs
     Transformer Engine."""
@@ -151,6 +153,13 @@ class AlgorithmSettings:
     def whole_groups(self) -> bool:
         """Whether the samples of a prompt group are dealt to one rank, and in padded rows to one micro-batch."""
         return self.passes == 1 or self.micro_batches == "whole_groups"
+
+    @property
+    def on_policy(self) -> bool | None:
+        """Whether a step is on-policy, None for what the actor finds out. A map that couples the tokens of a trajectory
+        is the identity at ratio 1 where they have one weighted advantage only, and corrections differ by token."""
+        couples = self.gating_map is not None and self.gating_map.stratum is not None
+        return False if couples and self.rollout_correction.active else None
 
     @property
     def samples_per_rollout(self) -> int:

@@ -27,7 +27,7 @@ from nemo_fiberpo.config import (
     section,
 )
 from nemo_fiberpo.labelling.token_labels import TokenLabels
-from nemo_fiberpo.objective import OBJECTIVES, ExpertPartitions, Hierarchy
+from nemo_fiberpo.objective import OBJECTIVES, ExpertPartitions, Hierarchy, RolloutCorrection
 from nemo_fiberpo.plan.assumptions import Assumptions
 from nemo_fiberpo.values import at
 
@@ -60,8 +60,10 @@ def algorithm_settings(cfg: DictConfig) -> AlgorithmSettings:
     """The `algorithm` section. Raises ValueError naming the field."""
     values = plain(cfg, "algorithm")
     kl = build(KlSettings, mapping(values.pop("kl", None) or {}, "algorithm.kl"), "algorithm.kl")
+    given = mapping(values.pop("rollout_correction", None) or {}, "algorithm.rollout_correction")
+    correction = build(RolloutCorrection, given, "algorithm.rollout_correction")
     gating = _gating(values.get("objective", "fiberpo"), values.pop("gating", None))
-    return build(AlgorithmSettings, values, "algorithm", kl=kl, **gating)
+    return build(AlgorithmSettings, values, "algorithm", kl=kl, rollout_correction=correction, **gating)
 
 
 def _gating(objective: Any, fields: Any) -> dict[str, Any]:

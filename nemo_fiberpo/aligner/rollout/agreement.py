@@ -8,13 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from nemo_fiberpo.aligner.config.algorithm import AlgorithmSettings
+from nemo_fiberpo.aligner.generation.engine_log_probs import ENGINE
 from nemo_fiberpo.aligner.rollout.minibatch import Minibatch, flat, in_rows, shape_of, take
 from nemo_fiberpo.aligner.rollout.strata import StrataLabels
 from nemo_fiberpo.labelling.expert_partitions import COLUMN
 from nemo_fiberpo.megatron.exchange import exchange
 from nemo_fiberpo.megatron.one_pass import one_pass_cells
 from nemo_fiberpo.megatron.sequences import Rows
-from nemo_fiberpo.objective import Cells, Hierarchy, build_cells, token_weights
+from nemo_fiberpo.objective import Cells, Hierarchy, build_cells, correction_weights, token_weights
 from nemo_fiberpo.objective.optimistic import gates_can_pass, part_cells
 
 
@@ -70,7 +71,11 @@ def agreed_minibatches(
         weights = token_weights(trajectories, settings.weights, length=settings.fixed_length)
         parts = one_pass_cells(pieces[index], axes) if settings.passes == 1 else None
         guessed = part_cells(pieces[index], cells) if guesses else None
-        made.append(in_rows(part, of_part, weights, cells, parts, guessed, compared))
+        correction = None
+        if settings.rollout_correction.active:
+            old, engine = (take(part[name], of_part) for name in ("logprobs", ENGINE))
+            correction = correction_weights(old, engine, trajectories, settings.rollout_correction, actor.reducer)
+        made.append(in_rows(part, of_part, weights, cells, parts, guessed, compared, correction))
     return made
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nemo_fiberpo.megatron.sequences import Rows
-from nemo_fiberpo.objective import SharedCells
+from nemo_fiberpo.objective import Corrected, SharedCells
 from nemo_fiberpo.objective.optimistic import PartCells
 
 
@@ -21,12 +21,13 @@ class Minibatch:
     old_log_probs       of the tokens that the rows' entries belong to, here and below
     init_log_probs      the same under the initial policy, or None where no KL penalty asks for it
     weights             float64, w_i with global denominators, 0 at masked tokens
-    weighted_advantage  float64, w_i A_i
+    weighted_advantage  float64, w_i A_i, times the weight of a rollout correction
     mask                bool, live tokens
     cells               of all these tokens, flattened in this order; shared with the other ranks
     parts               for one pass: the cells of each micro-batch (`one_pass_cells`); None for two passes
     guessed             for optimistic steps: the cells of each micro-batch by itself; None where none are taken
     expert_labels       the partitions of experts in the rollout; None where the routing of a step is not compared
+    correction          sums of `algorithm.rollout_correction` for its metrics, float64; None without a correction
     """
 
     rows: Sequence[Rows]
@@ -39,6 +40,7 @@ class Minibatch:
     parts: Sequence[SharedCells] | None = None
     guessed: Sequence[PartCells] | None = None
     expert_labels: Sequence[Tensor] | None = None
+    correction: Tensor | None = None
 
 
 def in_rows(
@@ -49,15 +51,21 @@ def in_rows(
     parts: Sequence[SharedCells] | None,
     guessed: Sequence[PartCells] | None = None,
     expert_labels: str | None = None,
+    correction: Corrected | None = None,
 ) -> Minibatch:
-    """The columns of a minibatch, [b, s - 1], in the rows of its micro-batches; `weights` are in rows already, flat.
+    """The columns of a minibatch, [b, s - 1], in the rows of its micro-batches; `weights` and the weights of the
+    `correction` are in rows already, flat.
 
     expert_labels   the column of the partitions of experts, where they are to be compared
     """
     shapes = [entry.tokens.shape for entry in rows]
-    weight = [
-        piece.view(shape) for piece, shape in zip(weights.split([s.numel() for s in shapes]), shapes, strict=True)
-    ]
+
+    def as_rows(values: Tensor) -> list[Tensor]:
+        pieces = values.split([shape.numel() for shape in shapes])
+        return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+    weight = as_rows(weights)
+    of_advantage = weight if correction is None else as_rows(weights * correction.weight)
     advantage = part["advantage"][:, None].expand(part["mask"].shape)
     init = part.get("init_logprobs")
     return Minibatch(
@@ -65,12 +73,13 @@ def in_rows(
         old_log_probs=[entry.take(part["logprobs"]) for entry in rows],
         init_log_probs=None if init is None else [entry.take(init) for entry in rows],
         weights=weight,
-        weighted_advantage=[w * entry.take(advantage) for w, entry in zip(weight, rows, strict=True)],
+        weighted_advantage=[w * entry.take(advantage) for w, entry in zip(of_advantage, rows, strict=True)],
         mask=[entry.take(part["mask"], False) for entry in rows],
         cells=cells,
         parts=parts,
         guessed=guessed,
         expert_labels=None if expert_labels is None else [entry.take(part[expert_labels]) for entry in rows],
+        correction=None if correction is None else correction.sums,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import zlib
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,13 @@ def chunks_of(model: Any) -> list[Any]:
     return model if isinstance(model, list) else [model]
 
 
+def _gpt_of(chunk: Any) -> Any:
+    """Without Megatron's wrappers."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
 def named_parameters(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
     """Parameters by the names they have in one process: global numbers of layers and experts, and a tied output layer
     of a stage by itself is the embedding."""
@@ -22,18 +30,22 @@ def named_parameters(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
 
     rank = parallel_state.get_expert_model_parallel_rank()
     renamed = []
-    for chunk in chunks_of(model):
-        layers = list(chunk.module.decoder.layers)
-        for name, parameter in chunk.module.named_parameters():
+    for gpt in map(_gpt_of, chunks_of(model)):
+        layers = list(gpt.decoder.layers)
+        for name, parameter in gpt.named_parameters():
             if found := re.match(r"decoder\.layers\.(\d+)\.", name):
                 layer = layers[int(found[1])]
                 name = f"decoder.layers.{layer.layer_number - 1}." + name[found.end() :]
-                experts = getattr(layer.mlp, "num_local_experts", 0)
-                name = re.sub(r"(?<=local_experts\.)\d+", lambda match, n=experts: str(rank * n + int(match[0])), name)
-            if name == "output_layer.weight" and chunk.module.share_embeddings_and_output_weights:
+                first = rank * getattr(layer.mlp, "num_local_experts", 0)
+                name = re.sub(r"(?<=local_experts\.)\d+", partial(_renumbered, first), name)
+            if name == "output_layer.weight" and gpt.share_embeddings_and_output_weights:
                 name = "embedding.word_embeddings.weight"
             renamed.append((name, parameter))
     return renamed
+
+
+def _renumbered(first: int, match: re.Match[str]) -> str:
+    return str(first + int(match[0]))
 
 
 def shard_place(name: str) -> tuple[int, int]:
@@ -46,13 +58,14 @@ def shard_place(name: str) -> tuple[int, int]:
 
 
 def partition_dim(parameter: torch.nn.Parameter) -> int | None:
-    return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+    return getattr(parameter, "partition_dim", None) if getattr(parameter, "tensor_model_parallel", False) else None
 
 
 def full_parameter(name: str, parameter: torch.nn.Parameter, number: int) -> torch.Tensor:
     shape = list(parameter.shape)
-    if partition_dim(parameter) is not None:
-        shape[partition_dim(parameter)] *= number
+    dim = partition_dim(parameter)
+    if dim is not None:
+        shape[dim] *= number
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())), dtype=torch.float64)
     if "norm" in name:
         return noise * 0.1 + (1.0 if name.endswith("weight") else 0.0)
@@ -60,7 +73,8 @@ def full_parameter(name: str, parameter: torch.nn.Parameter, number: int) -> tor
 
 
 def shard_of(full: torch.Tensor, parameter: torch.nn.Parameter, rank: int, number: int) -> torch.Tensor:
-    return full if partition_dim(parameter) is None else full.chunk(number, dim=partition_dim(parameter))[rank]
+    dim = partition_dim(parameter)
+    return full if dim is None else full.chunk(number, dim=dim)[rank]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +100,8 @@ def gradients(model: Any) -> dict[str, Gradient]:
     for name, parameter in named_parameters(model):
         dim = partition_dim(parameter)
         place = (0, 1) if dim is None else shard_place(name)
-        parts[name] = Gradient(parameter.main_grad.clone(), dim, *place)
+        main_grad: torch.Tensor = parameter.main_grad  # type: ignore[attr-defined]
+        parts[name] = Gradient(main_grad.clone(), dim, *place)
     return parts
 
 
