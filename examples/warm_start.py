@@ -25,10 +25,10 @@ from nemo_fiberpo.aligner import build
 from nemo_fiberpo.aligner.checkpoint.resume import take_directory
 from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
 from nemo_fiberpo.aligner.config.checks import read_training_config
-from nemo_fiberpo.aligner.config.hydra import command_line, prepare_hydra
 from nemo_fiberpo.aligner.config.sections import warm_start_settings
 from nemo_fiberpo.aligner.lifecycle.ending import explain
 from nemo_fiberpo.aligner.lifecycle.first_rank import decided, is_first_rank
+from nemo_fiberpo.hydra_support.command_line import command_line, prepare_hydra
 
 prepare_hydra()
 
@@ -57,8 +57,8 @@ def run(cfg: DictConfig) -> None:
     from nemo_fiberpo.aligner.actor import FiberPOActor
     from nemo_fiberpo.aligner.config.model_checks import first_token
     from nemo_fiberpo.aligner.data.prompts import PromptDataset
-    from nemo_fiberpo.aligner.data.records import load_prompts
     from nemo_fiberpo.aligner.rewards.reward_model import make_reward_model
+    from nemo_fiberpo.prompts.records import load_prompts
 
     with open_dict(cfg):
         cfg.model.optim.lr = cfg.model.optim.sched.min_lr = settings.lr

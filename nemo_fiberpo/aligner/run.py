@@ -14,9 +14,9 @@ from nemo_fiberpo.aligner.checkpoint.resume import find_checkpoint
 from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
 from nemo_fiberpo.aligner.config.checks import check_batches, check_graders, read_training_config
 from nemo_fiberpo.aligner.config.model_checks import first_token
-from nemo_fiberpo.aligner.data.records import load_prompts
 from nemo_fiberpo.aligner.lifecycle import preemption
 from nemo_fiberpo.aligner.lifecycle.first_rank import is_first_rank
+from nemo_fiberpo.prompts.records import load_prompts
 from nemo_fiberpo.storage.policy_file import read_config as read_policy_config
 
 if TYPE_CHECKING:

@@ -111,8 +111,8 @@ def compose(config: str, overrides: Sequence[str] = ()) -> DictConfig:
     from hydra.errors import HydraException, OverrideParseException
     from hydra.types import RunMode
 
-    from nemo_fiberpo.aligner.config.hydra import find_modules_in, prepare_hydra
-    from nemo_fiberpo.aligner.config.hydra import overrides as for_hydra
+    from nemo_fiberpo.hydra_support.command_line import find_modules_in, prepare_hydra
+    from nemo_fiberpo.hydra_support.command_line import overrides as for_hydra
 
     prepare_hydra()
     source = find(config)

@@ -21,12 +21,12 @@ from nemo_fiberpo.aligner.config.sections import (
     reward_settings,
     token_labels_section,
 )
-from nemo_fiberpo.aligner.data.records import load_prompts
 from nemo_fiberpo.labelling.expert_partitions import COLUMN
 from nemo_fiberpo.objective import ExpertPartitions, Hierarchy
 from nemo_fiberpo.plan.assumptions import Assumptions
 from nemo_fiberpo.plan.cells import OF_ROLLOUT, Partitions, PromptLabels
 from nemo_fiberpo.plan.plan import Plan, Request, make_plan
+from nemo_fiberpo.prompts.records import load_prompts
 from nemo_fiberpo.storage.policy_file import read_config as config_of
 
 SECTIONS = ("model", "trainer", "algorithm", "hierarchy", "data", "rewards", "pretrained_checkpoint")

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING
 from typing import Any
 
-from nemo_fiberpo.aligner.config.reference import TOP_LEVEL, Section, find, sections
 from nemo_fiberpo.cli.compose import SHIPPED
+from nemo_fiberpo.cli.config_keys import TOP_LEVEL, Section, find, sections
 from nemo_fiberpo.fields import Key
 
 MAY_CHANGE = "A resumed run may change it."

@@ -6,9 +6,9 @@ import pytest
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from nemo_fiberpo.aligner.config.hydra import command_line
 from nemo_fiberpo.aligner.config.sections import data_settings
 from nemo_fiberpo.aligner.lifecycle.ending import explain
+from nemo_fiberpo.hydra_support.command_line import command_line
 
 
 def test_a_script_that_ends_well_leaves_no_process_group():

@@ -14,8 +14,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from nemo_fiberpo.aligner.config.checks import check_sections
-from nemo_fiberpo.aligner.config.hydra import overrides, register_resolvers
 from nemo_fiberpo.aligner.config.model_checks import partition_table
+from nemo_fiberpo.hydra_support.command_line import overrides, register_resolvers
 from tests.support import forked
 from tests.support.launching import (
     DENSE,

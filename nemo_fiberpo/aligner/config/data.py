@@ -12,7 +12,7 @@ class DataSettings:
     """The prompts to train on and to hold out."""
 
     train: str = setting(may_change=True)
-    """JSON lines of prompts to train on. Their format is in nemo_fiberpo/aligner/data/records.py. A resumed run may
+    """JSON lines of prompts to train on. Their format is in nemo_fiberpo/prompts/records.py. A resumed run may
     read the file from another path; its content counts."""
 
     heldout: str | None = setting(None, may_change=True)

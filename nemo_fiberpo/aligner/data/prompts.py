@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nemo_fiberpo.aligner.data.chat import chat_ids
-from nemo_fiberpo.aligner.data.records import PromptRecord, load_prompts, near
+from nemo_fiberpo.prompts.chat import chat_ids
+from nemo_fiberpo.prompts.records import PromptRecord, load_prompts, near
 from nemo_fiberpo.values import at
 
 

@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nemo_fiberpo.aligner.data.records import PromptRecord
 from nemo_fiberpo.graders.builtin import GRADER_FIELDS, UNSAFE_TASKS
 from nemo_fiberpo.graders.pool import Failure, GraderPool
+from nemo_fiberpo.prompts.records import PromptRecord
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_fiberpo.aligner.config.checks import check_batches, check_sections
-from nemo_fiberpo.aligner.config.hydra import overrides
 from nemo_fiberpo.aligner.config.nemo import check_precision
 from nemo_fiberpo.aligner.config.sections import algorithm_settings, data_settings, reward_settings
 from nemo_fiberpo.aligner.lifecycle import run_lock
+from nemo_fiberpo.hydra_support.command_line import overrides
 from nemo_fiberpo.objective import Budget, Stratum
 from tests.support.launching import environment
 

@@ -13,8 +13,8 @@ import pytest
 import transformers
 
 from nemo_fiberpo.aligner.data.prompts import PromptDataset
-from nemo_fiberpo.aligner.data.records import load_prompts
 from nemo_fiberpo.aligner.rewards.rules import RuleRewards
+from nemo_fiberpo.prompts.records import load_prompts
 from tests.support.hf_models import write_tokenizer
 
 # <10> system, <11> user, <12> assistant; <1> ends a message. One of the two begins with BOS, which is <3>.

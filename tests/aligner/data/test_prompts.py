@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from nemo_fiberpo.aligner.data.prompts import PromptDataset, make_collate
-from nemo_fiberpo.aligner.data.records import load_prompts
 from nemo_fiberpo.aligner.rewards.rules import RuleRewards
+from nemo_fiberpo.prompts.records import load_prompts
 
 
 class Letters:

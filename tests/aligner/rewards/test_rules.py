@@ -7,11 +7,11 @@ import os
 import pytest
 import torch
 
-from nemo_fiberpo.aligner.data.records import PromptRecord
 from nemo_fiberpo.aligner.rewards.reward_model import RuleRewardModel, settled, stop_if_ungraded
 from nemo_fiberpo.aligner.rewards.rules import RuleRewards
 from nemo_fiberpo.graders.builtin import UNSAFE_TASKS
 from nemo_fiberpo.graders.pool import GraderPool
+from nemo_fiberpo.prompts.records import PromptRecord
 from tests.support.bad_records import BAD, Letters, bad, gym, rewards_of, sum_entry
 
 pytestmark = pytest.mark.usefixtures("find_bad_graders")

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from omegaconf import OmegaConf
 
-from nemo_fiberpo.aligner.config import named_strata
+from nemo_fiberpo.hydra_support import named_strata
 
 _NEMO = ("model", "trainer", "exp_manager", "hydra")  # sections whose unknown keys Hydra refuses
 

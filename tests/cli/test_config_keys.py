@@ -11,7 +11,6 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_fiberpo.aligner.config import nemo
-from nemo_fiberpo.aligner.config.reference import TOP_LEVEL, UNSET, find, sections
 from nemo_fiberpo.aligner.config.sections import (
     SECTIONS,
     algorithm_settings,
@@ -22,6 +21,7 @@ from nemo_fiberpo.aligner.config.sections import (
 )
 from nemo_fiberpo.cli import main
 from nemo_fiberpo.cli.compose import SHIPPED, compose
+from nemo_fiberpo.cli.config_keys import TOP_LEVEL, UNSET, find, sections
 from tests.support.launching import ROOT
 
 EVERY = sections(SHIPPED)

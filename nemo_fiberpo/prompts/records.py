@@ -28,10 +28,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_fiberpo.aligner.data.chat import check_messages
-from nemo_fiberpo.aligner.data.jsonl import lines_of, parse_line
 from nemo_fiberpo.graders.builtin import ANSWER_FORMS, GRADER_FIELDS
 from nemo_fiberpo.labelling.expert_partitions import COLUMN
+from nemo_fiberpo.prompts.chat import check_messages
+from nemo_fiberpo.prompts.jsonl import lines_of, parse_line
 from nemo_fiberpo.values import at, short
 
 _PROMPT, _MESSAGES = "prompt", "messages"  # a line has one of the two
