@@ -15,7 +15,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from nemo_fiberpo.aligner.config import nemo
 from nemo_fiberpo.aligner.config.algorithm import AlgorithmSettings, HierarchyGating
 from nemo_fiberpo.aligner.config.data import DataSettings
 from nemo_fiberpo.aligner.config.rewards import RewardSettings
@@ -23,6 +22,7 @@ from nemo_fiberpo.aligner.config.run import PretrainedCheckpoint, ResumeSettings
 from nemo_fiberpo.aligner.config.warm_start import WarmStartSettings
 from nemo_fiberpo.fields import Key, keys, summary
 from nemo_fiberpo.labelling.token_labels import KINDS
+from nemo_fiberpo.nemo_config import meanings as nemo
 from nemo_fiberpo.objective import OBJECTIVES, ExpertPartitions, Hierarchy, Stratum
 from nemo_fiberpo.plan.assumptions import Assumptions
 
@@ -100,7 +100,7 @@ def sections(conf: Path) -> dict[str, Section]:
         of("algorithm", AlgorithmSettings),
         _gating(conf),
         *(of(name, kind) for name, kind in _CLASSES.items()),
-        *(_of_nemo(name, text, shipped) for name, text in nemo.NEMO.items()),
+        *(_of_nemo(name, text, shipped) for name, text in nemo.SECTIONS.items()),
     ]
     return {section.name: section for section in listed}
 
@@ -130,7 +130,7 @@ def find(path: str, every: Mapping[str, Section]) -> Section:
     blocks = [dataclasses.replace(block, keys=_at(rest, block.keys)) for block in section.blocks]
     if kept := tuple(block for block in blocks if block.keys):
         return dataclasses.replace(section, blocks=kept)
-    if path.partition(".")[0] in nemo.NEMO:
+    if path.partition(".")[0] in nemo.SECTIONS:
         raise ValueError(f"{path}: this package neither sets nor reads such a key, NeMo may{_nearest(path, every)}")
     raise ValueError(f"{path}: no section or key of the config has this name{_nearest(path, every)}")
 

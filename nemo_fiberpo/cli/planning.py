@@ -16,12 +16,9 @@ from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
 from nemo_fiberpo.aligner.config.checks import RunConfig, batch_sizes, on_cpu, read_config
 from nemo_fiberpo.aligner.config.data import DataSettings
 from nemo_fiberpo.aligner.config.model_checks import model_problems, partition_table
-from nemo_fiberpo.aligner.config.sections import (
-    cluster_settings,
-    reward_settings,
-    token_labels_section,
-)
+from nemo_fiberpo.aligner.config.sections import cluster_settings, reward_settings
 from nemo_fiberpo.labelling.expert_partitions import COLUMN
+from nemo_fiberpo.labelling.token_labels import TokenLabels
 from nemo_fiberpo.objective import ExpertPartitions, Hierarchy
 from nemo_fiberpo.plan.assumptions import Assumptions
 from nemo_fiberpo.plan.cells import OF_ROLLOUT, Partitions, PromptLabels
@@ -147,7 +144,7 @@ def _request(
         hierarchy = None
     prompts, of_tokens = None, {}
     if settings is not None and hierarchy is not None:
-        known, of_tokens = hierarchy, _of_tokens(cfg, assumptions)
+        known, of_tokens = hierarchy, _of_tokens(config.token_labels, assumptions)
         per_step = settings.prompts_per_rollout // settings.optimizer_steps
         prompts = tried(lambda: _labels(cfg, known, assumptions, per_step, of_tokens))
     return Request(
@@ -181,9 +178,8 @@ def _partitions(partitions: ExpertPartitions, model: DictConfig) -> Partitions:
     return Partitions(partition_table(partitions, model)[1], partitions.membership == "soft")
 
 
-def _of_tokens(cfg: DictConfig, assumptions: Assumptions) -> dict[str, list[str]]:
+def _of_tokens(labels: TokenLabels | None, assumptions: Assumptions) -> dict[str, list[str]]:
     """Names of the labels of `token_labels` by column; as many as are assumed where a rollout decides them."""
-    labels = token_labels_section(cfg)
     cells = labels.cells if labels is not None else {}
     return {
         name: list(known or (f"{name} {number}" for number in range(assumptions.labels.get(name, 8))))

@@ -127,7 +127,7 @@ def _unpacked(source: Path) -> Iterator[Path]:
     if source.is_dir():
         yield source
         return
-    with tempfile.TemporaryDirectory(dir=source.parent) as folder, policy_file.opened(source) as archive:
+    with tempfile.TemporaryDirectory(dir=source.parent) as folder, policy_file.open_archive(source) as archive:
         for member, name in policy_file.members(archive, source):
             target = Path(folder) / name
             (target if member.isdir() else target.parent).mkdir(parents=True, exist_ok=True)

@@ -25,11 +25,11 @@ def megatron_alone() -> Iterator[None]:
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
 
-    from nemo_fiberpo.aligner import cpu
+    from nemo_fiberpo import nemo_cpu
     from nemo_fiberpo.storage import pickles
 
     pickles.restrict()
-    cpu.install()
+    nemo_cpu.install()
     own = not dist.is_initialized()
     if own:
         store = dist.HashStore()  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from nemo_fiberpo.storage import reading
 def lines_of(path: Path) -> Iterator[tuple[str, bytes]]:
     """The lines that are not blank, each with "file:line". ValueError for a file that cannot be read."""
     try:
-        with reading.regular(path) as file:  # a FIFO would wait for a writer
+        with reading.open_regular(path) as file:  # a FIFO would wait for a writer
             for number, raw in enumerate(file, start=1):
                 line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
                 if line.strip():

@@ -21,7 +21,6 @@ first ten lines that are wrong.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ from nemo_fiberpo.graders.builtin import ANSWER_FORMS, GRADER_FIELDS
 from nemo_fiberpo.labelling.expert_partitions import COLUMN
 from nemo_fiberpo.prompts.chat import check_messages
 from nemo_fiberpo.prompts.jsonl import lines_of, parse_line
-from nemo_fiberpo.values import at, short
+from nemo_fiberpo.values import at, did_you_mean, short
 
 _PROMPT, _MESSAGES = "prompt", "messages"  # a line has one of the two
 _REQUIRED = ("domain", "grader")
@@ -109,7 +108,9 @@ def _record(where: str, line: bytes, own_graders: Collection[str]) -> PromptReco
             raise ValueError(f"{where}: {name}: is empty")
     grader, graders = data["grader"], [*GRADER_FIELDS, *own_graders]
     if grader not in graders:
-        raise ValueError(f"{where}: grader: {grader!r} is unknown{near(grader, graders)}; known: {', '.join(graders)}")
+        raise ValueError(
+            f"{where}: grader: {grader!r} is unknown{did_you_mean(grader, graders)}; known: {', '.join(graders)}"
+        )
     for name in _OPTIONAL:
         if name in data:
             _require(where, data, name, str)
@@ -134,8 +135,8 @@ def _messages(where: str, data: dict[str, Any]) -> tuple[dict[str, str], ...] | 
     if _MESSAGES not in data:
         if isinstance(data.get(_PROMPT), list):
             raise ValueError(f"{where}: {_PROMPT}: expected a string, found list; chat messages go into {_MESSAGES}")
-        if _PROMPT not in data and (found := difflib.get_close_matches(_MESSAGES, data, n=1)):
-            raise ValueError(f"{where}: {_MESSAGES}: missing; is {found[0]!r} meant to be it?")
+        if _PROMPT not in data and (hint := did_you_mean(_MESSAGES, data)):
+            raise ValueError(f"{where}: {_MESSAGES}: missing{hint}")
         return None
     if _PROMPT in data:
         raise ValueError(f"{where}: {_MESSAGES}: stands beside {_PROMPT}; a line has one of the two")
@@ -171,8 +172,8 @@ def _check_fields(where: str, grader: str, fields: dict[str, Any]) -> None:
         if name not in known:
             valid = [_PROMPT, _MESSAGES, *_REQUIRED, *_OPTIONAL, _STRATA, *known, _META]
             raise ValueError(
-                f"{where}: {name}: unknown field{near(name, valid)}; valid: {', '.join(valid)}. What nothing reads "
-                f"can stay in {_META}"
+                f"{where}: {name}: unknown field{did_you_mean(name, valid)}; valid: {', '.join(valid)}. Put other data "
+                f"into {_META}"
             )
         _require(where, fields, name, known[name])
         if not fields[name] or (isinstance(fields[name], str) and not fields[name].strip()):
@@ -180,19 +181,15 @@ def _check_fields(where: str, grader: str, fields: dict[str, Any]) -> None:
     forms = ANSWER_FORMS[grader]
     form = fields.get("answer_form", forms[0])
     if form not in forms:
-        raise ValueError(f"{where}: answer_form: {form!r} is unknown{near(form, forms)}; known: {', '.join(forms)}")
+        raise ValueError(
+            f"{where}: answer_form: {form!r} is unknown{did_you_mean(form, forms)}; known: {', '.join(forms)}"
+        )
 
 
 def _require(where: str, data: dict[str, Any], name: str, kind: type) -> None:
     if name not in data:
-        near = difflib.get_close_matches(name, data, n=1)
-        raise ValueError(f"{where}: {name}: missing" + (f"; is {near[0]!r} meant to be it?" if near else ""))
+        raise ValueError(f"{where}: {name}: missing{did_you_mean(name, data)}")
     if not isinstance(data[name], kind):
         number = kind is str and isinstance(data[name], int | float) and not isinstance(data[name], bool)
         hint = f'; write "{json.dumps(data[name])}"' if number else ""
         raise ValueError(f"{where}: {name}: expected {_JSON_NAMES[kind]}, found {type(data[name]).__name__}{hint}")
-
-
-def near(name: str, valid: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(valid), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

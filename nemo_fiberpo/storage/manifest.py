@@ -102,7 +102,7 @@ def read(checkpoint: Path) -> Manifest | None:
 def read_file(seal: Path) -> Manifest | None:
     """As `read`, of a manifest that may stand beside its files."""
     try:
-        raw = reading.content(seal)
+        raw = reading.read_bytes(seal)
     except OSError as error:
         if error.errno not in reading.MISSING:
             raise
@@ -152,7 +152,7 @@ def problems(checkpoint: Path, manifest: Manifest, names: Iterable[str] | None =
         wanted = manifest.files[name]
 
         def read(path: Path) -> str | None:
-            with reading.opened(path) as file:  # opening has NFS ask the server for the size
+            with reading.open_listed(path) as file:  # opening has NFS ask the server for the size
                 size = os.fstat(file.fileno()).st_size
                 if size != wanted["size"]:
                     return f"{name}: {size} bytes instead of {wanted['size']}"

@@ -88,16 +88,16 @@ def _damaged(policy: Path, what: str, seal: Path) -> ValueError:
 def _names(policy: Path) -> list[PurePosixPath]:
     if policy.is_dir():
         return [PurePosixPath(name) for name in manifest.files_of(policy)]
-    with opened(policy) as archive:
+    with open_archive(policy) as archive:
         return [name for _, name in members(archive, policy) if name.parts]
 
 
 @contextlib.contextmanager
-def opened(policy: Path) -> Iterator[tarfile.TarFile]:
+def open_archive(policy: Path) -> Iterator[tarfile.TarFile]:
     """The archive. ValueError for what is none."""
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(reading.regular(policy))
+            file = stack.enter_context(reading.open_regular(policy))
             archive = stack.enter_context(tarfile.open(fileobj=file))
         except (OSError, tarfile.TarError, EOFError) as error:
             raise ValueError(f"{policy}: is no .nemo file or folder: {error}") from error
@@ -156,12 +156,12 @@ def read_config(policy: Path) -> DictConfig:
 def _text(policy: Path) -> str:
     if policy.is_dir():
         try:
-            with reading.opened(policy / CONFIG) as file:
+            with reading.open_listed(policy / CONFIG) as file:
                 raw = file.read(_LARGEST_CONFIG + 1)
         except OSError as error:
             raise ValueError(f"{policy / CONFIG}: {error.strerror}") from error
     else:
-        with opened(policy) as archive:
+        with open_archive(policy) as archive:
             inside = (member for member, name in members(archive, policy) if name == PurePosixPath(CONFIG))
             member = next(inside, None)
             content = archive.extractfile(member) if member is not None else None

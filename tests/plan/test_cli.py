@@ -162,7 +162,7 @@ def test_one_rank_sends_nothing(run: Run):
         (["cpu=false"], "trainer.accelerator: cpu, but cpu is false"),
         (["trainer.accelerator=gpu"], "trainer.accelerator: 'gpu', but cpu is true"),
         (["trainer.precision=bf17"], "trainer.precision: 'bf17' is unknown; did you mean 'bf16'?"),
-        (["resume.allow=[hierarcy]"], "resume.allow: 'hierarcy' is no key that must stay the same"),
+        (["resume.allow=[hierarcy]"], "resume.allow: 'hierarcy' is not a key that must stay the same"),
         (
             ["algorithm.val_check_interval=30", "data.heldout=null"],
             "algorithm.val_check_interval: 30 evaluates data.heldout, which is not given",

@@ -10,12 +10,12 @@ import torch.distributed as dist
 
 from nemo_fiberpo.aligner.checkpoint import resume
 from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
-from nemo_fiberpo.aligner.lifecycle import first_rank, run_lock
+from nemo_fiberpo.aligner.lifecycle import first_rank
 from nemo_fiberpo.aligner.lifecycle.first_rank import Ranks, SaidByFirstRank
 from nemo_fiberpo.aligner.lifecycle.preemption import Stopped
-from nemo_fiberpo.storage import reading
+from nemo_fiberpo.storage import reading, run_lock
 from tests.aligner.checkpoint.test_changes import changed
-from tests.aligner.lifecycle.test_run_lock import holder, pretend, start
+from tests.storage.test_run_lock import holder, pretend, start
 from tests.support.damage import flip_middle, make_unreadable, name_of
 
 
@@ -78,8 +78,8 @@ def test_no_rank_goes_back_for_a_file_that_one_of_them_cannot_read(cfg, checkpoi
     assert len(said) == 1, "every rank ends with the same error"
     (error,) = said
     assert error.startswith(f"{newest / name}: Input/output error") and "(errno 5)" in error
-    assert (f"says rank {reader} on " in error) == (reader > 0)
-    assert newest.is_dir() and "going on from" not in capsys.readouterr().out
+    assert (f"(rank {reader} on " in error) == (reader > 0)
+    assert newest.is_dir() and "resuming from" not in capsys.readouterr().out
 
 
 def test_the_late_view_of_one_rank_is_waited_out_and_is_no_damage(cfg, checkpoints, monkeypatch, capsys):
@@ -128,13 +128,16 @@ def test_a_second_job_in_the_directory_ends_on_every_rank_and_changes_nothing(cf
     assert sorted(checkpoints.rglob("*")) == before
 
 
-def test_every_rank_of_a_requeued_job_stops_where_its_earlier_start_still_has_the_lock(cfg, checkpoints, monkeypatch):
+def test_every_rank_of_a_requeued_job_stops_where_its_earlier_start_still_has_the_lock(
+    cfg, checkpoints, monkeypatch, capsys
+):
     flip_middle(checkpoints / name_of(4) / "common.pt")
     before = sorted(checkpoints.rglob("*"))
     monkeypatch.setattr(run_lock, "PATIENCE", 0.1)
     with holder(cfg.run_dir, **start("4711", 0)):
         pretend(monkeypatch, start("4711", 1))
         assert agree(cfg, checkpoints, 3) == [Stopped] * 3
+    assert capsys.readouterr().out.count("may be alive. Ending with status 75, to be started again later") == 1
     assert sorted(checkpoints.rglob("*")) == before
 
 

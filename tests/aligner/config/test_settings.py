@@ -8,11 +8,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_fiberpo.aligner.config.checks import check_batches, check_sections
-from nemo_fiberpo.aligner.config.nemo import check_precision
+from nemo_fiberpo.aligner.config.precision import check_precision
 from nemo_fiberpo.aligner.config.sections import algorithm_settings, data_settings, reward_settings
-from nemo_fiberpo.aligner.lifecycle import run_lock
 from nemo_fiberpo.hydra_support.command_line import overrides
 from nemo_fiberpo.objective import Budget, Stratum
+from nemo_fiberpo.storage import run_lock
 from tests.support.launching import environment
 
 ALGORITHM = {"samples_per_prompt": 8, "prompts_per_rollout": 96, "optimizer_steps": 4}
@@ -130,7 +130,7 @@ def test_fewer_prompts_than_a_rollout_takes_are_refused(tmp_path):
     [
         ("bf61", "did you mean 'bf16'"),
         ("fp8", "valid: 32, 32-true, bf16, bf16-mixed"),
-        (16, "16: float16 needs a scale of the loss"),
+        (16, "16: float16 needs a loss scale"),
         ("16", "'16': float16"),
         ("16-mixed", "use bf16, or 32"),
         ("16-true", "use bf16, or 32"),
@@ -190,7 +190,7 @@ def test_check_refuses_by_the_name_of_the_field(tmp_path):
 NEMO = """
 import sys
 from nemo.collections.nlp.parts.utils_funcs import torch_dtype_from_precision
-from nemo_fiberpo.aligner.config.nemo import PRECISIONS
+from nemo_fiberpo.aligner.config.precision import PRECISIONS
 print(*{torch_dtype_from_precision(precision) for precision in PRECISIONS})
 """
 

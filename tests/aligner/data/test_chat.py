@@ -105,7 +105,7 @@ USER = {"role": "user", "content": "2+5="}
     [
         (line([USER], prompt="2+5="), "messages: stands beside prompt; a line has one of the two"),
         (line(None), "prompt: missing"),
-        (line(None, mesages=[USER]), "messages: missing; is 'mesages' meant to be it?"),
+        (line(None, mesages=[USER]), "messages: missing; did you mean 'mesages'?"),
         (line(None, prompt=[USER]), "prompt: expected a string, found list; chat messages go into messages"),
         (line("2+5="), "messages: expected a list of"),
         (line([]), "messages: expected a list of"),

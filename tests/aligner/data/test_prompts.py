@@ -61,12 +61,12 @@ def test_a_file_with_mark_blank_lines_and_no_last_newline_is_read(tmp_path):
     [
         ('{"prompt": ', "not valid JSON"),
         ("[1]", "expected a JSON object, found list"),
-        (line(prompt=None, promt="x"), "prompt: missing; is 'promt' meant to be it?"),
+        (line(prompt=None, promt="x"), "prompt: missing; did you mean 'promt'?"),
         (line(domain=None), "domain: missing"),
         (line(prompt="  "), "prompt: is empty"),
         (line(prompt=5), "prompt: expected a string, found int"),
         (line(grader="math_verfy"), "grader: 'math_verfy' is unknown; did you mean 'math_verify'"),
-        (line(answer=None, anwser="7"), "answer: missing; is 'anwser' meant to be it?"),
+        (line(answer=None, anwser="7"), "answer: missing; did you mean 'anwser'?"),
         (line(answer=7), "answer: expected a string, found int"),
         (line(answr="7"), "answr: unknown field; did you mean 'answer'"),
         (line(grader="reasoning_gym", answer=None, task="gcd"), "entry: missing"),
@@ -193,7 +193,7 @@ def test_a_prompt_that_is_too_long_is_an_error_or_dropped_and_counted(write):
     assert [data[index]["length"] for index in range(len(data))] == [4, 1]
     with pytest.raises(ValueError, match="so are 1 of 1"):
         PromptDataset(write(line("12345")), Letters(), 4, too_long="drop")
-    with pytest.raises(ValueError, match="too_long: 'cut'"):
+    with pytest.raises(ValueError, match="too_long: must be error or drop, got 'cut'"):
         PromptDataset(path, Letters(), 4, too_long="cut")
 
 
@@ -207,7 +207,7 @@ def test_every_prompt_begins_with_the_given_token_which_counts_in_its_length(wri
 def test_a_token_outside_the_policys_vocabulary_is_refused(write):
     prompts = PromptDataset(write(line("ab"), line("az")), Letters(), 8)
     prompts.check_tokens(ord("z") + 1)
-    with pytest.raises(ValueError, match=r"prompts.jsonl:2: prompt: the tokenizer makes the token 122 .* of 122"):
+    with pytest.raises(ValueError, match=r"prompts.jsonl:2: prompt: has the token 122, .* of 122"):
         prompts.check_tokens(ord("z"))
 
 

@@ -17,7 +17,7 @@ from nemo_fiberpo.aligner.lifecycle import first_rank
 from nemo_fiberpo.aligner.lifecycle.ending import explain
 from nemo_fiberpo.aligner.lifecycle.first_rank import Ranks, SaidByFirstRank
 from nemo_fiberpo.aligner.lifecycle.preemption import Stopped
-from tests.aligner.lifecycle.test_run_lock import holder, start
+from tests.storage.test_run_lock import holder, start
 from tests.support.launching import ROOT, arguments, environment, free_ports
 from tests.support.processes import started
 
@@ -114,9 +114,7 @@ def test_ranks_that_do_not_come_together_are_an_error_with_the_address(monkeypat
     port = str(free_ports(1)[0])
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(
-        ValueError, match=rf"^collective_timeout: the ranks did not come together at 127\.0\.0\.1:{port} "
-    ):
+    with pytest.raises(ValueError, match=rf"^collective_timeout: the ranks did not connect at 127\.0\.0\.1:{port} "):
         first_rank.connect(1.0)
 
 
