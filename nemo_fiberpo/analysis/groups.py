@@ -1,4 +1,4 @@
-"""Runs by what differs in their configurations, seeds and folders aside."""
+"""Groups of runs whose configurations agree, except for seeds and folders."""
 
 from __future__ import annotations
 

@@ -27,6 +27,6 @@ def train(config: str, overrides: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from nemo_fiberpo.aligner.lifecycle.ending import explain
+    from nemo_fiberpo.aligner.lifecycle.ending import run_main
 
-    explain(lambda: train(sys.argv[1], sys.argv[2:]))
+    run_main(lambda: train(sys.argv[1], sys.argv[2:]))

@@ -1,4 +1,4 @@
-"""The Megatron GPT of a policy on the CPU, in this process alone, and its distributed checkpoint."""
+"""The Megatron GPT of a policy on the CPU, in one process, and its distributed checkpoint."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class _Metadata(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong into the metadata of a checkpoint: not loaded")
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in the metadata of a checkpoint: not loaded")
 
 
 class _Restricted:

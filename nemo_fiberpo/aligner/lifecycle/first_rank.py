@@ -28,14 +28,14 @@ _SIGNED = 64  # length of the signature before a message
 _stores: list[Any] = []  # kept open: the first rank's serves the others until process groups exist
 
 
-class SaidByFirstRank(ValueError):
+class FirstRankError(ValueError):
     """An error of the first rank, raised on another rank; the first rank prints it."""
 
 
 class Ranks:
     """The ranks of a run, seen from one of them: the first leads, the others follow.
 
-    Errors of the store are ValueErrors that name what was waited for; SaidByFirstRank on another rank where the store
+    Errors of the store are ValueErrors that name what was waited for; FirstRankError on another rank where the store
     ended with the first.
 
     timeout  seconds without an answer after which a rank gives up (`collective_timeout`)
@@ -60,7 +60,7 @@ class Ranks:
         return decision
 
     def follow(self, answer: Callable[[Message], Message]) -> Message | None:
-        """Another rank: answer the first rank's questions and return its decision. Raises Stopped, or SaidByFirstRank
+        """Another rank: answer the first rank's questions and return its decision. Raises Stopped, or FirstRankError
         for its error."""
         while True:
             said = self._wait_for(f"said/{self._round}", "the first rank, or a rank that it waits for,")
@@ -68,10 +68,10 @@ class Ranks:
                 self._set(f"answer/{self._round}/{self.rank}", answer(said["question"]))
                 self._round += 1
                 continue
-            with suppress(SaidByFirstRank):  # it no longer waits
+            with suppress(FirstRankError):  # it no longer waits
                 self._set(f"heard/{self.rank}", {})
             if "decision" not in said:
-                raise Stopped if "stopped" in said else SaidByFirstRank(said["error"])
+                raise Stopped if "stopped" in said else FirstRankError(said["error"])
             decision: Message | None = said["decision"]
             return decision
 
@@ -122,7 +122,7 @@ class Ranks:
         return hmac.new(self._secret, f"{key}\n{text}".encode(), "sha256").hexdigest()
 
     def _lost(self, error: Exception) -> ValueError:
-        kind = SaidByFirstRank if self.rank > 0 else ValueError
+        kind = FirstRankError if self.rank > 0 else ValueError
         return kind(f"the launcher's store, which ranks use before training, does not answer: {_first_line(error)}")
 
 
@@ -152,7 +152,7 @@ def connect(timeout: float) -> Ranks | None:
     return ranks
 
 
-def decided(timeout: float, decide: Callable[[], Message | None]) -> Message | None:
+def decide_on_first_rank(timeout: float, decide: Callable[[], Message | None]) -> Message | None:
     """The result of `decide`, run on the first rank only, on every rank. Errors as `Ranks`."""
     ranks = connect(timeout)
     if ranks is None:

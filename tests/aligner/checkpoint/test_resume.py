@@ -11,7 +11,7 @@ import torch.distributed as dist
 from nemo_fiberpo.aligner.checkpoint import resume
 from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
 from nemo_fiberpo.aligner.lifecycle import first_rank
-from nemo_fiberpo.aligner.lifecycle.first_rank import Ranks, SaidByFirstRank
+from nemo_fiberpo.aligner.lifecycle.first_rank import FirstRankError, Ranks
 from nemo_fiberpo.aligner.lifecycle.preemption import Stopped
 from nemo_fiberpo.storage import reading, run_lock
 from tests.aligner.checkpoint.test_changes import changed
@@ -40,7 +40,7 @@ def agree(cfg, directory, ranks: int) -> list:
         assert not thread.is_alive(), f"{thread.name} hangs"
     for rank, outcome in enumerate(found):
         if isinstance(outcome, ValueError):
-            assert isinstance(outcome, SaidByFirstRank) == (rank > 0), "an error is said once"
+            assert isinstance(outcome, FirstRankError) == (rank > 0), "an error is said once"
         elif isinstance(outcome, BaseException) and not isinstance(outcome, Stopped):
             raise outcome
     named = [str(outcome) if isinstance(outcome, ValueError) else outcome for outcome in found]
