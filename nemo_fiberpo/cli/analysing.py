@@ -73,7 +73,7 @@ def _compare(given: argparse.Namespace, say: Callable[[str], None], warn: Callab
 
 def _calibrate(given: argparse.Namespace, say: Callable[[str], None], warn: Callable[[str], None]) -> None:
     from nemo_fiberpo.analysis.calibrate import PASSING, calibrate
-    from nemo_fiberpo.analysis.explanation import hierarchy_yaml
+    from nemo_fiberpo.analysis.explanation import explain, hierarchy_yaml
 
     passing = PASSING if given.passing is None else given.passing
     proposal, name = calibrate(given.runs, passing, given.cells), ", ".join(map(str, given.runs))

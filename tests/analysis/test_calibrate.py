@@ -11,7 +11,7 @@ import yaml
 
 from nemo_fiberpo.analysis.calibrate import calibrate, round_up
 from nemo_fiberpo.analysis.drifts import drifts_of
-from nemo_fiberpo.analysis.explanation import divergence_bounds, hierarchy_yaml
+from nemo_fiberpo.analysis.explanation import divergence_bounds, explain, hierarchy_yaml
 from nemo_fiberpo.analysis.runs import Run
 from nemo_fiberpo.cli import main
 from nemo_fiberpo.config import load_hierarchy
