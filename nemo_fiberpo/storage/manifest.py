@@ -171,7 +171,7 @@ def problems(checkpoint: Path, manifest: Manifest, names: Iterable[str] | None =
 
 
 def _digest(file: BinaryIO, size: int) -> str | None:
-    """SHA-256 of a file of that many bytes; None for one that goes on behind them, as files of the kernel may."""
+    """SHA-256 of a file of that many bytes; None if it is longer, as kernel files can be."""
     digest, left = hashlib.sha256(), size
     while left > 0 and (block := file.read(min(left, _BLOCK))):
         digest.update(block)
@@ -180,8 +180,8 @@ def _digest(file: BinaryIO, size: int) -> str | None:
 
 
 def holds(seal: Path, state: Mapping[str, int]) -> bool:
-    """Whether a manifest that stands beside its files is of this state of the trainer, and they are as it says. False
-    too where one of them is missing, damaged or cannot be read: what it seals is then made again."""
+    """Whether a manifest beside its files has this trainer state, and they match it. False too if a file is missing,
+    damaged or unreadable."""
     try:
         found = read_file(seal)
         return found is not None and found.state == dict(state) and not problems(seal.parent, found)

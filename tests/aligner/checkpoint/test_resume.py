@@ -151,7 +151,7 @@ def test_a_rank_that_does_not_answer_is_named_and_nothing_is_moved(cfg, checkpoi
     """It may be reading a checkpoint that is whole."""
     before = sorted(checkpoints.rglob("*"))
     cfg.collective_timeout = 0.3
-    monkeypatch.setattr(first_rank, "HEARD", 0.1)
+    monkeypatch.setattr(first_rank, "ACK_TIMEOUT", 0.1)
     with pytest.raises(
         ValueError, match=r"^collective_timeout: rank 1 did not answer in 0\.3 s, .* raise collective_t"
     ):
@@ -160,7 +160,7 @@ def test_a_rank_that_does_not_answer_is_named_and_nothing_is_moved(cfg, checkpoi
 
 
 def test_all_ranks_have_answered_before_one_that_cannot_read_ends_the_run(cfg, checkpoints, monkeypatch):
-    answered, when_told, tell = [], [], Ranks._tell_the_end
+    answered, when_told, tell = [], [], Ranks._send_last
 
     def answer(_path, _wanted, rank, _ranks):
         time.sleep(0.2 * rank)
@@ -172,7 +172,7 @@ def test_all_ranks_have_answered_before_one_that_cannot_read_ends_the_run(cfg, c
         tell(self, message)
 
     monkeypatch.setattr(resume, "_read_share", answer)
-    monkeypatch.setattr(Ranks, "_tell_the_end", told)
+    monkeypatch.setattr(Ranks, "_send_last", told)
     assert all(said.startswith("file of rank 0: Input/output error") for said in agree(cfg, checkpoints, 3))
     assert sorted(when_told) == [0, 1, 2]
 

@@ -54,7 +54,7 @@ def test_the_first_rank_ends_when_the_others_have_heard_why(decide, own, others)
         thread.start()
     with nullcontext() if own is None else pytest.raises(own):
         assert Ranks(store, 0, 3, 20.0).lead(decide) is None
-    assert store.check(["heard/1", "heard/2"])
+    assert store.check(["ack/1", "ack/2"])
     for thread in threads:
         thread.join(20)
     assert heard == [others, others]
@@ -65,7 +65,7 @@ def test_a_message_of_a_stranger_is_refused(theirs, monkeypatch):
     """Who reaches the store could tell a rank which checkpoint to load."""
     store = dist.HashStore()
     if theirs is None:
-        store.set("said/0", '{"decision": {"checkpoint": "/tmp/evil"}}')
+        store.set("message/0", '{"decision": {"checkpoint": "/tmp/evil"}}')
     else:
         monkeypatch.setenv(first_rank.SECRET, theirs)
         Ranks(store, 0, 1, 20.0).lead(lambda: {"checkpoint": "/tmp/evil"})
@@ -79,7 +79,7 @@ def test_a_message_counts_in_its_own_place_only(monkeypatch):
     monkeypatch.setenv(first_rank.SECRET, "of this job")
     store = dist.HashStore()
     Ranks(store, 0, 1, 20.0).lead(lambda: {"checkpoint": "a"})
-    store.set("said/1", store.get("said/0"))
+    store.set("message/1", store.get("message/0"))
     follower = Ranks(store, 1, 2, 20.0)
     assert follower.follow(lambda _: {}) == {"checkpoint": "a"}
     follower._round = 1
@@ -88,7 +88,7 @@ def test_a_message_counts_in_its_own_place_only(monkeypatch):
 
 
 def test_the_first_rank_ends_although_another_never_hears(monkeypatch):
-    monkeypatch.setattr(first_rank, "HEARD", 0.1)
+    monkeypatch.setattr(first_rank, "ACK_TIMEOUT", 0.1)
     with pytest.raises(ValueError, match="in use"):
         Ranks(dist.HashStore(), 0, 2, 600.0).lead(fail)
 
