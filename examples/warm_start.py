@@ -22,13 +22,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_fiberpo.aligner import build
-from nemo_fiberpo.aligner.checkpoint.resume import take_directory
+from nemo_fiberpo.aligner.checkpoint.resume import lock_run_directory
 from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
 from nemo_fiberpo.aligner.config.checks import read_training_config
-from nemo_fiberpo.aligner.config.hydra import command_line, prepare_hydra
 from nemo_fiberpo.aligner.config.sections import warm_start_settings
-from nemo_fiberpo.aligner.lifecycle.ending import explain
-from nemo_fiberpo.aligner.lifecycle.first_rank import decided, is_first_rank
+from nemo_fiberpo.aligner.lifecycle.ending import run_main
+from nemo_fiberpo.aligner.lifecycle.first_rank import decide_on_first_rank, is_first_rank
+from nemo_fiberpo.hydra_support.command_line import command_line, prepare_hydra
 
 prepare_hydra()
 
@@ -37,7 +37,7 @@ def run(cfg: DictConfig) -> None:
     config, settings = read_training_config(cfg), warm_start_settings(cfg)
     hierarchy, data, reward = config.hierarchy, config.data, config.rewards
     record, target = RunRecord(cfg), Path(cfg.pretrained_checkpoint.restore_from_path)
-    if decided(cfg.collective_timeout, lambda: whether_to_train(cfg, record, target)) is None:
+    if decide_on_first_rank(cfg.collective_timeout, lambda: whether_to_train(cfg, record, target)) is None:
         return
     # The other ranks wait for this file, whose text says which data is complete.
     complete = Path(cfg.data_dir) / "complete"
@@ -57,8 +57,8 @@ def run(cfg: DictConfig) -> None:
     from nemo_fiberpo.aligner.actor import FiberPOActor
     from nemo_fiberpo.aligner.config.model_checks import first_token
     from nemo_fiberpo.aligner.data.prompts import PromptDataset
-    from nemo_fiberpo.aligner.data.records import load_prompts
     from nemo_fiberpo.aligner.rewards.reward_model import make_reward_model
+    from nemo_fiberpo.prompts.records import load_prompts
 
     with open_dict(cfg):
         cfg.model.optim.lr = cfg.model.optim.sched.min_lr = settings.lr
@@ -89,7 +89,7 @@ def run(cfg: DictConfig) -> None:
 def whether_to_train(cfg: DictConfig, record: RunRecord, target: Path) -> dict[str, Any] | None:
     """None if there is nothing to do. First rank; it holds the run's lock from now on: a warm start that waited for
     another one finds what that has written."""
-    take_directory(cfg, record)
+    lock_run_directory(cfg, record)
     if not target.exists():
         return {}
     print(f"warm start: {target} exists, nothing to do", flush=True)
@@ -171,7 +171,7 @@ def supervised_step(actor, hierarchy, optimizer, scheduler, examples, global_bat
     """One optimizer step on -mean log-likelihood of the answers, each answer weighing the same; `where` it is, for an
     error."""
     from nemo_fiberpo.aligner import finite
-    from nemo_fiberpo.aligner.rollout.minibatch import flat, in_rows, shape_of, take
+    from nemo_fiberpo.aligner.rollout.minibatch import build_minibatch, flatten_column, flatten_labels, stacked_shape
     from nemo_fiberpo.objective import build_cells
 
     width = max(len(prompt) + len(answer) for prompt, answer in examples)
@@ -182,11 +182,11 @@ def supervised_step(actor, hierarchy, optimizer, scheduler, examples, global_bat
         live[len(prompt) - 1 : len(prompt) + len(answer) - 1] = True
     lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in examples])
     rows = actor.rows(tokens, lengths, actor.cfg.micro_batch_size, packed=False)
-    weights = take(mask.double() / mask.sum(1, keepdim=True) / global_batch, rows)
-    labels = {"trajectory": flat(torch.arange(len(examples)), mask, rows)}
+    weights = flatten_column(mask.double() / mask.sum(1, keepdim=True) / global_batch, rows)
+    labels = {"trajectory": flatten_labels(torch.arange(len(examples)), mask, rows)}
     columns = {"mask": mask, "logprobs": torch.zeros(mask.shape), "advantage": torch.ones(len(examples))}
-    cells = build_cells(["trajectory"], labels, take(mask, rows), shape=shape_of(rows))
-    minibatch = in_rows(columns, rows, weights, cells.shared, None)
+    cells = build_cells(["trajectory"], labels, flatten_column(mask, rows), shape=stacked_shape(rows))
+    minibatch = build_minibatch(columns, rows, weights, cells.shared, None)
     actor.prepare_for_training()
     optimizer.zero_grad()
     actor.prepare_for_training_step()
@@ -221,7 +221,7 @@ def save(actor, optimizer, target: Path) -> None:
 @hydra.main(version_base=None, config_path="../conf", config_name="quickstart")
 def main(cfg: DictConfig) -> None:
     OmegaConf.set_struct(cfg, False)
-    explain(lambda: run(cfg))
+    run_main(lambda: run(cfg))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     @dataclass(frozen=True)
     class DataSettings:
-        \"""Which prompts are trained on.\"""
+        \"""The prompts to train on.\"""
 
         max_prompt_length: int = setting(512, at_least=1)
         \"""Longest prompt, in tokens.\"""
@@ -10,7 +10,7 @@
         def __post_init__(self) -> None:
             check(self)
 
-`check` holds the values against the annotations and bounds. `keys` lists what the reference of the config prints.
+`check` validates the values; `keys` lists what the reference of the config prints.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ from dataclasses import MISSING, dataclass
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from .values import number, one_of, true_or_false, whole_number
+from .values import number, one_of, short, true_or_false, whole_number
 
 _NAME = "setting"
 _WORDS: dict[type, str] = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+_COLLECTIONS: tuple[Any, ...] = (Sequence[str], Mapping[str, str], Mapping[str, int], Mapping[str, Any])
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a field may hold, beside its annotation."""
+    """What a field may hold, beyond its annotation."""
 
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
     choices: tuple[str, ...] = ()
-    form: str = ""  # what a value looks like, where the annotation does not tell
+    form: str = ""  # what a value looks like, where the annotation is not enough
     may_change: bool = False  # a resumed run may have another value
 
     def words(self) -> str:
-        """The limits of a number."""
+        """The limits of a number, in words."""
         if self.at_least is not None and self.at_most is not None:
             return f", from {self.at_least:.10g} to {self.at_most:.10g}"
         limits = {"at least": self.at_least, "greater than": self.above, "at most": self.at_most}
@@ -62,7 +63,7 @@ def setting(
     form: str = "",
     may_change: bool = False,
 ) -> Any:
-    """A field of a dataclass; without a default it must be given. The string literal below it is its meaning.
+    """A field of a dataclass; required if it has no default. The string literal below it is its meaning.
 
     at_least, above, at_most  limits of a number
     choices                   all values of a text
@@ -77,13 +78,12 @@ def setting(
 
 
 def check(settings: Any) -> None:
-    """ValueError naming the first field of a dataclass that does not hold what its annotation and bounds ask for.
+    """ValueError naming the first field of a dataclass that does not fit its annotation and bounds.
 
-    Numbers become floats where the annotation is float. Annotations other than bool, int, float and str, each with or
-    without None, are for the class itself to check.
+    Numbers become floats where the annotation is float. Checked are bool, int, float, str, sequences of str and
+    mappings with str keys, each with or without None; other annotations are left to the class.
     """
-    of: type = type(settings)
-    for name, (kind, optional, bounds) in _checked(of).items():
+    for name, (kind, optional, bounds) in _checked(type(settings)).items():
         value = getattr(settings, name)
         if value is None and optional:
             continue
@@ -96,25 +96,34 @@ def check(settings: Any) -> None:
         elif kind is float:
             limits = {"at_least": bounds.at_least, "above": bounds.above, "at_most": bounds.at_most}
             object.__setattr__(settings, name, number(value, name, **limits))
-        elif not isinstance(value, str):
+        elif kind is str and not isinstance(value, str):
             raise ValueError(f"{name}: must be a text, got {value!r}")
+        elif kind is not str and not _is_collection(value, kind):
+            form = f"mapping {bounds.form}" if bounds.form.startswith("{") else bounds.form
+            raise ValueError(f"{name}: must be a {form}, got {short(value)}")
+
+
+def _is_collection(value: Any, kind: Any) -> bool:
+    """Whether `value` is a list of str, or a mapping with str keys."""
+    of = list | tuple if get_origin(kind) is Sequence else Mapping
+    return isinstance(value, of) and all(isinstance(entry, str) for entry in value)
 
 
 @cache
 def _checked(kind: type) -> dict[str, tuple[type, bool, Bounds]]:
-    """Of each field that `check` checks: its type, whether it may be None, and its bounds."""
+    """Type, whether it may be None, and bounds of each field that `check` checks."""
     hints = get_type_hints(kind)
     found = {}
     for entry in dataclasses.fields(kind):
         plain, optional = _plain(hints[entry.name])
         bounds = entry.metadata.get(_NAME, Bounds())
-        if entry.init and (plain in _WORDS or bounds.choices):
+        if entry.init and (plain in _WORDS or bounds.choices or plain in _COLLECTIONS):
             found[entry.name] = (plain, optional, bounds)
     return found
 
 
 def _plain(hint: Any) -> tuple[Any, bool]:
-    """A type without `| None`, and whether it had that."""
+    """A type without `| None`, and whether None was one of its members."""
     if get_origin(hint) in (Union, types.UnionType):
         members = [member for member in get_args(hint) if member is not type(None)]
         if len(members) < len(get_args(hint)):
@@ -124,7 +133,7 @@ def _plain(hint: Any) -> tuple[Any, bool]:
 
 @dataclass(frozen=True)
 class Key:
-    """A key of the config as its reference has it."""
+    """A key of the config, as its reference lists it."""
 
     name: str
     form: str  # type, bounds and choices
@@ -134,8 +143,7 @@ class Key:
 
 
 def keys(kind: type, prefix: str = "") -> list[Key]:
-    """The keys that a dataclass of settings has, in order; those of a dataclass that is the default of a key by their
-    dotted names."""
+    """The keys of a settings class, in order. A key whose default is a dataclass is expanded into dotted names."""
     found = []
     for owner, entry, name, default in _leaves(kind, prefix):
         bounds = entry.metadata.get(_NAME, Bounds())
@@ -145,7 +153,7 @@ def keys(kind: type, prefix: str = "") -> list[Key]:
 
 
 def _leaves(kind: type, prefix: str) -> Iterator[tuple[type, dataclasses.Field[Any], str, Any]]:
-    """(class that has it, field, dotted name, default) of each key."""
+    """(owning class, field, dotted name, default) of each key."""
     for entry in dataclasses.fields(kind):
         default = entry.default if entry.default_factory is MISSING else entry.default_factory()
         if dataclasses.is_dataclass(default) and not entry.metadata.get(_NAME, Bounds()).form:
@@ -167,7 +175,7 @@ def summary(kind: type) -> str:
 
 @cache
 def meanings(kind: type) -> Mapping[str, str]:
-    """The string literal below each field of a dataclass; those of its bases too."""
+    """The string literal below each field of a dataclass and its bases."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if dataclasses.is_dataclass(base) and base.__module__ in sys.modules:
@@ -182,6 +190,6 @@ def meanings(kind: type) -> Mapping[str, str]:
 
 
 def changeable(kind: type, prefix: str) -> list[str]:
-    """The dotted names of the keys in which a resumed run may differ."""
+    """The dotted names of the keys that a resumed run may change."""
     leaves = _leaves(kind, f"{prefix}.")
     return [name for _, entry, name, _ in leaves if entry.metadata.get(_NAME, Bounds()).may_change]

@@ -48,7 +48,7 @@ def test_the_block_passes_every_check(commands: dict[str, list[str]], capsys: py
 
 
 def test_the_grader_scores_the_reference_answers_of_the_block(commands: dict[str, list[str]]):
-    from nemo_fiberpo.aligner.data.records import load_prompts
+    from nemo_fiberpo.prompts.records import load_prompts
 
     for record in load_prompts("data/train.jsonl"):
         assert not complaint(math_verify, record.grader, record.fields, record.prompt, record.response), record

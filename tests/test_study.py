@@ -28,10 +28,10 @@ ONE_OF_EACH = {(run.setting, run.objective): run for run in RUNS.values()}
 def test_the_config_of_a_run_is_accepted(run):
     compose = pytest.importorskip("nemo_fiberpo.cli.compose").compose
     checks = pytest.importorskip("nemo_fiberpo.aligner.config.checks")
-    hydra_config = pytest.importorskip("nemo_fiberpo.aligner.config.hydra")
+    hydra_config = pytest.importorskip("nemo_fiberpo.hydra_support.command_line")
     settings = pytest.importorskip("nemo_fiberpo.aligner.config.sections").algorithm_settings
     cfg = compose("quickstart", ["run_dir=/nowhere", *hydra_config.overrides(run.overrides)])
-    hierarchy, _ = checks.check_sections(cfg)
+    hierarchy = checks.check_sections(cfg)[0]
     settings(cfg).check_passes(hierarchy.active, cfg.model.micro_batch_size)
     assert cfg.model.optim.lr == run.lr
     assert settings(cfg).samples_per_step == cfg.model.micro_batch_size, "one micro-batch a step, as passes: 1 wants"

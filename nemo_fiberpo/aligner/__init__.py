@@ -1,5 +1,5 @@
-"""FiberPO in NeMo-Aligner: the actor, the trainer, and the rooms that they stand on.
+"""FiberPO in NeMo-Aligner.
 
-Lowest first: `lifecycle`, `config`, `data`, `generation`, `rewards`, `rollout`, `checkpoint`; `actor` and `trainer` use
-them all, and `launch` builds a run from a config.
+The rooms, lowest first: `lifecycle`, `config`, `data`, `generation`, `rewards`, `rollout`, `checkpoint`. `actor` and
+`trainer` use them, and `run` builds a run from a config.
 """

@@ -39,40 +39,40 @@ PROMPT_COLUMNS = ("prompt_index",)
 
 
 class FiberPOActor(MegatronGPTActorModel):
-    """MegatronGPTActorModel whose training step is `megatron.step.exact_step`, and whose generation keeps
-    expert-parallel ranks in lockstep.
+    """MegatronGPTActorModel whose training step is `megatron.step.exact_step`, and which generates in lockstep over
+    expert-parallel ranks.
 
-    Reads the sections of the model config that its parent reads (`model.ppo` holds generation and micro-batch sizes).
-    Old log-probs, the initial policy's and training run by one function, in the training layout. While responses are
-    generated every rank runs whole sequences, see `inference_layout`.
+    Reads the sections of the model config that its parent reads (`model.ppo`: generation and micro-batch sizes).
+    Log-probs of the old and the initial policy are computed by the function that training uses, in the training layout.
+    During generation every rank runs whole sequences, see `inference_layout`.
 
-    SPMD: as its parent; samples are sharded over data parallel ranks (expert-parallel ones included), replicated over
-    tensor and pipeline parallel ones; sequences are split over context-parallel ranks.
+    SPMD: as its parent. Samples are sharded over data-parallel ranks (expert-parallel ones included) and replicated
+    over tensor and pipeline ones; sequences are split over context-parallel ranks.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Any):
         check_model(cfg)
         super().__init__(cfg, trainer)
-        # Of the training layout: the config says false while responses are generated.
+        # Of the training layout; the config's own value is false during generation.
         self._sequence_parallel = bool(self.cfg.get("sequence_parallel", False))
         self._reducer: Reducer | None = None
         self._sampling_params: dict[str, Any]
         self._generating: contextlib.ExitStack | None = None
         self.experts: ExpertLabels | None = None
         self.logprobs = "auto"  # as in `gpt_policy`; `build.load_actor` decides it for all micro-batches of a run
-        self.records_log_probs = False  # whether `infer` hands over the log-probs of generation, the column ENGINE
-        # Optimizer steps begun, and how many had been when the old log-probs were computed.
+        self.records_log_probs = False  # whether `infer` returns the log-probs of generation, in the column ENGINE
+        # Optimizer steps begun so far, and at the time of the old log-probs.
         self._steps_begun, self._old_since = 0, -1
         self._choice = StepChoice()
 
     def _build_vocab(self) -> None:
-        """The parent's, which is done before anything is allocated."""
+        """The parent's, followed by a check, before anything is allocated."""
         super()._build_vocab()
         check_vocabulary(self.cfg, self.tokenizer, self.padded_vocab_size)
 
     @property
     def reducer(self) -> Reducer:
-        """The one reducer of the job; counts its calls and bytes."""
+        """The job's reducer, which counts its calls and bytes."""
         if self._reducer is None:
             with self._training_layout():
                 self._reducer = Reducer(TokenAxes.from_parallel_state())
@@ -80,12 +80,12 @@ class FiberPOActor(MegatronGPTActorModel):
 
     @property
     def max_new_tokens(self) -> int:
-        """Longest response, in tokens, the one that ends it included."""
+        """Longest response, in tokens, including the end-of-sequence token."""
         return int(self._length_params["max_length"])
 
     @contextlib.contextmanager
     def decoding(self, *, greedy: bool) -> Iterator[None]:
-        """Generate greedily, or with the configured sampling parameters, within the block."""
+        """Within the block, decode greedily or with the configured sampling parameters."""
         before = self._sampling_params
         self._sampling_params = before | {"use_greedy": greedy or before["use_greedy"]}
         try:
@@ -94,14 +94,14 @@ class FiberPOActor(MegatronGPTActorModel):
             self._sampling_params = before
 
     def _reset_sequence_parallelism_args(self) -> None:
-        """Enter the layout for generation; the parent's forgets embeddings and context parallelism."""
+        """Enter the generation layout; the parent's method leaves embeddings and context parallelism as they are."""
         if self._generating is None:
             self._generating = contextlib.ExitStack()
             self._generating.enter_context(whole_sequences(self.get_model_module_list()))
             self._generating.enter_context(_config_without_sequence_parallel(self))
 
     def _restore_sequence_parallelism_args(self) -> None:
-        """Leave it."""
+        """Leave the generation layout."""
         if self._generating is not None:
             self._generating.close()
             self._generating = None
@@ -128,9 +128,9 @@ class FiberPOActor(MegatronGPTActorModel):
         """The micro-batches of this rank's samples, all of one width.
 
         tokens int64 [b, s], lengths [b] of the sequences, `size` samples per micro-batch, runs of `together` of them
-        never apart; `counted`, bool [b], as in `padded_rows`. Padded rows keep the order of the samples; packed ones
-        come out about equally long, filled to the width of the longest of any rank. SPMD: every rank calls this; one
-        all-reduce where `packed`.
+        never apart; `counted`, bool [b], as in `padded_rows`. Padded rows keep the order of the samples. Packed rows
+        are filled to about equal lengths and padded to the longest of any rank. SPMD: every rank calls this; one
+        all-reduce if `packed`.
         """
         axes, real = self.reducer.axes, lengths.tolist()
         cp = axes.axis("cp")
@@ -146,8 +146,8 @@ class FiberPOActor(MegatronGPTActorModel):
         return [packed_rows(tokens, real, torch.tensor(samples), seq_length=int(width), **place) for samples in dealt]
 
     def read_experts(self, partitions: ExpertPartitions) -> None:
-        """From now on `old_policy` labels tokens by the experts they are routed to. ValueError as `partition_table`
-        and `RoutingCapture`."""
+        """Have `old_policy` label tokens by the experts they are routed to. ValueError as `partition_table` and
+        `RoutingCapture`."""
         self.experts = ExpertLabels(partitions, self.cfg, self.get_model_module_list())
 
     def record_log_probs(self) -> None:
@@ -164,7 +164,7 @@ class FiberPOActor(MegatronGPTActorModel):
     def log_probs_of(self, tokens: Tensor, lengths: Tensor, packed: bool = False) -> Tensor:
         """Log-probs of tokens[:, 1:] under the current weights, float32 [b, s - 1], on every rank of the model.
 
-        By the very function that training differentiates, pass A of the exact step, in the training layout.
+        Computed by the function that training differentiates, pass A of the exact step, in the training layout.
         """
         return self._forward_columns(tokens, lengths, packed, None)["logprobs"]
 
@@ -182,18 +182,17 @@ class FiberPOActor(MegatronGPTActorModel):
             out = torch.zeros(len(tokens), tokens.shape[1] - 1, device=torch.cuda.current_device())
             for entry, value in zip(rows, values, strict=False):
                 entry.put(value, out)
-            # Only the last stage has log-probs, and each context-parallel rank those of its own tokens.
+            # Only the last stage has log-probs, and each context-parallel rank only those of its own tokens.
             torch.distributed.all_reduce(out, group=mpu.get_context_parallel_group())
             torch.distributed.all_reduce(out, group=mpu.get_pipeline_model_parallel_group())
             columns = {"logprobs": out} | ({} if experts is None else experts.columns(rows, *out.shape))
         return {name: column.to(tokens.device) for name, column in columns.items()}
 
     def old_policy(self, tokens: Tensor, lengths: Tensor, packed: bool = False) -> dict[str, Tensor]:
-        """Columns of the policy of the rollout: `logprobs` (`log_probs_of`) and, after `read_experts`, the labels of
+        """Columns of the rollout's policy: `logprobs` (`log_probs_of`) and, after `read_experts`, the labels of
         `ExpertLabels.columns` from the same pass.
 
-        Remembered as those of the present weights: until the next optimizer step log-ratios are 0, and `step` skips the
-        pass that would measure them.
+        Until the next optimizer step log-ratios are known to be 0, and `step` skips the pass that would measure them.
         """
         self._old_since = self._steps_begun
         return self._forward_columns(tokens, lengths, packed, self.experts)
@@ -210,11 +209,11 @@ class FiberPOActor(MegatronGPTActorModel):
             return self.log_probs_of(tokens, lengths, packed)
 
     def get_inference_log_probs(self, response_tokens: Tensor, forward_micro_batch_size: int | None = None) -> Tensor:
-        """The parent's name for `log_probs_of`; sequences as long as they are padded."""
+        """The parent's name for `log_probs_of`, for sequences without lengths."""
         return self.log_probs_of(response_tokens, torch.full((len(response_tokens),), response_tokens.shape[1]))
 
     def get_loss_and_metrics(self, batch: dict, forward_only: bool):
-        """Not how FiberPO trains: a loss per micro-batch would gate each by its own part of a cell's aggregate."""
+        """Not supported: a loss per micro-batch would gate each by its own part of a cell's aggregate."""
         raise NotImplementedError("FiberPOActor trains by step(): the gates need the whole batch of the optimizer step")
 
     def step(
@@ -230,7 +229,7 @@ class FiberPOActor(MegatronGPTActorModel):
         """Accumulate the gradient of one optimizer step: -J of the global minibatch, plus the KL penalty.
 
         gating, use_min   as in `exact_step`
-        on_policy   as in `exact_step`; None: if and only if no optimizer step was begun since `old_policy`
+        on_policy   as in `exact_step`; None: whether no optimizer step has begun since `old_policy`
 
         Call between `prepare_for_training_step` and `finish_training_step`. SPMD: every rank calls it.
         """
@@ -250,8 +249,8 @@ class FiberPOActor(MegatronGPTActorModel):
         options: dict[str, Any] = {"gating": gating, "use_min": use_min, "extra_loss": penalty}
         with _watched(self.experts if minibatch.expert_labels else None, self._policy(rows), microbatches) as policy:
             given = policy, microbatches, tokens
-            if minibatch.parts is not None:
-                return one_pass_step(*given, minibatch.parts, hierarchy, self.reducer, **options)
+            if minibatch.microbatch_cells is not None:
+                return one_pass_step(*given, minibatch.microbatch_cells, hierarchy, self.reducer, **options)
             if minibatch.guessed is not None and not on_policy:
                 place = self._steps_begun - 1 - self._old_since
                 return self._choice.step(place, minibatch.guessed, *given, hierarchy, self.reducer, **options)
@@ -263,7 +262,7 @@ class FiberPOActor(MegatronGPTActorModel):
 
     @torch.no_grad()
     def infer(self, inference_batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Generate one response per row of `text`; as the parent's, with the columns that follow the prompt."""
+        """Generate one response per row of `text`; as the parent's, plus the prompts' columns."""
         if self.use_trtllm_generation:
             rollout = super().infer(inference_batch)
         else:
@@ -282,7 +281,7 @@ class FiberPOActor(MegatronGPTActorModel):
             strategy = (_RecordingLockstep if self.records_log_probs else Lockstep)(self, lengths, new, group)
         output = generate_tokens(self, tokens, lengths, strategy, self._sampling_params, self._length_params)
         response_tokens = broadcast_2d_tensor_within_pp(output, dtype=torch.long)
-        # NeMo goes on until the longest prompt has its max_length new tokens; the others end at theirs.
+        # NeMo generates until the longest prompt has max_length new tokens; the others end at theirs.
         response_lengths = torch.minimum(strategy.get_lengths(), lengths + new).clamp(max=response_tokens.shape[1])
         is_end = verify_is_valid_and_clamp_range_(
             response_tokens, response_lengths, strategy, self.tokenizer, self._sampling_params["end_strings"]
@@ -308,7 +307,7 @@ class _RecordingLockstep(RecordsLogProbs, Lockstep):
 
 @contextlib.contextmanager
 def _config_without_sequence_parallel(actor: FiberPOActor) -> Iterator[None]:
-    """NeMo's generation reads the model config and a config of its own beside the modules'."""
+    """Disable sequence parallelism in the configs that NeMo's generation reads beside the modules' own."""
     holders = (actor.cfg, actor.model_parallel_config, actor.transformer_config)
     before = [holder.sequence_parallel for holder in holders]
     for holder in holders:

@@ -1,7 +1,4 @@
-"""NeMo's objects of a run, built the way NeMo-Aligner's own scripts build them.
-
-Nothing here decides anything about the algorithm.
-"""
+"""NeMo's objects of a run, built as NeMo-Aligner's own scripts build them. Nothing here concerns the algorithm."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import logging as std_logging
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +24,19 @@ from nemo_fiberpo.storage.policy_file import read_config
 
 
 def start(cfg: DictConfig) -> None:
-    """Prepare the process: no pickle runs code, the CPU mode if asked for, quiet logs on CPU, one way to start helper
-    processes."""
+    """Prepare the process: restricted unpickling, the CPU mode if set, quiet logs on CPU, spawned child processes."""
     pickles.restrict()
     if cfg.cpu:
-        from nemo_fiberpo.aligner import cpu
+        from nemo_fiberpo import nemo_cpu
 
-        cpu.install(packed_rows=bool(cfg.algorithm.packing))
+        nemo_cpu.install(packed_rows=bool(cfg.algorithm.packing))
     import torch.multiprocessing as mp
     from nemo.utils import logging
 
     mp.set_start_method("spawn", force=True)
     shield_resource_tracker()
     if cfg.cpu:
-        # What these say on a CPU is which GPU features are absent, and NeMo names every default of its config.
+        # On a CPU they only report missing GPU features and every default of NeMo's config.
         logging.setLevel(logging.ERROR)
         for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "megatron"):
             std_logging.getLogger(name).setLevel(std_logging.ERROR)
@@ -49,24 +44,24 @@ def start(cfg: DictConfig) -> None:
 
 
 def create_trainer(cfg: DictConfig) -> Any:
-    """Lightning's trainer with NeMo's strategy, which makes every process group with `collective_timeout`."""
+    """Lightning's trainer with NeMo's strategy, whose process groups have `collective_timeout`."""
     from nemo_aligner.utils.train_script_utils import resolve_and_create_trainer
 
     trainer = resolve_and_create_trainer(cfg, "ppo")
-    # The strategy has a `timeout` argument, for the default group and for Megatron's; NeMo's builder does not pass it.
+    # NeMo's builder does not pass the strategy's `timeout`, which applies to the default group and to Megatron's.
     if not hasattr(trainer.strategy, "_timeout"):
         raise ImportError(
             f"{type(trainer.strategy).__name__}._timeout does not exist in this version of Lightning; "
-            "collective_timeout is set by it"
+            "collective_timeout needs it"
         )
     trainer.strategy._timeout = timedelta(seconds=cfg.collective_timeout)
     return trainer
 
 
 def build_lightning_trainer(cfg: DictConfig, checkpoint: Path | None) -> Any:
-    """`create_trainer`, with NeMo's experiment manager (logs) attached, resuming from `checkpoint` (None: from none).
+    """`create_trainer` with NeMo's experiment manager attached, resuming from `checkpoint` if there is one.
 
-    exp_manager's own search for a checkpoint takes only `-last` copies, and gives up where a killed run left two.
+    exp_manager's own search finds only `-last` copies, and gives up if a killed run left two.
     """
     from nemo.utils.exp_manager import exp_manager
 
@@ -83,8 +78,8 @@ def build_lightning_trainer(cfg: DictConfig, checkpoint: Path | None) -> Any:
 
 
 def load_actor(cfg: DictConfig, trainer: Any) -> Any:
-    """The policy from `pretrained_checkpoint.restore_from_path`, with what `model` says laid over its own config.
-    ValueError as `policy_file.read_config`, before anything of it is merged."""
+    """The policy of `pretrained_checkpoint.restore_from_path`; the `model` section overrides its own config. ValueError
+    as `policy_file.read_config`, before anything is merged."""
     from nemo_aligner.utils.utils import load_from_nemo, remove_overwritten_fields
 
     from nemo_fiberpo.aligner.actor import FiberPOActor
@@ -129,13 +124,13 @@ def initialise(cfg: DictConfig, trainer: Any, actor: Any, dataset: Any, optimize
 
     if trainer.max_steps < 0:
         trainer.fit_loop.epoch_loop.max_steps = optimizer_steps
-    # NeMo wants a data loader to be there; PPOTrainer builds its own and never reads this one.
+    # NeMo requires a data loader; PPOTrainer builds its own and never reads this one.
     batch = divide(cfg.model.global_batch_size, parallel_state.get_data_parallel_world_size())
     with pickles.named(trainer.ckpt_path):
         init_using_ptl(trainer, actor, torch.utils.data.DataLoader(dataset, batch_size=batch), dataset)
     del actor._train_dl
-    limit_collectives(cfg.collective_timeout)  # groups that were made without the strategy's time-out
-    # PPOTrainer collects garbage several times a step; without this each pass walks all that NeMo's imports made.
+    limit_collectives(cfg.collective_timeout)  # groups created without the strategy's timeout
+    # PPOTrainer collects garbage several times a step; without this each pass walks all objects of NeMo's imports.
     gc.collect()
     gc.freeze()
     optimizer, scheduler = extract_optimizer_scheduler_from_ptl_model(actor)
@@ -146,26 +141,22 @@ def initialise(cfg: DictConfig, trainer: Any, actor: Any, dataset: Any, optimize
 
 
 def prompt_loader(cfg: DictConfig, dataset: Any, collate: Callable) -> Callable:
-    """What PPOTrainer calls for a data loader of prompts that starts at `consumed_samples`."""
-    prompts_per_batch = cfg.model.ppo.rollout_micro_batch_size // cfg.algorithm.samples_per_prompt
-    return partial(
-        _build_loader, dataset, collate, prompts_per_batch, cfg.algorithm.prompts_per_rollout, cfg.model.seed
-    )
-
-
-def _build_loader(dataset: Any, collate: Callable, micro: int, total: int, seed: int, consumed_samples: int) -> Any:
+    """The function by which PPOTrainer builds a data loader of prompts that starts at `consumed_samples`."""
     from nemo_fiberpo.aligner.generation.inference_layout import generation_axis
     from nemo_fiberpo.aligner.rollout.dealing import PromptSampler
 
-    rank, ranks, _ = generation_axis()
-    sampler = PromptSampler(
-        total_samples=len(dataset),
-        consumed_samples=consumed_samples,
-        micro_batch_size=micro,
-        data_parallel_rank=rank,
-        data_parallel_size=ranks,
-        drop_last=True,
-        global_batch_size=total,
-        seed=seed,
-    )
-    return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
+    def build(consumed_samples: int) -> Any:
+        rank, ranks, _ = generation_axis()
+        sampler = PromptSampler(
+            total_samples=len(dataset),
+            consumed_samples=consumed_samples,
+            micro_batch_size=cfg.model.ppo.rollout_micro_batch_size // cfg.algorithm.samples_per_prompt,
+            data_parallel_rank=rank,
+            data_parallel_size=ranks,
+            drop_last=True,
+            global_batch_size=cfg.algorithm.prompts_per_rollout,
+            seed=cfg.model.seed,
+        )
+        return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
+
+    return build

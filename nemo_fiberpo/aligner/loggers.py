@@ -1,5 +1,5 @@
-"""More of NeMo's loggers: files of metrics and of the prompts used, which survive a resume, and one line a step for the
-person who watches."""
+"""Loggers beside NeMo's: files of metrics and of the prompts used, which survive a resume, and a progress line per
+step."""
 
 from __future__ import annotations
 
@@ -14,25 +14,32 @@ from typing import Any, TextIO
 
 from nemo_fiberpo.storage.manifest import write_atomically
 
-DAMAGED = ".damaged"  # beside the file: lines of it that could not be read on a resume
+DAMAGED = ".damaged"  # suffix of the file for unreadable lines, found on a resume
 
 
-class MetricsFile:
-    """One JSON object a line: {"rl_step": n, "step": x-axis of the logger, "<prefix>/<name>": number, ...}.
-
-    Histograms have lines of their own, {"rl_step": n, "step": optimizer step, "<name>": {"<bin>": count, ...}, ...},
-    which leave out empty bins. Given to NeMo-Aligner's logger wrapper beside its TensorBoard logger. Lines are appended
-    and flushed whole; on a resume `rewind` drops what a killed run had written past its checkpoint. Numbers are written
-    with all their digits, NaN and infinity as null.
-    """
+class _JsonLines:
+    """A file of one JSON object a line, each with its RL step."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
 
     def rewind(self, rl_step: int) -> None:
-        """Keep the lines of RL steps before `rl_step`. Atomic: a kill leaves the old file or the new."""
+        """Keep the lines of RL steps before `rl_step`. Atomic."""
         _rewind(self._path, rl_step)
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class MetricsFile(_JsonLines):
+    """One JSON object a line: {"rl_step": n, "step": x-axis of the logger, "<prefix>/<name>": number, ...}.
+
+    Histograms have lines of their own, {"rl_step": n, "step": optimizer step, "<name>": {"<bin>": count, ...}, ...},
+    without empty bins. Passed to NeMo-Aligner's logger wrapper. On a resume `rewind` drops what a killed run had
+    written past its checkpoint. Numbers keep all their digits; NaN and infinity are null.
+    """
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         if not metrics:
@@ -49,32 +56,20 @@ class MetricsFile:
         counts = {name: {str(at): count for at, count in enumerate(bins) if count} for name, bins in histograms.items()}
         self._append({"rl_step": rl_step, "step": step, **counts})
 
-    def _append(self, row: Mapping[str, Any]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
 
-
-class PromptsFile:
+class PromptsFile(_JsonLines):
     """The prompts of every RL step, one JSON object a line: {"rl_step": n, "lines": [line of data.train, ...]}.
 
-    The lines count from 1 and stand in the order of the rollout; each prompt comes once, whatever its samples. Given to
-    NeMo-Aligner's logger wrapper; `rewind` as in MetricsFile.
+    Lines count from 1, in the order of the rollout, each prompt once.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self._path = Path(path)
-
-    def rewind(self, rl_step: int) -> None:
-        _rewind(self._path, rl_step)
-
     def log_prompts(self, rl_step: int, lines: Sequence[int]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps({"rl_step": rl_step, "lines": list(lines)}) + "\n")
+        self._append({"rl_step": rl_step, "lines": list(lines)})
 
 
 def _rewind(path: Path, rl_step: int) -> None:
-    """Keep the whole lines of RL steps before `rl_step`. Lines that cannot be read, as after damage to the disk, are
-    moved to a file beside it, with a message. A half-written last line, which a kill leaves, is dropped."""
+    """Keep the whole lines of RL steps before `rl_step`. Unreadable lines are moved to a file beside it, with a
+    message; a half-written last line, which a kill leaves, is dropped."""
     if not path.exists():
         return
     kept: list[bytes] = []
@@ -98,7 +93,7 @@ def _rewind(path: Path, rl_step: int) -> None:
 
 
 def _step_of(line: bytes) -> int | None:
-    """The RL step of a line; None where it is damaged."""
+    """The RL step of a line; None if the line is damaged."""
     try:
         row = json.loads(line.decode())
     except (ValueError, RecursionError):
@@ -108,8 +103,7 @@ def _step_of(line: bytes) -> int | None:
 
 
 def _rl_step(metrics: Mapping[str, Any], step: int | None) -> int | None:
-    """The RL step that a row belongs to: optimizer steps say it themselves, an evaluation comes after its step is
-    counted."""
+    """The RL step of a row: optimizer steps have it; an evaluation is logged after its step is counted."""
     if "train_optim/rl_step" in metrics:
         return int(metrics["train_optim/rl_step"])
     if step is not None and any(name.startswith("val_rollouts/") for name in metrics):
@@ -125,7 +119,7 @@ def _number(value: Any) -> float | None:
 
 
 def _duration(seconds: float) -> str:
-    """As "40 s", "7 min", "3 h 20 min"."""
+    """ "40 s", "7 min", "3 h 20 min"."""
     minutes = round(seconds / 60)
     if minutes < 2:
         return f"{seconds:.0f} s"
@@ -133,15 +127,15 @@ def _duration(seconds: float) -> str:
 
 
 class Progress:
-    """One line per RL step: reward in all and per domain, how much of its budget each stratum uses at most, and the
-    time of the step and of those that are left, at the mean of this process."""
+    """One line per RL step: reward overall and per domain, the largest share of its budget that each stratum uses, the
+    step's time and the remaining time at the mean of this process."""
 
     def __init__(self, total_steps: int, stream: TextIO | None = None):
         self._total, self._stream = total_steps, stream or sys.stdout
         self._rollout: dict[str, float] = {}
         self._gates: dict[str, float] = {}
         self._since = self._begun = time.monotonic()
-        self._steps = 0  # that this process has taken
+        self._steps = 0  # of this process
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         for name, value in metrics.items():

@@ -14,9 +14,9 @@ from nemo_fiberpo.aligner.checkpoint.resume import find_checkpoint
 from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
 from nemo_fiberpo.aligner.config.checks import check_batches, check_graders, read_training_config
 from nemo_fiberpo.aligner.config.model_checks import first_token
-from nemo_fiberpo.aligner.data.records import load_prompts
 from nemo_fiberpo.aligner.lifecycle import preemption
 from nemo_fiberpo.aligner.lifecycle.first_rank import is_first_rank
+from nemo_fiberpo.prompts.records import load_prompts
 from nemo_fiberpo.storage.policy_file import read_config as read_policy_config
 
 if TYPE_CHECKING:
@@ -26,12 +26,11 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """One run, as one of its ranks sees it. SPMD: every rank calls the same methods, in the order in which they stand.
+    """One run, as seen by one of its ranks. SPMD: every rank calls the same methods, in the order in which they stand.
 
-    It is NeMo-Aligner's PPO script with four differences: there is no critic; prompts carry a domain and come several
-    times each; the optimizer step of the actor is exact over the whole global batch; held-out prompts are evaluated
-    before and after. The config is checked when the object is made, before anything is imported that takes time:
-    ValueError naming the field.
+    It follows NeMo-Aligner's PPO script, except that there is no critic, prompts have a domain and several samples
+    each, the optimizer step is exact over the whole global batch, and held-out prompts are evaluated before and after
+    training. The constructor checks the config, before slow imports: ValueError naming the field.
     """
 
     actor: FiberPOActor
@@ -45,37 +44,37 @@ class Run:
         self.record = RunRecord(cfg)
         self.run_dir = Path(cfg.run_dir)
         self._reward_model: Any = None
-        self._restored: Mapping[str, int] | None = None  # state of the trainer in the checkpoint that is resumed from
+        self._restored: Mapping[str, int] | None = None  # the trainer's state in the checkpoint
 
     def check(self) -> Iterator[str]:
-        """Check what the config names as well, without loading it: a line for each, which tells what of it was checked.
-        ValueError naming the file or the key."""
-        self.record.check()  # else the first rank does, under the run's lock
+        """Check the files that the config names, without loading them; yields a line for each. ValueError naming the
+        file or the key."""
+        self.record.check()  # training does this under the run's lock
         yield f"the config: {', '.join(str(key) for key in self.cfg if self.cfg[key] is not None)}"
         own = tuple(self.config.rewards.graders or ())
         for key, path in (("data.train", self.config.data.train), ("data.heldout", self.config.data.heldout)):
             if path is not None and Path(path).exists():
                 yield f"{key}: {len(load_prompts(path, own))} prompts in {path}"
             elif path is not None:
-                yield f"{key}: not checked: there is no {path}"
+                yield f"{key}: not checked: {path} does not exist"
         policy = Path(self.cfg.pretrained_checkpoint.restore_from_path)
         if policy.exists():
             read_policy_config(policy)
             yield f"pretrained_checkpoint.restore_from_path: the config in {policy}; its weights not checked"
         else:
-            yield f"pretrained_checkpoint.restore_from_path: not checked: there is no {policy}"
+            yield f"pretrained_checkpoint.restore_from_path: not checked: {policy} does not exist"
         newest = self.record.checkpoint
-        state = f"would resume from RL step {newest['step']}" if newest else "would begin at RL step 0"
+        state = f"would resume from RL step {newest['step']}" if newest else "would start at RL step 0"
         yield f"run_dir: {self.run_dir}: {state}"
 
     def load(self) -> None:
-        """Choose the checkpoint to resume from, or none; then load the policy, the prompts and the reward model.
+        """Choose the checkpoint to resume from, then load the policy, the prompts and the reward model.
 
-        Raises ValueError for what is wrong with them, on every rank, and `preemption.Stopped` if the run is to end.
+        Raises ValueError on every rank if one of them is invalid, and `preemption.Stopped` if the run is to end.
         """
         found = find_checkpoint(self.cfg, self.record)
         self._restored = dict(found[1].state) if found else None
-        _tell(f"loading the policy {self.cfg.pretrained_checkpoint.restore_from_path}")
+        _print_rank_0(f"loading the policy {self.cfg.pretrained_checkpoint.restore_from_path}")
         build.start(self.cfg)
         self._load_policy(found[0] if found else None)
         self._stop_before_training()
@@ -114,14 +113,14 @@ class Run:
         }
         self.prompts = PromptDataset(data.train, tokenizer, data.max_prompt_length, **options)
         dropped = f", {self.prompts.dropped} of more than {data.max_prompt_length} tokens dropped"
-        _tell(f"{data.train}: {len(self.prompts)} prompts{dropped if self.prompts.dropped else ''}")
+        _print_rank_0(f"{data.train}: {len(self.prompts)} prompts{dropped if self.prompts.dropped else ''}")
         self.heldout = None
         if data.heldout is not None:
             own: dict[str, Any] = {"domains": self.prompts.domains, "first_index": len(self.prompts)}
             self.heldout = PromptDataset(data.heldout, tokenizer, data.max_prompt_length, **own, **options)
 
     def build(self) -> None:
-        """The trainer with its optimizer, the graders and the logs; all of them where the checkpoint was saved."""
+        """Build the trainer with its optimizer, graders and loggers, and restore their state from the checkpoint."""
         from nemo_fiberpo.aligner.loggers import MetricsFile, Progress, PromptsFile
 
         paths = self.run_dir / "metrics.jsonl", self.run_dir / "prompts.jsonl"
@@ -139,7 +138,7 @@ class Run:
         if is_first_rank():
             step = self.trainer.step
             for key, (before, now) in self.record.remember(step).items():
-                print(f"from RL step {step} on {key} is {now!r}, before {before!r}", flush=True)
+                print(f"from RL step {step} on: {key} is {now!r}, was {before!r}", flush=True)
             for file in files:
                 file.rewind(step)
             loggers.append(Progress(self.trainer.max_steps))
@@ -155,7 +154,7 @@ class Run:
         steps = config.algorithm.total_steps(len(self.prompts))
         optimizer, scheduler, checkpoints = build.initialise(cfg, self._lightning, actor, self.prompts, steps)
         self._checkpoints = checkpoints
-        # Completes saves under way; None where exp_manager.create_checkpoint_callback is false.
+        # Finalizes pending saves; None if exp_manager.create_checkpoint_callback is false.
         self._finish_saves: Callable[..., Any] | None = None
         if hasattr(checkpoints, "finish_saves"):
             self._finish_saves = partial(checkpoints.finish_saves, self._lightning)
@@ -182,7 +181,7 @@ class Run:
         )
 
     def evaluate(self, moment: str) -> None:
-        """Rewards on the held-out prompts, if there are any, to `heldout_<moment>.jsonl`."""
+        """Evaluate the held-out prompts, if any, into `heldout_<moment>.jsonl`."""
         from nemo_fiberpo.aligner.rollout.evaluation import mean_rewards, write_rows
 
         if self.heldout is None:
@@ -191,11 +190,11 @@ class Run:
         if is_first_rank():
             write_rows(self.run_dir / f"heldout_{moment}.jsonl", rows)
             means = ", ".join(f"{name} {mean:.3f}" for name, mean in mean_rewards(rows, "sampled").items())
-            print(f"held-out reward {moment}: {means or 'no answer could be graded'}", flush=True)
+            print(f"held-out reward {moment}: {means or 'no response could be graded'}", flush=True)
 
     def train(self) -> None:
-        """All RL steps that are left, with an evaluation before the first. `preemption.Stopped` if a signal or the time
-        limit ends the run before, once it is saved."""
+        """All remaining RL steps, with an evaluation before the first. `preemption.Stopped`, after a save, if a signal
+        or the time limit ends the run early."""
         if self.trainer.step == 0:
             self.evaluate("before")
             self._stop_before_training()
@@ -209,7 +208,7 @@ class Run:
             self._checkpoints.complete_policy(self._lightning, self.actor)
 
     def report(self) -> None:
-        """The table of held-out rewards, and report.png. First rank."""
+        """Print the table of held-out rewards and write report.png. First rank."""
         from nemo_fiberpo.analysis.heldout import format_table
         from nemo_fiberpo.analysis.report import make_report
 
@@ -225,43 +224,41 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the graders, whatever happened."""
+        """End the graders."""
         if self._reward_model is not None:
             self._reward_model.close()
 
     def _stop_before_training(self) -> None:
-        """End the run here if a rank got a signal: there is nothing to save. Collective."""
+        """End the run here if a rank got a signal; there is nothing to save. Collective."""
         reason = preemption.agreed_reason()
         if reason is not None:
             at = f"RL step {self._restored['step']}" if self._restored else "the start"
-            _tell(f"stopped by {reason} before training: nothing to save; the same command resumes from {at}")
+            _print_rank_0(f"stopped by {reason} before training: nothing to save; the same command resumes from {at}")
             raise preemption.Stopped
 
 
 def stop_in_training(
     reason: str, trainer: Any, save_interval: int, finish_saves: Callable[..., Any] | None
 ) -> NoReturn:
-    """End the run after an RL step, saved: by `fit` where it saves at all, else here, since whoever starts the run
-    again counts on its progress. Collective.
+    """End the run after an RL step, with a checkpoint. Collective.
 
-    save_interval  `algorithm.save_interval`; with 0 `fit` saves nothing
-    finish_saves   completes saves that are under way; None where there is no checkpoint callback, so that nothing can
-                   be saved: then the run has failed, and starting it again would repeat it from its beginning
+    save_interval  `algorithm.save_interval`; if it is 0, `fit` has not saved
+    finish_saves   finalizes pending saves; None without a checkpoint callback: nothing can be saved, the run failed
     """
     at = f"stopped by {reason} at RL step {trainer.step} of {trainer.max_steps}"
     if finish_saves is None:
-        _tell(
-            f"error: {at}: nothing is saved, exp_manager.create_checkpoint_callback is false; the same command begins "
-            "again"
+        _print_rank_0(
+            f"error: {at}: nothing is saved, exp_manager.create_checkpoint_callback is false; the same command starts "
+            "over"
         )
-        raise preemption.Stopped(can_go_on=False)
+        raise preemption.Stopped(resumable=False)
     if save_interval == 0:
         trainer.save()
         finish_saves(blocking=True)
-    _tell(f"{at}: checkpoint saved; the same command resumes from here")
+    _print_rank_0(f"{at}: checkpoint saved; the same command resumes from here")
     raise preemption.Stopped
 
 
-def _tell(line: str) -> None:
+def _print_rank_0(line: str) -> None:
     if is_first_rank():
         print(line, flush=True)

@@ -21,7 +21,7 @@ from nemo_fiberpo.aligner.data.prompts import PromptDataset
 from nemo_fiberpo.aligner.generation.engine_log_probs import ENGINE
 from nemo_fiberpo.aligner.generation.inference_layout import generation_axis
 from nemo_fiberpo.aligner.generation.lockstep import deterministic
-from nemo_fiberpo.aligner.rewards.reward_model import settled, stop_if_ungraded
+from nemo_fiberpo.aligner.rewards.reward_model import check_failures, zero_failures
 from nemo_fiberpo.aligner.rewards.rules import OK
 from nemo_fiberpo.aligner.rollout.advantages import ESTIMATORS
 from nemo_fiberpo.aligner.rollout.agreement import agreed_minibatches
@@ -43,12 +43,12 @@ from nemo_fiberpo.objective.kernels import compile_passes
 
 
 class FiberPOTrainer(PPOTrainer):
-    """PPOTrainer whose rollouts are prompt groups and whose optimizer steps are exact FiberPO steps.
+    """PPOTrainer with prompt groups as rollouts and exact FiberPO optimizer steps.
 
-    What it changes of its parent: prompts come several times each; a minibatch holds whole prompt groups; advantages
-    are group-relative instead of a critic's; old log-probs, cells and weights are agreed once per rollout; the
-    gradient is that of the whole minibatch with global denominators, not a mean of per-micro-batch means; responses
-    that did not end are trained on unless `truncated: mask`. `fit`, checkpoints, timers and loggers are the parent's.
+    Differences from its parent: several samples per prompt; minibatches of whole prompt groups; group-relative
+    advantages instead of a critic's; old log-probs, cells and weights fixed once per rollout; the gradient of the whole
+    minibatch with global denominators, not a mean of micro-batch means; truncated responses are trained on unless
+    `truncated: mask`. `fit`, checkpoints, timers and loggers are the parent's.
 
     SPMD: one instance per rank. Samples are sharded over data-parallel ranks, replicated over tensor and pipeline ones.
     """
@@ -68,11 +68,11 @@ class FiberPOTrainer(PPOTrainer):
         compile_passes("auto" if settings.compile == "auto" else str(int(settings.compile)))
         self.heldout, self.heldout_modes = heldout, heldout_modes
         if "greedy" in heldout_modes and parent["model"].use_trtllm_generation:
-            raise ValueError("data.heldout_greedy: true, but TensorRT-LLM samples here; set it to false")
+            raise ValueError("data.heldout_greedy: true, but TensorRT-LLM only samples; set it to false")
         if settings.rollout_correction.active:
             parent["model"].record_log_probs()
         if settings.val_check_interval and heldout is None:
-            raise ValueError("algorithm.val_check_interval: evaluates data.heldout, which is not given")
+            raise ValueError("algorithm.val_check_interval: evaluates data.heldout, which is not set")
         if len(prompts) < settings.prompts_per_rollout:
             raise ValueError(
                 f"algorithm.prompts_per_rollout: {settings.prompts_per_rollout}, but data.train has "
@@ -106,7 +106,7 @@ class FiberPOTrainer(PPOTrainer):
         with context(), deterministic(self.model.cfg.seed, self.step, generation_axis()[0]):
             rollout = self._generate(dataloader_builder, consumed_samples)
         failed = int((rollout["grader_failed"] != OK).sum())
-        stop_if_ungraded(failed, len(rollout["grader_failed"]), self.rm_critic.max_failed, self.rm_critic.reasons)
+        check_failures(failed, len(rollout["grader_failed"]), self.rm_critic.max_failed, self.rm_critic.reasons)
         estimate = ESTIMATORS[self.settings.advantage]
         rollout["advantage"] = estimate(rollout["rewards"], rollout["prompt_index"], rollout["valid"].bool())
         local = rollout.chunk(
@@ -124,7 +124,7 @@ class FiberPOTrainer(PPOTrainer):
         return local, cpu_dict(self.compute_rollout_metrics(rollout))
 
     def _generate(self, dataloader_builder: Any, consumed_samples: int) -> Any:
-        """All samples of the rollout on every rank, with their rewards and whether these count."""
+        """All samples of the rollout on every rank, with rewards and whether they count."""
         dataloader = dataloader_builder(consumed_samples=consumed_samples)
         sampler = dataloader.batch_sampler
         batches = self.batch_iterator_cls(
@@ -147,7 +147,7 @@ class FiberPOTrainer(PPOTrainer):
                 for sample, future in zip(samples, futures, strict=True):
                     self._add_rewards(sample, future)
             names = self._response_labels.names if self._response_labels is not None else None
-        except Exception as error:  # told to the others: they are about to gather the rollout
+        except Exception as error:  # sent to the others, which are about to gather the rollout
             traceback.print_exc()
             problem = f"{type(error).__name__}: {error}"
         facts = {"prompts in data.train": len(self.prompts), "batches of prompts": len(samples)}
@@ -160,12 +160,14 @@ class FiberPOTrainer(PPOTrainer):
 
     def _add_rewards(self, sample: dict[str, Tensor], future: Any) -> None:
         rewards, _ = future.result() if isinstance(future, FutureResult) else future
-        sample["rewards"], sample["valid"] = settled(rewards, sample["grader_failed"], self.rm_critic.drops_failures)
+        sample["rewards"], sample["valid"] = zero_failures(
+            rewards, sample["grader_failed"], self.rm_critic.drops_failures
+        )
 
     def generate_ppo_data(self, rollout_batch: Mapping[str, Tensor]):
-        """What the optimizer steps need, and the exchanges of the rollout that agree on cells and denominators.
+        """Build the minibatches of the optimizer steps; collective, agrees on cells and denominators.
 
-        The columns stay with the trainer, in rows; what is returned tells NeMo-Aligner the number of minibatches.
+        The columns stay with the trainer, in rows; NeMo-Aligner gets a batch that determines the number of minibatches.
         """
         tokens, log_probs = rollout_batch["response_tokens"], rollout_batch["logprobs"]
         mask = response_mask(rollout_batch["prompt_lengths"], rollout_batch["response_lengths"], tokens.shape[1] - 1)
@@ -191,7 +193,7 @@ class FiberPOTrainer(PPOTrainer):
         return {"response_tokens": tokens}, metrics
 
     def run_training(self, dataloader_iter: Iterator[Mapping[str, Tensor]]):
-        """The optimizer steps of one rollout, `epochs` times over its minibatches."""
+        """The optimizer steps of one rollout: `epochs` passes over its minibatches."""
         self.model.prepare_for_training()
         assert len(list(dataloader_iter)) == len(self._minibatches) == self.settings.optimizer_steps
         metrics: dict[str, float] = {}
@@ -235,7 +237,7 @@ class FiberPOTrainer(PPOTrainer):
         )
         self.model.finish_training_step()
         lr = self.optimizer.param_groups[0]["lr"]
-        # As metrics.jsonl counts them.
+        # Numbered as in metrics.jsonl.
         grad_norm = finite.step(self.optimizer, f"optimizer step {self.ppo_optimization_step} of RL step {self.step}")
         self.scheduler.step()
         metrics = {"grad_norm": grad_norm, "lr": lr, "on_policy": float(result.report is None)}
@@ -243,7 +245,7 @@ class FiberPOTrainer(PPOTrainer):
         metrics |= self._over_ranks(result, minibatch)
         if result.second_share is not None:
             metrics["second_pass"] = result.second_share
-        if minibatch.parts is not None or result.second_share == 0.0:  # one pass has no other to differ from
+        if minibatch.microbatch_cells is not None or result.second_share == 0.0:  # one pass has nothing to compare
             del metrics["recompute_error"]
         if result.loss is not None:
             metrics["loss"] = result.loss
@@ -252,8 +254,8 @@ class FiberPOTrainer(PPOTrainer):
         return metrics, result
 
     def _over_ranks(self, result: StepResult, minibatch: Minibatch) -> dict[str, float]:
-        """For the logs, by one exchange: the recompute error's maximum, and over the ranks that hold tokens the sums of
-        the KL penalty and of the tokens that changed their experts."""
+        """Metrics over all ranks, by one exchange: the maximum recompute error, the KL penalty, and counts of tokens
+        that changed their experts."""
         axes, experts = self.model.reducer.axes, self.model.experts
         counts = torch.zeros(2, 0, dtype=torch.float64)
         if minibatch.expert_labels is not None:
@@ -272,7 +274,7 @@ class FiberPOTrainer(PPOTrainer):
         return metrics
 
     def compute_rollout_metrics(self, rollout_batch: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Of the whole rollout: rewards, lengths and truncation, in all and per domain, and failures of the graders.
+        """Of the whole rollout: rewards, lengths, truncation and grader failures, overall and per domain.
 
         `rollout_size` counts prompts: NeMo-Aligner adds it to `consumed_samples`, by which the sampler reads prompts.
         """
@@ -284,8 +286,7 @@ class FiberPOTrainer(PPOTrainer):
         return metrics | {"rollout_size": size, "table": first_sample(batch, self.model.tokenizer)}
 
     def evaluate_heldout(self) -> list[dict[str, Any]]:
-        """One graded response per held-out prompt and mode, from the same random numbers at every call; see
-        `evaluate`."""
+        """One graded response per held-out prompt and mode, from the same random numbers at every call."""
         assert self.heldout is not None
         size = self.model.cfg.ppo.rollout_micro_batch_size
         seed = self.model.cfg.seed
@@ -293,8 +294,8 @@ class FiberPOTrainer(PPOTrainer):
 
     @torch.no_grad()
     def run_validation(self) -> dict[str, Any]:
-        """Held-out rewards, as `fit` logs them every `val_check_interval` RL steps. `fit` also asks where it stops
-        early; an evaluation that is not due would be in the metrics of interrupted runs only."""
+        """Held-out rewards, logged by `fit` every `val_check_interval` RL steps. `fit` also validates when it stops
+        early; such an evaluation is skipped, since only interrupted runs would log it."""
         if self.step % self.settings.val_check_interval and self.step != self.max_steps:
             return {"table": {"reward": float("nan"), "prompt": "", "response": ""}}
         assert self.heldout is not None

@@ -1,11 +1,11 @@
-"""The graders that ship.
+"""The built-in graders.
 
 A grader is a function `(record, response) -> score`: `record` is the prompt's grader fields (a dict from the JSONL
-line), `response` the policy's text. An answer that is wrong or unreadable scores 0. An exception means that the grader
-is defective, not the answer. An own grader is named "package.module:function" in the config.
+line), `response` the policy's text. A wrong or unreadable response scores 0; an exception means that the grader is
+defective. Custom graders are named "package.module:function" in the config.
 
-Grading processes import this file by its path (see `process.py`), and with it the standard library and the
-grading libraries that the data ask for, never this package: they hold no torch, no CUDA context and no process group.
+Grading processes import this file by its path (see `process.py`), with only the standard library and the grading
+libraries that the data need: they hold no torch, no CUDA context and no process group.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ _FRACTION = re.compile(r"([+-]?)(?:\\[dt]?frac\{(\d+)\}\{(\d+)\}|(\d+)/(\d+))", 
 
 
 def reasoning_gym(record: dict[str, Any], response: str) -> float:
-    """The task's own `score_answer(answer, entry)` of reasoning-gym, in [0, 1].
+    """reasoning-gym's `score_answer(answer, entry)` of the task, in [0, 1].
 
-    `answer_form` says how the answer is read from the response: "text" (default) passes it unchanged; "answer_tag"
-    takes what stands between the last <answer> and </answer>; "digit_list" reads `1579` as the list `[1,5,7,9]`, for
-    tasks whose answer is a list of digits.
+    `answer_form` tells how the answer is read from the response: "text" (default): unchanged; "answer_tag": between the
+    last <answer> and </answer>; "digit_list": `1579` as the list `[1,5,7,9]`, for tasks whose answer is a list of
+    digits.
 
-    An answer on which the scorer fails is one that it cannot read, since the entry was held against it before training.
+    An answer on which the scorer raises scores 0; the entry was checked before training.
     """
     form = record.get("answer_form", "text")
     answer: str | None = response
@@ -67,10 +67,10 @@ def reasoning_gym(record: dict[str, Any], response: str) -> float:
 
 
 def _or_unreadable(score: Callable[[], float]) -> float:
-    """The score, 0 where the library fails on the answer."""
+    """The score, or 0 if the library fails on the answer."""
     try:
         return float(score())
-    except MemoryError:  # of the process's limit, which is not the answer's fault
+    except MemoryError:  # the process's limit, not the answer's fault
         raise
     except Exception:
         return 0.0
@@ -82,19 +82,18 @@ def score_answer(task: str) -> Callable[[str | None, dict[str, Any]], float]:
     factory = importlib.import_module("reasoning_gym.factory")
     importlib.import_module("reasoning_gym")  # registers the tasks
     if task not in factory.DATASETS:
-        near = difflib.get_close_matches(task, factory.DATASETS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        close = difflib.get_close_matches(task, factory.DATASETS, n=1)  # this file imports nothing of the package
+        hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"task: {task!r} is not a task of reasoning-gym{hint}")
     return factory.get_score_answer_fn(task)
 
 
 def math_verify(record: dict[str, Any], response: str) -> float:
-    """1.0 if the response is the reference `record["answer"]`, else 0.0 (a response that cannot be read too).
+    """1.0 if the response equals the reference `record["answer"]`, else 0.0, also if it cannot be read.
 
-    `answer_form` "expression" (default): math-verify finds a formula in the response that is equal to the reference;
-    `2-4+7` is then equal to 5, and "not 5" has the formula 5 in it. "literal": the response is the final form of the
-    answer and nothing else, or has it in its last \\boxed{}: the same number or fraction, or the same formula letter by
-    letter.
+    `answer_form` "expression" (default): math-verify finds a formula in the response that equals the reference; `2-4+7`
+    then equals 5, and "not 5" contains 5. "literal": the response, or its last \\boxed{}, is the final form of the
+    answer: the same number or fraction, or the same formula character by character.
 
     The library's own time limits are off: the pool has one.
     """
@@ -111,7 +110,7 @@ def math_verify(record: dict[str, Any], response: str) -> float:
 
 
 def _without_dollars(text: str) -> str:
-    return text.replace("\\$", "")  # LaTeX's sign of the currency, which math-verify takes for the end of a formula
+    return text.replace("\\$", "")  # LaTeX's dollar sign, which math-verify takes for the end of a formula
 
 
 @functools.lru_cache(maxsize=4096)
@@ -125,7 +124,7 @@ def gold_answer(answer: str) -> list[Any]:
 
 
 def as_formulas(answer: str) -> list[str]:
-    """The texts in which the reference answer is looked for, the likeliest first."""
+    """The texts to parse the reference answer from, the likeliest first."""
     bare = _without_dollars(answer).strip()
     return [bare] if "$" in bare or "\\boxed" in bare else [f"${bare}$", bare]
 
@@ -148,7 +147,7 @@ def literal(text: str) -> Fraction | str | None:
 
 
 def _in_braces(text: str) -> str:
-    """What stands between the first brace, with which the text begins, and its counterpart."""
+    """The content of the braces that the text begins with."""
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter == "{") - (letter == "}")
@@ -161,7 +160,7 @@ def _in_braces(text: str) -> str:
 
 
 def prepare(grader: Grader, record: dict[str, Any]) -> None:
-    """Do before the first answer what would count against its time limit: imports, tables, compiled regexes."""
+    """Warm up before the first response: imports, tables, compiled regexes."""
     if grader is reasoning_gym:
         score_answer(record["task"])
     elif grader is math_verify:
@@ -169,7 +168,7 @@ def prepare(grader: Grader, record: dict[str, Any]) -> None:
 
 
 def load_grader(target: str) -> Grader:
-    """The function that "package.module:function" names, or a grader of this file by its name."""
+    """The function named by "package.module:function", or a built-in grader by its name."""
     if ":" not in target:
         return {"reasoning_gym": reasoning_gym, "math_verify": math_verify}[target]
     module, _, function = target.partition(":")
@@ -177,5 +176,5 @@ def load_grader(target: str) -> Grader:
 
 
 def runs_answers(grader: Grader, record: dict[str, Any]) -> bool:
-    """Whether answers may run as code: for a grader of one's own, and for the tasks that evaluate them."""
+    """Whether responses may run as code: with custom graders, and with the tasks that evaluate them."""
     return grader is not math_verify and (grader is not reasoning_gym or record.get("task") in UNSAFE_TASKS)

@@ -1,6 +1,6 @@
-"""The check that holds every line of a data file against its grader before training.
+"""The check of every line of a data file against its grader, before training.
 
-Grading processes import this file, as they do `builtin.py`: of this package's modules it needs that one alone.
+Grading processes import this file; of this package it imports only `builtin.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from .builtin import Grader, as_formulas, gold_answer, literal, math_verify, reasoning_gym, score_answer
 
-CANARY = "banana"  # an answer that no grader may find right
+CANARY = "banana"  # a response that no grader may accept
 
 _WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}")
 _COMMANDS = re.compile(r"\\(?:text|mathrm|mbox|operatorname|mathbf|textbf)\s*\{[^{}]*\}|\\[A-Za-z]+(?:\{[a-z]+\*?\})?")
@@ -20,8 +20,8 @@ _QUANTITY = re.compile(r"\$?-?[\d,]*\.?\d+\s+[A-Za-z][A-Za-z ]*\.?", re.ASCII)
 
 
 def complaint(grader: Grader, name: str, fields: dict[str, Any], prompt: str, response: str | None) -> str:
-    """What is wrong with a line of data, "" if nothing is: its reference answer must score 1, its prompt and a canary
-    less. A grader of one's own has the line's `response` as its reference, if any."""
+    """What is wrong with a line of data, or "": its reference answer must score 1, its prompt and a canary less. For a
+    custom grader the line's `response`, if any, is the reference."""
     if name == "reasoning_gym" and grader is reasoning_gym:
         problem, references = _gym_references(fields, response)
     elif name == "math_verify" and grader is math_verify:

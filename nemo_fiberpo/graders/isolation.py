@@ -1,16 +1,15 @@
-"""What separates a process that reads a policy's answers from the machine: five layers, each used where the kernel
-grants it.
+"""Isolation of processes that read a policy's responses: five layers, each used if the kernel permits it.
 
-    namespaces   user (unless root can do without), PID, network, mount and IPC, one set per worker, whose mounts are
-                 read-only but for the scratch folder and whose /proc shows the worker's processes alone
-    uid          where the trainer is root, one that nothing belongs to
-    privileges   no capabilities, none to be had by exec
-    Landlock     no file changed outside the scratch folder, no signal, trace or abstract socket to a process outside,
+    namespaces   user (unless root does not need it), PID, network, mount and IPC, one set per worker; mounts are
+                 read-only except the scratch folder, and /proc shows only the worker's processes
+    uid          if the trainer is root, a uid that owns nothing
+    privileges   no capabilities, and none to be gained by exec
+    Landlock     no file changes outside the scratch folder; no signal, trace or abstract socket to an outside process;
                  no TCP
     seccomp      no socket, io_uring, trace, mount or namespace
 
-Of the standard library alone, Linux alone: elsewhere no layer is in force, and `Isolation.in_force` says so.
-docs/graders.md says what the layers together do not stop.
+Only the standard library, and only Linux: elsewhere no layer is in force, as `Isolation.in_force` reports.
+docs/graders.md lists what the layers do not stop.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 @dataclass
 class Isolation:
     """The layers of one worker. `enter` is called in the process that forks the worker, `settle` in the worker, and
-    `confine` in every process that reads answers."""
+    `confine` in every process that reads responses."""
 
     scratch: str
     memory_limit: int  # bytes of address space, and of one file
@@ -84,7 +83,7 @@ class Isolation:
     _covered: list[Path] = field(default_factory=list)
 
     def enter(self) -> None:
-        """The namespaces, for the children of this process; none where the kernel refuses. The process must have one
+        """Create the namespaces for the children of this process, if the kernel permits. The process must have one
         thread."""
         if sys.platform != "linux":
             return
@@ -104,8 +103,8 @@ class Isolation:
             self._choose_uid()
 
     def _choose_uid(self) -> None:
-        """Another uid than root's, if it can read what graders import. Folders that only root can pass, as /root, are
-        covered by others with what is needed in them, where there is a mount namespace."""
+        """Choose a uid other than root's, if it can read what graders import. Folders that only root can enter, such as
+        /root, are covered by mounts that contain only what is needed, if there is a mount namespace."""
         self._needed = _folders_of_modules()
         closed = {_closed_above(folder) for folder in self._needed} - {None}
         if not (closed and not self.namespaces) and _files_are_readable(self._needed):
@@ -113,7 +112,7 @@ class Isolation:
             self._covered = sorted(folder for folder in closed if folder is not None)
 
     def settle(self, descriptors: int = 0) -> None:
-        """In the worker: mounts, and what its children take over. Its own descriptors are below `descriptors`."""
+        """In the worker: mounts, and settings for its children. Its own descriptors are below `descriptors`."""
         os.umask(0o022)  # of the folders made here, and what answers write is removed anyway
         lower(resource.RLIMIT_NOFILE, _FILES)
         self.descriptors = max(descriptors, _FILES)
@@ -154,7 +153,7 @@ class Isolation:
         Path(self.scratch).mkdir(parents=True, exist_ok=True)
 
     def confine(self) -> None:
-        """In a process that reads answers, for good. `in_force` then lists the layers."""
+        """Confine a process that reads responses, permanently. `in_force` then lists the layers."""
         os.environ["TMPDIR"] = self.scratch
         os.chdir(self.scratch)
         for kind, limit in ((resource.RLIMIT_AS, self.memory_limit), (resource.RLIMIT_FSIZE, self.memory_limit)):
@@ -184,7 +183,7 @@ class Isolation:
 
 
 def lower(kind: int, limit: int) -> None:
-    """Lower a resource limit for good; one that is lower already stays."""
+    """Lower a resource limit permanently, unless it is already lower."""
     hard = resource.getrlimit(kind)[1]
     limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     resource.setrlimit(kind, (limit, limit))
@@ -200,18 +199,18 @@ def _number(call: str) -> int | None:
 
 
 def _folders_of_modules() -> set[Path]:
-    """The folders that imports read: by their names, and where these lead to."""
+    """The folders that imports read, as named and resolved."""
     names = {Path(name).absolute() for name in (*sys.path, sys.prefix, sys.base_prefix) if os.path.isdir(name)}
     return names | {name.resolve() for name in names}
 
 
 def _closed_above(folder: Path) -> Path | None:
-    """The first folder on the way to this one that others than its owner cannot pass."""
+    """The first folder above this one that only its owner can enter."""
     return next((step for step in reversed(folder.parents) if not step.stat().st_mode & 0o001), None)
 
 
 def _files_are_readable(folders: set[Path]) -> bool:
-    """Whether others than their owner can read these folders, and the files of what is imported by now."""
+    """Whether others than their owner can read these folders and the files imported so far."""
     files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
     return all(folder.stat().st_mode & 0o005 == 0o005 for folder in folders) and all(
         os.stat(file).st_mode & 0o004 for file in files if file and os.path.isfile(file)
@@ -230,7 +229,7 @@ def _landlock_version() -> int:
 
 
 def _landlock_ruleset(scratch: str) -> int | None:
-    """A rule set by which files change in `scratch` alone, None where the kernel has no Landlock."""
+    """A rule set that permits changes only in `scratch`; None if the kernel has no Landlock."""
     version = _landlock_version()
     if version < 1:
         return None
@@ -254,7 +253,7 @@ def _landlock_ruleset(scratch: str) -> int | None:
 
 
 def refuse_calls(libc: ctypes.CDLL, *calls: str) -> bool:
-    """A seccomp filter: these calls, and all of another architecture's, fail with EPERM."""
+    """Install a seccomp filter: these calls, and all of another architecture, fail with EPERM."""
     if platform.machine() not in _ARCHITECTURES:
         return False
     column, architecture = _ARCHITECTURES[platform.machine()]

@@ -1,11 +1,11 @@
-"""A pool of warm grading processes: an answer that hangs, crashes or takes over a grader costs itself alone.
+"""A pool of warm grading processes: a response that hangs, crashes or takes over a grader affects only itself.
 
-The other end is `process.py`. Answers travel in chunks and come back one by one, each by its number and with the
-token of the worker that read it; the worker keeps each to its time limit. No CUDA context, process group or open file
-of the trainer reaches a grading process, and none outlives the trainer, even after `kill -9`.
+The other end is `process.py`. Responses are sent in chunks; results come back one by one, each with its number and its
+worker's token. The worker enforces the time limit. Grading processes share no CUDA context, process group or open file
+with the trainer, and none outlives it, even after `kill -9`.
 
-Neither Pebble nor multiprocessing's pools and fork server would do: they take results as pickles, by which a process
-that ran a policy's code would run code in the trainer, and they know no namespaces.
+Pebble and multiprocessing's pools return results as pickles, by which a process that ran a policy's code could run code
+in the trainer, and they do not support namespaces.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
-from nemo_fiberpo.graders.signals import held_back
+from nemo_fiberpo.graders.signals import signals_blocked
 
 Failure = Literal["timeout", "memory", "crash"]
 # grader's name, the prompt's grader fields, the response (or the line of data to check, see `process`)
@@ -38,15 +38,15 @@ Item = tuple[str, dict[str, Any], str | dict[str, Any]]
 _KEEP_ENV = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "COVERAGE_PROCESS_START")
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 _SCRIPT = Path(__file__).with_name("process.py")
-_CHUNK = 256  # answers a message; large enough to hide a fork and the pipe, small enough to share among workers
-_DEATHS = 3  # a worker that dies this often in a row, at its start or over answers, will not get better
-_PATIENCE = 120.0  # seconds beyond all time limits after which a silent worker is replaced: it was stopped, say
-_CLOSING = 5.0  # seconds for a worker to end what it started
+_CHUNK = 256  # responses per message: amortizes a fork and the pipe, and still balances the workers
+_DEATHS = 3  # deaths in a row, at its start or while grading, after which a worker is given up
+_PATIENCE = 120.0  # seconds beyond all time limits after which a silent worker is replaced
+_CLOSING = 5.0  # seconds for a worker to end its processes
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one answer: its score, or why it has none."""
+    """The outcome of one response: its score, or why it has none."""
 
     score: float
     failure: Failure | None = None
@@ -61,7 +61,7 @@ class _Slot:
         from_worker, outbox = os.pipe()
         env = {name: os.environ[name] for name in _KEEP_ENV if name in os.environ} | _ONE_THREAD
         self.scratch = tempfile.mkdtemp(prefix="fiberpo-grader-")
-        with held_back():  # a scheduler signals every process of a job; the grading process lets it pass
+        with signals_blocked():  # a scheduler signals every process of a job; graders ignore it
             self.process = subprocess.Popen(
                 [sys.executable, "-P", str(_SCRIPT), str(inbox), str(outbox), str(os.getpid())],
                 pass_fds=(inbox, outbox),
@@ -75,7 +75,7 @@ class _Slot:
         os.close(outbox)
         self.inbox = Connection(from_worker, writable=False)
         self.to_worker = to_worker
-        os.set_blocking(to_worker, False)  # a worker that does not read blocks nobody
+        os.set_blocking(to_worker, False)  # a worker that does not read must not block us
         self.token = secrets.token_hex(8)
         self.pid: int | None = None  # of the worker
         self.isolation: str | None = None  # in force; None until the worker is ready
@@ -87,8 +87,8 @@ class _Slot:
         self.send(setup | {"token": self.token, "scratch": self.scratch})
 
     def send(self, message: Any) -> bool:
-        """As `Connection.send_bytes` frames it; False if the worker is gone. `flush` sends what the pipe has no room
-        for."""
+        """Send a message in the framing of `Connection.send_bytes`; `flush` sends what does not fit the pipe. False if
+        the worker is gone."""
         data = json.dumps(message).encode()
         self.unwritten = memoryview(struct.pack("!i", len(data)) + data)
         return self.flush()
@@ -104,7 +104,7 @@ class _Slot:
         return True
 
     def close(self) -> None:
-        """A worker that reads ends by itself, and ends what answers have started; one that does not is killed."""
+        """Give a reading worker time to end its processes, then kill it."""
         self.inbox.close()
         os.close(self.to_worker)
         try:
@@ -117,7 +117,7 @@ class _Slot:
 
 
 def _close_slots(slots: list[_Slot], owner: int) -> None:
-    if os.getpid() == owner:  # a forked child of the trainer has copies of these objects, not the right to end them
+    if os.getpid() == owner:  # not in a forked child of the trainer, which has copies of these objects
         while slots:
             slots.pop().close()
 
@@ -126,9 +126,9 @@ class GraderPool:
     """`workers` grading workers, started at once and kept.
 
     `graders` maps a name to "package.module:function" or to a name of `builtin.py`; `samples` has one (name, grader
-    fields) of each kind, with which a process warms up. `time_limit` is in seconds of wall clock per answer,
-    `memory_limit_mib` bounds a grading process's address space. Call from the thread that made it or from one that
-    lives as long: Linux ends a child when the thread that started it ends. `grade` is not reentrant.
+    fields) of each kind, for warming up. `time_limit` is wall-clock seconds per response, `memory_limit_mib` bounds a
+    grading process's address space. Construct it in a thread that lives as long as the pool: Linux ends a child when
+    the thread that started it ends. `grade` is not reentrant.
     """
 
     def __init__(
@@ -168,12 +168,12 @@ class GraderPool:
         self.close()
 
     def close(self) -> None:
-        """End every grading process. Closing twice is fine."""
+        """End every grading process; may be called twice."""
         self._finalizer()
 
     def wait_until_ready(self) -> str:
-        """Return when every worker can grade: the isolation that is in force, see `isolation`. RuntimeError if a
-        grader cannot be loaded."""
+        """Wait until every worker can grade; returns the isolation in force, see `isolation`. RuntimeError if a grader
+        cannot be loaded."""
         try:
             while self._finalizer.alive and any(slot.isolation is None for slot in self._slots):
                 self._collect(deque(), [])
@@ -185,8 +185,8 @@ class GraderPool:
     def grade(self, items: Sequence[Item]) -> list[Outcome]:
         """The outcome of each item, in order.
 
-        RuntimeError if the graders cannot be loaded, or if a worker dies again and again without an answer; the pool is
-        closed then, as after any exception.
+        RuntimeError if the graders cannot be loaded, or if a worker dies repeatedly without a result; any exception
+        closes the pool.
         """
         if not self._finalizer.alive:
             raise RuntimeError("the grading pool is closed")
@@ -197,7 +197,7 @@ class GraderPool:
                 self._distribute(items, todo, outcomes)
                 self._collect(todo, outcomes)
         except BaseException:
-            self.close()  # chunks are under way: a later call would take their answers for its own
+            self.close()  # a later call would get the results of chunks in flight
             raise
         return [outcome for outcome in outcomes if outcome is not None]
 
@@ -216,7 +216,7 @@ class GraderPool:
         return _PATIENCE + 4 * self.time_limit
 
     def _collect(self, todo: deque[int], outcomes: list[Outcome | None]) -> None:
-        """Wait for messages, for room in a pipe or for a deadline, whichever is first, and act on it."""
+        """Wait for a message, room in a pipe or a deadline, and handle it."""
         wait = min(slot.deadline for slot in self._slots) - time.monotonic()
         with selectors.DefaultSelector() as selector:
             for slot in self._slots:
@@ -225,7 +225,7 @@ class GraderPool:
                     selector.register(slot.to_worker, selectors.EVENT_WRITE)
             selector.select(None if wait == float("inf") else max(wait, 0.0))
         for number, slot in enumerate(self._slots):
-            if slot.inbox.poll():  # also where the deadline has passed: an answer that is here counts
+            if slot.inbox.poll():  # even after the deadline: a result that has arrived counts
                 self._receive(number, todo, outcomes)
             elif slot.unwritten and not slot.flush():
                 self._replace(number, todo, outcomes, "it was killed")
@@ -233,7 +233,7 @@ class GraderPool:
                 self._expire(number, todo, outcomes)
 
     def _receive(self, number: int, todo: deque[int], outcomes: list[Outcome | None]) -> None:
-        """Take every message that this slot has ready."""
+        """Handle all messages that this slot has ready."""
         slot = self._slots[number]
         while True:
             try:
@@ -269,14 +269,14 @@ class GraderPool:
         reason: str = "",
     ) -> None:
         if not slot.chunk or item != slot.chunk[0]:
-            raise RuntimeError(f"a grading worker sent a score of answer {item}, which it was not asked for")
+            raise RuntimeError(f"a grading worker sent a score of response {item}, which it was not given")
         outcomes[slot.chunk.popleft()] = Outcome(score, failure, reason)
         slot.deaths = 0
         slot.deadline = time.monotonic() + self._patience() if slot.chunk else float("inf")
 
     def _replace(self, number: int, todo: deque[int], outcomes: list[Outcome | None], cause: str) -> None:
-        """Start over with a new supervisor: the worker is gone. The answer that it was on is settled as a crash, the
-        rest of its chunk given back. One that dies idle, as of a signal to it, is counted against nobody."""
+        """Replace a dead worker. The response it was grading counts as a crash; the rest of its chunk is requeued. The
+        death of an idle worker, as by a signal, counts against no response."""
         old = self._slots[number]
         deaths = old.deaths
         if old.chunk and old.taken:
@@ -296,5 +296,5 @@ class GraderPool:
         slot = self._slots[number]
         if slot.isolation is None:
             raise RuntimeError(f"the graders were not ready within start_limit = {self.start_limit:g} s")
-        os.kill(slot.process.pid, signal.SIGKILL)  # closing waits for one that still reads
+        os.kill(slot.process.pid, signal.SIGKILL)  # else closing would wait for it
         self._replace(number, todo, outcomes, "it did not answer")

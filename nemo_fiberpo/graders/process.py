@@ -1,17 +1,17 @@
-"""What runs in a grading process. `pool` starts this file as a script; it imports its siblings as a package of
-their own, so that nothing else of this one, nor torch, comes in.
+"""The code of grading processes. `pool` starts this file as a script; it imports its siblings as a package of their
+own, so that neither the rest of this package nor torch is imported.
 
-Three processes, of which only the last one ever reads an answer:
+Three processes, of which only the last one reads responses:
 
     supervisor   imports the grading libraries, takes the namespaces (`isolation`), forks the worker, waits
-    worker       init of its PID namespace: takes chunks from the pool, forks a grading process for each answer of a
+    worker       init of its PID namespace: takes chunks from the pool, forks a grading process for each response of a
                  grader that may run it as code (`builtin.runs_answers`), else for a chunk; enforces the time limit,
-                 and ends whatever an answer left behind
-    grading      confined for good, with one pipe to the worker and no other descriptor; a copy that an answer makes of
-                 it (`os.fork`) is not the process that was forked and leaves
+                 and kills what a response left behind
+    grading      permanently confined, with a pipe to the worker as its only descriptor; a copy that a response makes
+                 of it (`os.fork`) exits
 
-Messages between pool, supervisor and worker are JSON. All to the pool carry the token of its worker and are shorter
-than PIPE_BUF, so two writers never mix, and a killed one never leaves half of a message:
+Messages between pool, supervisor and worker are JSON. Those to the pool carry the worker's token and are shorter than
+PIPE_BUF, so that writes are atomic:
 
     pool -> supervisor   {"token", "sys_path", "graders", "samples", "memory_limit", "time_limit", "scratch"}   once
     supervisor -> pool   {"pid": of the worker} | {"refused": text} | {"died": cause}
@@ -21,8 +21,8 @@ than PIPE_BUF, so two writers never mix, and a killed one never leaves half of a
     pool -> worker       a chunk: [[item, name, record, response], ...]
     grading -> worker    lines: [] when it begins, then [item, {"score": x} | {"error": text}] for each answer
 
-In place of a response, {"prompt": text, "response": text | null} asks what is wrong with a line of data
-(`checks.complaint`): the score is then 1.0, or the error says it.
+Instead of a response, {"prompt": text, "response": text | null} checks a line of data (`checks.complaint`):
+the score is 1.0, or the error is the complaint.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ builtin, isolation, signals, worker = (
 
 
 def main() -> None:
-    """Import the graders, fork the worker, say how it ended."""
-    # What ends a run early is the trainer's to decide, not its graders'. A handler, since programs that a grader starts
-    # would inherit that a signal is ignored, and `timeout` for one needs SIGTERM.
+    """Import the graders, fork the worker, report how it ended."""
+    # Only the trainer decides to stop early. A no-op handler, since programs started by a grader would inherit SIG_IGN,
+    # and `timeout`, for example, needs SIGTERM.
     for number in signals.SIGNALS:
         signal.signal(number, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.SIGNALS)

@@ -1,4 +1,4 @@
-"""Signals between a process and those that it starts. Grading processes import this file: it needs no other."""
+"""Signals between a process and its children. Grading processes import this file; it needs no other."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)  # what ends a run ear
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
-    """Block SIGNALS in this thread meanwhile. A process that is started inside inherits that, and can install its own
-    handlers before the signals reach it."""
+def signals_blocked() -> Iterator[None]:
+    """Block SIGNALS in this thread. A process started in the block inherits that, and can install its handlers before
+    signals reach it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -26,8 +26,8 @@ def held_back() -> Iterator[None]:
 
 
 def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
-    """Signal `number` to this process when process `parent` ends, even by SIGKILL: the kernel does it on Linux, a
-    thread elsewhere, which ends the process. If it has ended already, so does this one."""
+    """Have this process get signal `number` when process `parent` ends, even by SIGKILL: from the kernel on Linux;
+    elsewhere a thread ends the process. If the parent has already ended, exit."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
         if os.getppid() not in (parent, 0):  # 0: of a process outside its own PID namespace

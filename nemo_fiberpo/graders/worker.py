@@ -18,12 +18,12 @@ from typing import Any
 from . import builtin, checks, signals
 from .isolation import Isolation
 
-_OUT_OF_MEMORY = 86  # exit code of a grading process that met its memory limit; any other number would do
-TEXT_LIMIT = 800  # characters of a text; keeps a message below PIPE_BUF (4096 bytes) even when escaped
+_OUT_OF_MEMORY = 86  # exit code of a grading process at its memory limit (arbitrary)
+TEXT_LIMIT = 800  # characters; keeps a message below PIPE_BUF (4096 bytes) even when escaped
 _LINE_LIMIT = 1 << 16  # bytes of a line from a grading process
-_START_LIMIT = 60.0  # seconds for a grading process to begin, on a machine that is busy with other things
-_SPARE = 1 << 20  # bytes that a grading process must have left to begin with
-_CHECK = 4  # gradings that the check of a line asks for
+_START_LIMIT = 60.0  # seconds for a grading process to start, on a busy machine
+_SPARE = 1 << 20  # bytes that a grading process must have free at its start
+_CHECK = 4  # gradings per check of a line
 
 Item = tuple[int, str, dict[str, Any], Any]
 
@@ -32,7 +32,7 @@ Item = tuple[int, str, dict[str, Any], Any]
 
 
 def _begin(results: int, jail: Isolation, worker: int) -> None:
-    """Keep the pipe alone, and give up everything else."""
+    """Keep only the pipe, and confine this process."""
     first = 3
     for kept in sorted({results, jail.landlock or results}):
         os.closerange(first, kept)
@@ -40,7 +40,7 @@ def _begin(results: int, jail: Isolation, worker: int) -> None:
     os.closerange(first, jail.descriptors)
     os.setsid()
     jail.confine()
-    signals.die_with_parent(worker)  # at the end: a change of the uid would undo it
+    signals.die_with_parent(worker)  # last: a change of the uid would undo it
 
 
 def _grade_run(run: list[Item], loaded: dict[str, Any], results: int) -> None:
@@ -49,7 +49,7 @@ def _grade_run(run: list[Item], loaded: dict[str, Any], results: int) -> None:
     for number, name, record, response in run:
         verdict = _grade(name, loaded[name], record, response)
         if os.getpid() != grading:
-            os._exit(0)  # a copy that the answer made
+            os._exit(0)  # a copy that the response forked
         os.write(results, json.dumps([number, verdict]).encode() + b"\n")
 
 
@@ -61,7 +61,7 @@ def _grade(name: str, grader: Any, record: dict[str, Any], response: Any) -> dic
         score = float(grader(record, response))
     except MemoryError:
         os._exit(_OUT_OF_MEMORY)
-    except BaseException as error:  # a grader may call sys.exit; that too costs one answer
+    except BaseException as error:  # even sys.exit in a grader costs only one response
         return {"error": f"{type(error).__name__}: {error}"[:TEXT_LIMIT]}
     if not math.isfinite(score):
         return {"error": f"the score is {score}, not a finite number"}
@@ -73,7 +73,7 @@ def _grade(name: str, grader: Any, record: dict[str, Any], response: Any) -> dic
 
 @dataclass
 class _Grading:
-    """A grading process as its worker sees it: the lines that it wrote, each within its time."""
+    """A grading process as seen by its worker: the lines it writes, each within its time limit."""
 
     pid: int
     results: int
@@ -81,10 +81,10 @@ class _Grading:
     cause: str = ""  # why there are no more lines
 
     def lines(self, limits: Iterator[float], pool: int) -> Iterator[Any]:
-        """Each line, waited for as long as the next limit. Ends with `cause` set; EOFError if the pool is gone."""
+        """Each line, waited for up to the next limit. Ends with `cause` set; EOFError if the pool is gone."""
         poll = select.poll()
         poll.register(self.results, select.POLLIN)
-        poll.register(pool, 0)  # only that the other end was closed
+        poll.register(pool, 0)  # only to notice that the other end was closed
         for limit in limits:
             deadline = time.monotonic() + limit
             while b"\n" not in self.buffer:
@@ -120,13 +120,13 @@ class Worker:
         self.send({"ready": self.probe()})
         while True:
             chunk = json.loads(self.inbox.recv_bytes())
-            self.send({"chunk": len(chunk)})  # from here on the pipe is empty: a successor starts clean
+            self.send({"chunk": len(chunk)})  # the pipe is empty now: a successor starts clean
             for run in _runs(chunk, self.loaded):
                 while run:
                     run = run[self.grade(run) :]
 
     def probe(self) -> str:
-        """The isolation in force, tried out in a process that ends at once. RuntimeError if it cannot be had."""
+        """The isolation in force, tested in a short-lived process. RuntimeError if confinement fails."""
         reader, writer = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -149,8 +149,8 @@ class Worker:
         return text or "none but a process of its own"
 
     def grade(self, run: list[Item]) -> int:
-        """Have a grading process read the answers of a run in order; tell the pool; the number that is settled. What
-        they started has ended when this returns."""
+        """Grade a run of responses in one grading process and send the results; returns how many are done. All
+        processes started have ended."""
         reader, writer = os.pipe()
         worker = os.getpid()
         pid = os.fork()
@@ -174,7 +174,7 @@ class Worker:
         return done
 
     def relay(self, grading: _Grading, run: list[Item]) -> int:
-        """Pass the verdicts on to the pool; how many there were."""
+        """Forward the verdicts to the pool; returns their number."""
         limits = [_START_LIMIT, *(self.limit(item) for item in run)]
         done = -1
         try:
@@ -183,7 +183,7 @@ class Worker:
                     number, verdict = line
                     if number != run[done][0]:
                         raise ValueError
-                    self.send({"item": number} | _told(verdict))
+                    self.send({"item": number} | _message_of(verdict))
                 done += 1
         except (ValueError, TypeError, AttributeError, RecursionError):
             grading.cause = "wrote something else than its verdict"
@@ -201,7 +201,7 @@ class Worker:
         return {"failure": "crash", "reason": f"the grading process {reason}"}
 
     def end(self, pid: int, kill: bool) -> int:
-        """Exit status of the grading process; by now every process that it started has ended too."""
+        """Exit status of the grading process, once every process that it started has ended too."""
         status = None
         if not kill:
             status = _status_within(pid, 1.0)
@@ -224,8 +224,8 @@ class Worker:
                     os.unlink(entry.path)
 
 
-def _told(verdict: dict[str, Any]) -> dict[str, Any]:
-    """A verdict as the pool is told it; ValueError for anything else."""
+def _message_of(verdict: dict[str, Any]) -> dict[str, Any]:
+    """A verdict as a message to the pool; ValueError if malformed."""
     if set(verdict) == {"score"} and isinstance(verdict["score"], float) and math.isfinite(verdict["score"]):
         return verdict
     if set(verdict) == {"error"} and isinstance(verdict["error"], str):
@@ -234,7 +234,7 @@ def _told(verdict: dict[str, Any]) -> dict[str, Any]:
 
 
 def _runs(chunk: list[Item], loaded: dict[str, Any]) -> Iterator[list[Item]]:
-    """The chunk in runs, each for one process: an answer that may run as code by itself, others together."""
+    """The chunk in runs, each for one process: a response that may run as code on its own, others together."""
     run: list[Item] = []
     for item in chunk:
         if not isinstance(item[3], dict) and builtin.runs_answers(loaded[item[1]], item[2]):
@@ -249,8 +249,8 @@ def _runs(chunk: list[Item], loaded: dict[str, Any]) -> Iterator[list[Item]]:
 
 
 def _kill_everything(grading: int | None) -> None:
-    """Kill the processes that descend from this one: all of the PID namespace whose init this is, else its children
-    and theirs, to which orphans come back."""
+    """Kill all descendants of this process: its PID namespace if it is init, else its children and theirs (orphans are
+    reparented to it)."""
     if os.getpid() == 1:
         try:
             os.kill(-1, signal.SIGKILL)
@@ -278,7 +278,7 @@ def _children(pid: int) -> list[int]:
 
 
 def _status_within(pid: int, seconds: float) -> int | None:
-    """Exit status of a child that has closed its pipe; None if it is still there after that time."""
+    """Exit status of a child that has closed its pipe; None if it is still alive after that time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         ended, status = os.waitpid(pid, os.WNOHANG)

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_fiberpo.aligner import cpu
+from nemo_fiberpo import nemo_cpu
 
-cpu.install()
+nemo_cpu.install()
 from nemo_fiberpo.aligner.actor import FiberPOActor  # noqa: E402
 from nemo_fiberpo.aligner.config.model_checks import check_model, check_vocabulary, first_token  # noqa: E402
 from nemo_fiberpo.aligner.generation import lockstep  # noqa: E402
@@ -29,7 +29,7 @@ GOOD = {"mcore_gpt": True, "optim": {"name": "mcore_distributed_optim"}, "ppo": 
         ),
         (
             {"virtual_pipeline_model_parallel_size": 2},
-            ["model.virtual_pipeline_model_parallel_size", "pipeline_model_parallel_size alone"],
+            ["model.virtual_pipeline_model_parallel_size", "only pipeline_model_parallel_size"],
         ),
         ({"sequence_parallel": True}, ["model.sequence_parallel", "tensor_model_parallel_size is 1"]),
         ({"num_moe_experts": 4, "tensor_model_parallel_size": 2}, ["model.sequence_parallel", "must be true"]),
@@ -61,7 +61,7 @@ def test_a_model_that_cannot_run_is_refused_by_field(change, words):
     ("section", "key", "value", "words"),
     [
         ("sampling_params", "use_greedy", True, "must be False: all responses to a prompt would be equal"),
-        ("sampling_params", "temperature", 0.7, "must be 1.0: the ratios compare the policy with itself"),
+        ("sampling_params", "temperature", 0.7, "must be 1.0: responses must be samples of the policy itself"),
         ("sampling_params", "temperature", True, "must be 1.0"),
         ("sampling_params", "top_k", 5, "must be 0"),
         ("sampling_params", "top_p", 0.9, "must be 1.0"),
@@ -145,8 +145,8 @@ def test_context_parallelism_on_a_gpu_needs_transformer_engine(monkeypatch):
     [
         (50, 7, {"override_vocab_size": 48}, "model.tokenizer: 50 tokens, but the policy's embedding has 48 rows"),
         (65, 7, {}, "model.tokenizer: 65 tokens, but the policy's embedding has 64 rows"),
-        (50, 50, {}, "the token that ends a response has the id 50"),
-        (50, None, {}, "the token that ends a response has the id None"),
+        (50, 50, {}, "the end-of-sequence token has the id 50"),
+        (50, None, {}, "the end-of-sequence token has the id None"),
     ],
 )
 def test_a_tokenizer_that_does_not_fit_the_policy_is_refused(size, end, config, said):

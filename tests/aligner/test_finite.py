@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nemo_fiberpo.aligner import cpu
+from nemo_fiberpo import nemo_cpu
 
-cpu.install()
+nemo_cpu.install()
 from nemo_fiberpo.aligner import finite  # noqa: E402
 from nemo_fiberpo.aligner.checkpoint.callback import WholeCheckpoints  # noqa: E402
 from tests.support import distributed, forked  # noqa: E402

@@ -19,7 +19,7 @@ from tests.support.launching import ROOT, environment
 # Forks ranks without having imported NeMo, which these scripts do not need.
 LIGHT = """
 import socket
-import nemo_fiberpo.aligner.cpu
+import nemo_fiberpo.nemo_cpu
 from tests.support import forked
 forked.serve(socket.socket(fileno=0))
 """

@@ -23,7 +23,7 @@ def test_a_run_goes_on_with_the_labels_that_it_would_have_had(start, tmp_path):
         for rl_steps in runs:
             steps = [*STEPS, f"algorithm.rl_steps={rl_steps}"]
             said = forked.launch("train_gpt_fiberpo.py", run_dir, *GRADED, *SEGMENTS, *steps)
-    assert "going on from fiberpo-step=1-" in said
+    assert "resuming from fiberpo-step=1-" in said
     assert metrics(stopped) == metrics(whole)
     rollouts = [row for row in metrics(whole) if "train_rollouts/rewards" in row]
     assert len(rollouts) == 2 and all(row["train_rollouts/token_share/segment.think"] > 0 for row in rollouts)

@@ -123,7 +123,7 @@ def test_as_many_ranks_as_the_config_and_the_machine_call_for(overrides, cores, 
 
 def test_a_machine_that_cannot_run_it_is_told_so():
     cfg = compose("quickstart", ["cpu=false", "trainer.accelerator=gpu"])
-    with pytest.raises(ValueError, match=r"trainer\.accelerator: gpu, but there is none"):
+    with pytest.raises(ValueError, match=r"trainer\.accelerator: gpu, but this machine has none"):
         launcher.ranks_for(cfg)
     with pytest.raises(ValueError, match=r"trainer\.num_nodes: 2.*train\.sbatch"):
         launcher.ranks_for(compose("quickstart", ["trainer.num_nodes=2"]))
@@ -149,7 +149,7 @@ def test_check_names_what_it_checked_and_what_it_did_not(start: Path, tmp_path: 
         assert run.wait(120) == 0, said.read_text()
     checked = said.read_text()
     assert "ranks: 1 x 2" in checked and "data.train: 3500 prompts in" in checked
-    assert "warm_start.nemo; its weights not checked" in checked and "would begin at RL step 0" in checked
+    assert "warm_start.nemo; its weights not checked" in checked and "would start at RL step 0" in checked
     assert "not checked before training starts: each line of data against its grader" in checked
     wrong = ["algorithm.optimizer_steps=3", "rewards.workers=0"]
     with fiberpo("check", "quickstart", f"run_dir={run_dir}", *SMALL, *wrong, output=said) as run:

@@ -18,7 +18,7 @@ def main() -> int:
     fuzz.add_argument("--configs", type=int, default=5000)
     fuzz.add_argument("--lines", type=int, default=10000)
     fuzz.add_argument("--seed", type=int, default=0)
-    commands.add_parser("keys", help="record which keys of NeMo's sections a run reads; writes nemo_keys.json")
+    commands.add_parser("keys", help="record which keys of NeMo's sections a run reads; writes nemo_config/keys.json")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)

@@ -22,9 +22,9 @@ from omegaconf import OmegaConf
 
 from nemo_fiberpo.aligner.checkpoint.candidates import choose
 from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
-from nemo_fiberpo.aligner.data.records import load_prompts
 from nemo_fiberpo.aligner.loggers import DAMAGED, MetricsFile
 from nemo_fiberpo.conversion.weights import Weights
+from nemo_fiberpo.prompts.records import load_prompts
 from nemo_fiberpo.storage import manifest, policy_file
 from tests.faults.outcome import Outcomes, TooLong, within
 from tests.storage.test_policy_file import FILES as OF_POLICY

@@ -20,10 +20,10 @@ from omegaconf import OmegaConf
 
 from nemo_fiberpo import load_hierarchy, token_coefficients
 from nemo_fiberpo.aligner.config.checks import read_training_config
-from nemo_fiberpo.aligner.data.records import load_prompts
 from nemo_fiberpo.cli.compose import compose
 from nemo_fiberpo.config import load_expert_partitions, load_token_labels
 from nemo_fiberpo.graders import builtin, checks
+from nemo_fiberpo.prompts.records import load_prompts
 from tests.faults.outcome import Outcomes, TooLong, within
 
 SECONDS = 20.0

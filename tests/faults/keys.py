@@ -1,5 +1,5 @@
 """Which keys of NeMo's sections a run reads: recorded in two-step runs of the quickstart, and what CPU runs cannot show
-from the signatures and sources that read the rest. Writes nemo_fiberpo/aligner/nemo_keys.json.
+from the signatures and sources that read the rest. Writes nemo_fiberpo/nemo_config/keys.json.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_fiberpo.aligner.config import nemo_keys
+from nemo_fiberpo.nemo_config import keys as nemo_keys
 from tests.support.launching import DENSE, ROOT, WARM_START, arguments, environment
 
 RECORDED = [

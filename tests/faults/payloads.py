@@ -22,9 +22,9 @@ from omegaconf import OmegaConf
 
 from nemo_fiberpo import load_hierarchy
 from nemo_fiberpo.aligner.checkpoint.candidates import choose
-from nemo_fiberpo.aligner.data.records import load_prompts
 from nemo_fiberpo.conversion import files
 from nemo_fiberpo.graders import builtin, checks
+from nemo_fiberpo.prompts.records import load_prompts
 from nemo_fiberpo.storage import pickles, policy_file
 from nemo_fiberpo.storage.manifest import Manifest
 from tests.faults.calls import calls

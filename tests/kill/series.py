@@ -206,10 +206,10 @@ def kill_until_done(setup: Setup, counts: Counts, rng: random.Random, plan: Plan
 def check_resumption(said: str, expected: tuple[str, int] | None, status: int, counts: Counts) -> None:
     """A run says once where it begins, and that is the newest whole checkpoint; its first RL step is the next one. Only
     a run that a signal ended before it trained, by SIGKILL even before it chose, may say less."""
-    lines = [line for line in said.splitlines() if line.startswith(("going on from ", "beginning at "))]
+    lines = [line for line in said.splitlines() if line.startswith(("resuming from ", "starting at "))]
     steps = [int(number) for number in re.findall(r"^step +(\d+)/", said, re.MULTILINE)]
     step = 0 if expected is None else expected[1]
-    wanted = "beginning at RL step 0" if expected is None else f"going on from {expected[0]}: RL step {step}"
+    wanted = "starting at RL step 0" if expected is None else f"resuming from {expected[0]}: RL step {step}"
     killed_before = not lines and not steps and status == -signal.SIGKILL
     wrong = [] if lines == [wanted] or killed_before else [f"said {lines}, should be {wanted!r}"]
     if steps and steps != list(range(step + 1, step + 1 + len(steps))):

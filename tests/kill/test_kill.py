@@ -13,7 +13,7 @@ from tests.kill.series import Counts, check_resumption
 from tests.support.launching import ROOT, environment
 
 NEWEST = ("fiberpo-step=4", 4)
-FROM_4 = "going on from fiberpo-step=4: RL step 4\n"
+FROM_4 = "resuming from fiberpo-step=4: RL step 4\n"
 TRAINED = "step 5/8  reward 0.1\nstep 6/8  reward 0.2\n"
 KILLED = -signal.SIGKILL
 
@@ -24,15 +24,15 @@ KILLED = -signal.SIGKILL
         (FROM_4 + TRAINED, NEWEST, 0, 0, 1),
         (FROM_4, NEWEST, KILLED, 0, 1),
         ("", NEWEST, KILLED, 0, 0),
-        ("beginning at RL step 0\nstep 1/8  reward 0.1\n", None, 75, 0, 0),
+        ("starting at RL step 0\nstep 1/8  reward 0.1\n", None, 75, 0, 0),
         # Each of these is another way to go on from somewhere else.
         (TRAINED, NEWEST, 0, 1, 0),
         (TRAINED, NEWEST, KILLED, 1, 0),
         ("", NEWEST, 0, 1, 0),
         ("", None, 75, 1, 0),
-        ("going on from fiberpo-step=2: RL step 2\n", NEWEST, KILLED, 1, 1),
-        ("going on from fiberpo-step=4-last: RL step 4\n" + TRAINED, NEWEST, 0, 1, 1),
-        ("beginning at RL step 0\n", NEWEST, KILLED, 1, 1),
+        ("resuming from fiberpo-step=2: RL step 2\n", NEWEST, KILLED, 1, 1),
+        ("resuming from fiberpo-step=4-last: RL step 4\n" + TRAINED, NEWEST, 0, 1, 1),
+        ("starting at RL step 0\n", NEWEST, KILLED, 1, 1),
         (FROM_4 + "step 3/8  reward 0.1\n", NEWEST, KILLED, 1, 1),
         (FROM_4 + "step 5/8  reward 0.1\nstep 7/8  reward 0.1\n", NEWEST, 0, 1, 1),
         (FROM_4 + TRAINED, None, 0, 1, 0),

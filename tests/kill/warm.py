@@ -39,7 +39,7 @@ def checksum_prompts(data: Path, prompts: int) -> None:
 
 def begin(run_dir: Path, overrides: list[str], output: Path) -> int:
     """Fork a run; its process id. Its exit status is the script's."""
-    with preemption.held_back():  # a signal may come before the child can say what becomes of it
+    with preemption.signals_blocked():  # a signal may come before the child can say what becomes of it
         pid = os.fork()
         if pid == 0:
             preemption.install()

@@ -35,7 +35,7 @@ SHIPPED = {
 def composed(*overrides: str):
     hydra = pytest.importorskip("hydra")
     checks = pytest.importorskip("nemo_fiberpo.aligner.config.checks")
-    hydra_config = pytest.importorskip("nemo_fiberpo.aligner.config.hydra")
+    hydra_config = pytest.importorskip("nemo_fiberpo.hydra_support.command_line")
     settings = pytest.importorskip("nemo_fiberpo.aligner.config.sections")
     hydra_config.register_resolvers()
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base=None):

@@ -98,7 +98,7 @@ def test_a_name_is_looked_up_in_conf_here_too(tmp_path: Path, run: Run, monkeypa
         ({"mine.yaml": "a: [1"}, "expected ',' or ']'"),
         ({"mine.yaml": "- 1"}, "must be a mapping"),
         ({"mine.yaml": ""}, "has no section model"),
-        ({"mine.yml": OWN}, "Hydra reads .yaml alone; rename it to mine.yaml"),
+        ({"mine.yml": OWN}, "Hydra reads only .yaml; rename it to mine.yaml"),
     ],
 )
 def test_a_file_outside_of_conf_that_cannot_be_taken_is_one_line(
@@ -162,7 +162,7 @@ def test_one_rank_sends_nothing(run: Run):
         (["cpu=false"], "trainer.accelerator: cpu, but cpu is false"),
         (["trainer.accelerator=gpu"], "trainer.accelerator: 'gpu', but cpu is true"),
         (["trainer.precision=bf17"], "trainer.precision: 'bf17' is unknown; did you mean 'bf16'?"),
-        (["resume.allow=[hierarcy]"], "resume.allow: 'hierarcy' is no key that must stay the same"),
+        (["resume.allow=[hierarcy]"], "resume.allow: 'hierarcy' is not a key that must stay the same"),
         (
             ["algorithm.val_check_interval=30", "data.heldout=null"],
             "algorithm.val_check_interval: 30 evaluates data.heldout, which is not given",

@@ -42,7 +42,7 @@ def test_the_training_script_takes_every_layout_for_nemo_aligner_and_no_other(na
     cfg = compose(str(ROOT / "conf" / f"{name}.yaml"), [])
     checks.check_sections(cfg)
     if name.endswith("qwen3_235b_a22b"):
-        with pytest.raises(ValueError, match=r"cluster.host: megatron; this layout is for a trainer of one's own"):
+        with pytest.raises(ValueError, match=r"cluster.host: megatron; this layout is for a custom trainer"):
             checks.check_host(cfg)
     else:
         checks.check_host(cfg)

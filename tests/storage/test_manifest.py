@@ -121,7 +121,7 @@ def test_a_file_that_cannot_be_read_is_an_error_and_no_reason_to_go_back(checkpo
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES, errno.ETIMEDOUT])
 def test_a_read_that_fails_for_a_moment_is_made_again(checkpoints, number, monkeypatch):
     failures = dict.fromkeys((manifest.NAME, "common.pt", "__0_1.distcp"), 2)
-    really_opened = reading.opened
+    really_opened = reading.open_listed
 
     def opened(path: Path):
         if failures.get(path.name, 0):
@@ -130,7 +130,7 @@ def test_a_read_that_fails_for_a_moment_is_made_again(checkpoints, number, monke
         return really_opened(path)
 
     monkeypatch.setattr(reading, "WAITS", (0.0, 0.0))
-    monkeypatch.setattr(reading, "opened", opened)
+    monkeypatch.setattr(reading, "open_listed", opened)
     choice = choose(checkpoints, None)
     assert choice.checkpoint == checkpoints / name_of(4) and choice.lines == [] and not any(failures.values())
 
@@ -138,7 +138,7 @@ def test_a_read_that_fails_for_a_moment_is_made_again(checkpoints, number, monke
 def test_a_file_is_missing_only_if_its_folder_does_not_list_it(tmp_path, monkeypatch):
     """The late view of an NFS client: for a while it says that there is no such file."""
     (tmp_path / "late").write_bytes(b"here")
-    really_open, refused = reading.regular, []
+    really_open, refused = reading.open_regular, []
 
     def late(path: Path):
         if path.name == "late" and not refused:
@@ -146,8 +146,8 @@ def test_a_file_is_missing_only_if_its_folder_does_not_list_it(tmp_path, monkeyp
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         return really_open(path)
 
-    monkeypatch.setattr(reading, "regular", late)
-    assert reading.content(tmp_path / "late") == b"here" and refused
-    assert reading.content(tmp_path / "missing") is None
-    assert reading.content(tmp_path / "no folder" / "missing") is None
-    assert reading.entries(tmp_path / "no folder") == []
+    monkeypatch.setattr(reading, "open_regular", late)
+    assert reading.read_bytes(tmp_path / "late") == b"here" and refused
+    assert reading.read_bytes(tmp_path / "missing") is None
+    assert reading.read_bytes(tmp_path / "no folder" / "missing") is None
+    assert reading.list_directory(tmp_path / "no folder") == []

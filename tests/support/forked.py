@@ -162,9 +162,9 @@ def _server() -> _Server:
 
 def import_everything() -> None:
     """What a run imports, in the CPU mode, without which NeMo-Aligner cannot be imported here."""
-    from nemo_fiberpo.aligner import cpu
+    from nemo_fiberpo import nemo_cpu
 
-    cpu.install()
+    nemo_cpu.install()
     for name in IMPORTED:
         importlib.import_module(name)
     gc.collect()
@@ -173,12 +173,12 @@ def import_everything() -> None:
 
 def run_as_rank(script: str, arguments: list[str], rank: int, processes: int, port: int) -> None:
     """The script in this forked process, as torchrun would start it on one machine."""
-    from nemo_fiberpo.aligner import cpu
+    from nemo_fiberpo import nemo_cpu
 
     sizes = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "ROLE_WORLD_SIZE": processes, "GROUP_RANK": 0}
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "ROLE_RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in (sizes | ranks | {"TORCHELASTIC_RUN_ID": "forked"}).items()}
-    cpu.uninstall()
+    nemo_cpu.uninstall()
     sys.path[0] = str(Path(script).parent)
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")

@@ -1,1 +1,1 @@
-"""Checkpoints that count only when whole, the record of a run, and which checkpoint a run resumes from."""
+"""Checkpoints with manifests, the record of a run, and which checkpoint a run resumes from."""

@@ -1,9 +1,8 @@
-"""What makes two runs the same: values by dotted key.
+"""The identity of a run: the values that must not change on a resume, by dotted key.
 
-This package's sections count as they are parsed, with defaults and the order of strata, so the form of the YAML does
-not matter, nor whether a key spells out its default. NeMo's `model` counts as it is written, and of `trainer` the few
-keys that training depends on. The record of an earlier start is parsed again before it is compared: a key that it
-lacks, because it was left out or that version did not have it, takes its default.
+This package's sections count as parsed, with defaults and the order of strata, so the form of the YAML does not matter.
+NeMo's `model` counts as written, and the few keys of `trainer` that training depends on. The record of an earlier start
+is parsed again before it is compared: keys that it lacks take their defaults.
 """
 
 from __future__ import annotations
@@ -24,43 +23,42 @@ from nemo_fiberpo.aligner.config.rewards import RewardSettings
 from nemo_fiberpo.fields import changeable
 from nemo_fiberpo.objective import Gate, Stratum
 
-# What may change whenever a run resumes: the fields that are declared so. Data files count by their content, see
-# `RunRecord`.
+# Fields declared with `may_change`. Data files count by their content, see `RunRecord`.
 _MAY_CHANGE = (
     *changeable(AlgorithmSettings, "algorithm"),
     *changeable(DataSettings, "data"),
     *changeable(RewardSettings, "rewards"),
 )
-# Where a bad gradient stops the run, and a floor of which only 0 is accepted.
+# A diagnostic, and a key of which only 0 is accepted.
 _OF_NO_EFFECT = ("model.optim.check_for_nan_in_grad", "model.ppo.length_params.min_length")
 _TRAINER = ("precision", "gradient_clip_val", "max_steps")
 _PARSED: dict[str, Callable[[DictConfig], Any]] = {
-    "hierarchy": lambda cfg: (*sections.hierarchy_section(cfg), sections.token_labels_section(cfg)),
+    "hierarchy": sections.hierarchy_section,
     "algorithm": sections.algorithm_settings,
     "data": sections.data_settings,
     "rewards": sections.reward_settings,
     "warm_start": sections.warm_start_settings,
 }
 _BY = "hierarchy.expert_partitions.by"
-# Keys whose own keys are names of the user's, which may have dots.
+# Mappings whose keys are the user's names, which may have dots.
 _OF_NAMES = ("only", "by", "graders", "token_clips")
 
 
 def identity_of(cfg: DictConfig) -> dict[str, Any]:
-    """Of a run with this config, as JSON has it. Raises what the checks of its sections raise."""
+    """The identity of a run with this config, as JSON values. Raises what parsing its sections raises."""
     found: dict[str, Any] = {"seed": cfg.seed, "cpu": cfg.get("cpu", False)}
     for section in _PARSED:
         if cfg.get(section) is not None:
             found |= _parsed(section, cfg)
     if cfg.get("model") is not None:
-        found |= _flat("model", OmegaConf.to_container(cfg.model, resolve=True))
+        found |= _flatten("model", OmegaConf.to_container(cfg.model, resolve=True))
         found = {key: leaf for key, leaf in found.items() if key not in _OF_NO_EFFECT}
     for name in _TRAINER:
         found[f"trainer.{name}"] = cfg.trainer.get(name) if "trainer" in cfg else None
-    if (cfg.algorithm.get("kl") or {}).get("coefficient"):  # the policy that the penalty refers to
+    if (cfg.algorithm.get("kl") or {}).get("coefficient"):  # the reference policy
         found["pretrained_checkpoint.restore_from_path"] = cfg.pretrained_checkpoint.restore_from_path
     if found.get(_BY) == "expert_parallel":
-        # Another size of this axis makes other partitions.
+        # The partitions depend on the size of this axis.
         found[_BY] = f"expert_parallel, {cfg.model.get('expert_model_parallel_size') or 1} ranks"
     found["ranks"] = int(os.environ.get("WORLD_SIZE", "1"))
     plain: dict[str, Any] = json.loads(json.dumps(found))
@@ -68,8 +66,7 @@ def identity_of(cfg: DictConfig) -> dict[str, Any]:
 
 
 def identity_of_record(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity that an earlier start recorded, as `identity_of` would have it now. A section with values that are
-    refused today stays as it was recorded."""
+    """A recorded identity, as `identity_of` would return it now. A section that is refused today stays as recorded."""
     found = {key: leaf for key, leaf in stored.items() if key not in _OF_NO_EFFECT}
     for section in _PARSED:
         written = {
@@ -78,7 +75,7 @@ def identity_of_record(stored: Mapping[str, Any]) -> dict[str, Any]:
         if not written:
             continue
         try:
-            parsed = _parsed(section, OmegaConf.create({section: _filled(section, _nested(section, written))}))
+            parsed = _parsed(section, OmegaConf.create({section: _filled(section, _unflatten(section, written))}))
         except (ValueError, KeyError, TypeError, AttributeError, OmegaConfBaseException):
             continue
         if _BY in parsed and _BY in written:
@@ -89,32 +86,33 @@ def identity_of_record(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hierarchy_of_record(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The `hierarchy` section that a record has, as `nemo_fiberpo.config` reads it."""
+    """The `hierarchy` section of a record, in the form that `nemo_fiberpo.config` reads."""
     return _filled(
-        "hierarchy", _nested("hierarchy", {key: value for key, value in stored.items() if under(key, ("hierarchy",))})
+        "hierarchy",
+        _unflatten("hierarchy", {key: value for key, value in stored.items() if under(key, ("hierarchy",))}),
     )
 
 
 def under(key: str, prefixes: tuple[str, ...]) -> bool:
-    """Whether a dotted key is one of these or part of one."""
+    """Whether a dotted key is one of `prefixes` or below one."""
     return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
 
 
 def _parsed(section: str, cfg: DictConfig) -> dict[str, Any]:
-    """The leaves of a section as it is parsed, without what may change."""
+    """The leaves of a parsed section, without those that may change."""
     value = _PARSED[section](cfg)
     if section == "hierarchy":
         hierarchy, partitions, labels = value
-        leaves = _flat(section, hierarchy) | _flat(f"{section}.expert_partitions", partitions)
-        leaves |= {} if labels is None else _flat(section, labels.written())
+        leaves = _flatten(section, hierarchy) | _flatten(f"{section}.expert_partitions", partitions)
+        leaves |= {} if labels is None else _flatten(section, labels.written())
     else:
-        leaves = _flat(section, value)
+        leaves = _flatten(section, value)
     return {key: leaf for key, leaf in leaves.items() if not under(key, _MAY_CHANGE)}
 
 
-def _flat(where: str, value: Any) -> dict[str, Any]:
-    """Leaves by dotted key: dataclasses by their fields, strata by their names, with their order. An empty field of a
-    dataclass is None."""
+def _flatten(where: str, value: Any) -> dict[str, Any]:
+    """Leaves by dotted key: dataclasses by field, strata by name with their order. An empty field of a dataclass is
+    None."""
     if isinstance(value, tuple) and value and all(isinstance(entry, Stratum) for entry in value):
         leaves: dict[str, Any] = {f"{where}.order": [entry.name for entry in value]}
         for entry in value:
@@ -125,7 +123,7 @@ def _flat(where: str, value: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(value):
         return _fields(where, value)
     if isinstance(value, Mapping) and value:
-        return {key: leaf for name, entry in value.items() for key, leaf in _flat(f"{where}.{name}", entry).items()}
+        return {key: leaf for name, entry in value.items() for key, leaf in _flatten(f"{where}.{name}", entry).items()}
     return {where: value}
 
 
@@ -135,24 +133,24 @@ def _fields(where: str, value: Any, without: tuple[str, ...] = ()) -> dict[str, 
         if field.name not in without:
             entry = getattr(value, field.name)
             empty = isinstance(entry, Mapping | tuple | list) and not entry
-            leaves |= _flat(f"{where}.{field.name}", None if empty else entry)
+            leaves |= _flatten(f"{where}.{field.name}", None if empty else entry)
     return leaves
 
 
-def _nested(section: str, written: Mapping[str, Any]) -> dict[str, Any]:
-    """A section from its leaves, the inverse of `_flat`."""
+def _unflatten(section: str, written: Mapping[str, Any]) -> dict[str, Any]:
+    """A section from its leaves, the inverse of `_flatten`."""
     tree: dict[str, Any] = {}
     for key, value in written.items():
         path = key.removeprefix(f"{section}.")
         kind, _, rest = path.partition(".")
         names = written.get(f"{section}.{kind}.order") if section == "hierarchy" else None
         if names is None:
-            _put(tree, _path(path), value)
+            _set(tree, _path(path), value)
             continue
         of = tree.setdefault(kind, {name: {} for name in names})
         if rest != "order":
             name = max((name for name in names if rest.startswith(f"{name}.")), key=len)
-            _put(of[name], _path(rest.removeprefix(f"{name}.")), value)
+            _set(of[name], _path(rest.removeprefix(f"{name}.")), value)
     return tree
 
 
@@ -166,7 +164,7 @@ def _path(key: str) -> tuple[str, ...]:
     return (head, rest) if head in _OF_NAMES else (head, *_path(rest))
 
 
-def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+def _set(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     *above, last = path
     for name in above:
         tree = tree.setdefault(name, {})
@@ -174,7 +172,7 @@ def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 
 
 def _filled(section: str, tree: dict[str, Any]) -> dict[str, Any]:
-    """The section as a config has it: required keys that are not recorded, and `by` without the number of ranks."""
+    """The section with required keys that are not recorded, and `by` without the number of ranks."""
     if section == "data":
         return {"train": "", **tree}
     if section == "rewards" and tree.get("kind") == "server":

@@ -1,4 +1,4 @@
-"""Going on with a run: what makes it the run it is (`run.json`), and what of that may change."""
+"""The record of a run, `run.json`: its identity, and which of it may change on a resume."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from nemo_fiberpo.storage import reading
 from nemo_fiberpo.storage.manifest import write_atomically
 from nemo_fiberpo.values import nearest
 
-# The layout, and how log-probs are computed in it: NeMo's checkpoints load into any of it. The sums of a step are then
-# rounded otherwise and other random numbers generate, so metrics are those of an uninterrupted run in distribution
-# only; the change is written down.
+# NeMo's checkpoints load into any layout, and log-probs can be computed either way. Rounding and random numbers then
+# differ, so metrics match those of an uninterrupted run only in distribution; the change is recorded.
 _LAYOUT = (
     "model.tensor_model_parallel_size",
     "model.pipeline_model_parallel_size",
@@ -41,54 +40,54 @@ def _sha256(path: Any) -> str | None:
 
 
 class RunRecord:
-    """`run.json` in `run_dir`: what the run is, what was changed when it went on, and its newest whole checkpoint.
+    """`run.json` in `run_dir`: the run's identity, its changes on resumes, and its newest whole checkpoint.
 
     {"id": hex, "identity": {key: value}, "changes": [{"rl_step", "changed": {key: [before, after]}}], "checkpoint":
-    {"step", "name"} or null}. Paths inside `run_dir` are written from there, so that a run can be moved. The config is
-    read when the object is made: NeMo writes into it later. The file is not.
+    {"step", "name"} or null}. Paths inside `run_dir` are relative to it, so that a run can be moved. The config is read
+    at construction, since NeMo modifies it later; the file is not.
     """
 
     def __init__(self, cfg: DictConfig):
         self.path = Path(cfg.run_dir) / "run.json"
         self._run_dir = str(cfg.run_dir)
         self._data = {name: cfg.data.get(name) for name in ("train", "heldout")}
-        self._allowed = _allowed(cfg)
+        self._allowed = tuple((cfg.get("resume") or {}).get("allow") or ())
         self._identity = _portable(identity_of(cfg), self._run_dir)
 
     def check_allowed(self) -> None:
-        """ValueError naming an entry of `resume.allow` that is no key of this run, now or as `run_dir` holds it."""
+        """ValueError naming an entry of `resume.allow` that is not a key of this run, now or in the record."""
         stored = self._stored()
-        keys = {**self._identity, **(stored["identity"] if stored else {})}  # of both: what was taken out is a change
+        keys = {**self._identity, **(stored["identity"] if stored else {})}  # a removed key is a change too
         sections = {key.rsplit(".", number)[0] for key in keys for number in range(key.count(".") + 1)}
         files = [f"data.{name}{end}" for name in self._data for end in ("", ".sha256")]
         known = [*keys, *sections, *files]
         for key in self._allowed:
             if key not in known:
-                raise ValueError(f"resume.allow: {key!r} is no key that must stay the same{nearest(key, known)}")
+                raise ValueError(f"resume.allow: {key!r} is not a key that must stay the same{nearest(key, known)}")
 
     def identity(self) -> dict[str, Any]:
-        """Now, with the digests of the data files (null where there is none yet), as JSON has it."""
+        """The identity, with the digests of the data files (null where there is none yet), as JSON values."""
         digests = {f"data.{name}.sha256": _sha256(path) for name, path in self._data.items()}
         return self._identity | digests
 
     def _stored(self) -> dict[str, Any] | None:
-        """What `run.json` holds, None without one. ValueError that names the file and the ways out where that is not
-        the record of a run, or it cannot be read."""
+        """What `run.json` holds; None without one. ValueError if it cannot be read or is not the record of a run."""
         try:
-            raw = reading.content(self.path)
+            raw = reading.read_bytes(self.path)
         except OSError as error:
-            raise ValueError(f"{reading.in_words(error)}: the record of the run cannot be read; try again") from error
+            raise ValueError(f"{reading.describe(error)}: cannot read the record of the run; try again") from error
         if raw is None:
             return None
         try:
             stored: dict[str, Any] = json.loads(raw)
             _check_record(stored)
             stored["identity"] = _portable(identity_of_record(stored["identity"]), self._run_dir)
-        except (ValueError, KeyError, TypeError) as error:  # neither JSON nor text, or another structure
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{self.path}: not the record of a run ({type(error).__name__}: {error}). Put an intact copy back; or "
-                "remove it, if the checkpoints are of this very configuration, and the run goes on from the newest "
-                f"whole one unchecked; or give a run_dir of its own, such as run_dir={self._run_dir}-2"
+                f"{self.path}: not the record of a run ({type(error).__name__}: {error}). Restore an intact copy; "
+                "or use another run_dir, such as "
+                f"run_dir={self._run_dir}-2; or, if the checkpoints are of this very config, remove it to resume from "
+                "the newest whole one unchecked"
             ) from None
         return stored
 
@@ -97,8 +96,8 @@ class RunRecord:
         return {key: [before.get(key), now.get(key)] for key in {**now, **before} if before.get(key) != now.get(key)}
 
     def check(self) -> None:
-        """ValueError as `check_allowed`; and one naming every key by which `run_dir` holds another run, unless it is of
-        the layout or `resume.allow` has it or what it is part of: the run would go on as a mixture of both."""
+        """ValueError as `check_allowed`; and one naming every changed key that is neither of the layout nor covered by
+        `resume.allow`."""
         self.check_allowed()
         stored = self._stored()
         changed = self._changed(stored) if stored else {}
@@ -106,18 +105,17 @@ class RunRecord:
         if not refused:
             return
         who = [f"the run in {self._run_dir}"] + ["it"] * (len(refused) - 1)
-        said = [
+        lines = [
             f"{key}: {changed[key][1]!r}, but {it} has {changed[key][0]!r}"
             for key, it in zip(refused, who, strict=True)
         ]
         raise ValueError(
-            f"{'; '.join(said)}; give a run_dir of its own, such as run_dir={self._run_dir}-2, or go on with the "
-            f"change{'s' if len(refused) > 1 else ''} by resume.allow=[{','.join(refused)}]"
+            f"{'; '.join(lines)}; use another run_dir, such as run_dir={self._run_dir}-2, or accept the "
+            f"change{'s' if len(refused) > 1 else ''} with resume.allow=[{','.join(refused)}]"
         )
 
     def remember(self, rl_step: int) -> dict[str, list[Any]]:
-        """Write down what the run is from this RL step on; {key: [before, after]} of what has changed since it was
-        last trained. First rank."""
+        """Record the identity from this RL step on; returns what has changed, {key: [before, after]}. First rank."""
         stored = {"id": uuid.uuid4().hex} | (self._stored() or {"changes": [], "checkpoint": None})
         changed = self._changed(stored) if rl_step > 0 and "identity" in stored else {}
         if changed:
@@ -127,18 +125,18 @@ class RunRecord:
 
     @property
     def id(self) -> str | None:
-        """What the manifests of its checkpoints call the run; None before it began, or of an earlier version."""
+        """The id in the manifests of its checkpoints; None before the run begins."""
         stored = self._stored()
         return stored.get("id") if stored else None
 
     @property
     def checkpoint(self) -> dict[str, Any] | None:
-        """Name and RL step of the newest checkpoint that was whole, None if none ever was."""
+        """Name and RL step of the newest whole checkpoint, None if there never was one."""
         stored = self._stored()
         return stored.get("checkpoint") if stored else None
 
     def note_checkpoint(self, name: str, state: Mapping[str, int]) -> None:
-        """A checkpoint is whole. First rank."""
+        """Record a whole checkpoint. First rank."""
         stored = self._stored()
         assert stored is not None, "remember() comes first"
         self._write(stored | {"checkpoint": {"name": name, "step": state["step"]}})
@@ -151,16 +149,16 @@ class RunRecord:
 def _check_record(stored: Any) -> None:
     """ValueError, KeyError or TypeError unless this has the structure that RunRecord writes."""
     if not isinstance(stored["identity"], dict) or not isinstance(stored["changes"], list):
-        raise ValueError("identity and changes are of another kind")
+        raise ValueError("identity and changes have the wrong type")
     newest = stored["checkpoint"]
     if not isinstance(stored.get("id", ""), str):
-        raise ValueError("id is of another kind")
+        raise ValueError("id has the wrong type")
     if newest is not None and not (isinstance(newest["step"], int) and isinstance(newest["name"], str)):
-        raise ValueError("checkpoint is of another kind")
+        raise ValueError("checkpoint has the wrong type")
 
 
 def _portable(identity: Mapping[str, Any], run_dir: str) -> dict[str, Any]:
-    """With paths inside the run's directory written from there, whichever way they name it."""
+    """With paths inside the run's directory relative to it."""
     prefixes = {run_dir, os.path.abspath(run_dir), os.path.realpath(run_dir)}
 
     def moved(value: Any) -> Any:
@@ -174,8 +172,3 @@ def _portable(identity: Mapping[str, Any], run_dir: str) -> dict[str, Any]:
         return value if inside is None else "${run_dir}" + value[len(inside.rstrip("/")) :]
 
     return {key: moved(value) for key, value in identity.items()}
-
-
-def _allowed(cfg: DictConfig) -> tuple[str, ...]:
-    section = cfg.get("resume")
-    return tuple(section.get("allow") or ()) if section is not None else ()

@@ -1,2 +1,1 @@
-"""The sections of a run's config as checked dataclasses. What leaves: settings objects, or a ValueError that names the
-field."""
+"""The sections of a run's config as checked dataclasses."""

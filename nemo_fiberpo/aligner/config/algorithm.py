@@ -17,8 +17,8 @@ class KlSettings:
     """Penalty on the KL divergence to the initial policy, in the loss."""
 
     coefficient: float = setting(0.0, at_least=0)
-    """Factor of the KL penalty; 0 switches it off. The penalty is the k3 estimate of each token, exp(d) - d - 1 with
-    d = log pi_init - log pi, weighted as the objective weights tokens."""
+    """Factor of the KL penalty; 0 disables it. The penalty is the k3 estimate of each token, exp(d) - d - 1 with d =
+    log pi_init - log pi, weighted as the objective weights tokens."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -26,11 +26,11 @@ class KlSettings:
 
 @dataclass(frozen=True)
 class HierarchyGating:
-    """FiberPO: the gates of the hierarchy act."""
+    """FiberPO: gated by the hierarchy."""
 
     use_min: bool = setting(False)
-    """Whether PPO's minimum is taken on top of the gates: J = sum_i w_i min(r_i A_i, rhat_i A_i). `false` is (18) of
-    the paper to the letter."""
+    """Whether to take PPO's minimum on top of the gates: J = sum_i w_i min(r_i A_i, rhat_i A_i). `false` is (18) of the
+    paper."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -41,14 +41,14 @@ class AlgorithmSettings:
     """How rollouts become optimizer steps. conf/algorithm/ has a file for each objective."""
 
     samples_per_prompt: int = setting(at_least=1)
-    """Responses per prompt; together they are a prompt group."""
+    """Responses per prompt, the size of a prompt group."""
 
     prompts_per_rollout: int = setting(at_least=1)
     """Prompts per RL step, over all ranks."""
 
     objective: str = setting("fiberpo", choices=tuple(OBJECTIVES))
-    """`fiberpo` is gated by the hierarchy. The others are gated by `algorithm.gating`, and the hierarchy only
-    reports."""
+    """`fiberpo` is gated by the hierarchy. The others are gated by `algorithm.gating`; the hierarchy is only reported.
+    """
 
     gating: RatioGating | HierarchyGating = setting(default_factory=HierarchyGating, form="mapping")
     """Parameters of the objective, see `fiberpo config algorithm.gating`."""
@@ -58,8 +58,8 @@ class AlgorithmSettings:
     NEMO_FIBERPO_COMPILE (auto, 1 or 0) takes precedence."""
 
     optimizer_steps: int = setting(1, at_least=1)
-    """Optimizer steps, hence minibatches, per pass over a rollout. Must divide `prompts_per_rollout`, so that a
-    minibatch holds whole prompt groups."""
+    """Optimizer steps per pass over a rollout, one per minibatch. Must divide `prompts_per_rollout`: a minibatch holds
+    whole prompt groups."""
 
     epochs: int = setting(1, at_least=1)
     """Passes over a rollout."""
@@ -68,7 +68,7 @@ class AlgorithmSettings:
     """RL steps to run; -1: as many as the prompts allow."""
 
     data_epochs: int = setting(1, at_least=1, may_change=True)
-    """Most passes over the prompts."""
+    """Maximum number of passes over the prompts."""
 
     advantage: str = setting("group_normalized", choices=("group_normalized", "rloo", "given"))
     """Advantage of a response with reward r. `group_normalized`: (r - mean) / std over its prompt group. `rloo`: r
@@ -79,25 +79,26 @@ class AlgorithmSettings:
     same. `fixed_length_mean`: 1 / (trajectories x `fixed_length`)."""
 
     fixed_length: int | None = setting(None, at_least=1)
-    """Tokens by which `weights: fixed_length_mean` divides. Required there and only there."""
+    """Divisor of `weights: fixed_length_mean`, in tokens. Required there, and only there."""
 
     truncated: str = setting("keep", choices=("keep", "mask"))
-    """What happens to responses that were cut at the length limit. `keep`: they are trained on with their reward.
-    `mask`: they are in no loss and no cell, but their reward counts in the baseline of their group."""
+    """What happens to responses cut at the length limit. `keep`: they are trained on with their reward. `mask`: they
+    are
+        left out of the loss and of all cells, but their reward counts in the baseline of their group."""
 
     kl: KlSettings = setting(default_factory=KlSettings)
 
     rollout_correction: RolloutCorrection = setting(default_factory=RolloutCorrection)
 
     packing: bool = setting(False)
-    """Whether the samples of a micro-batch are packed into one row without padding (THD format). On a GPU this needs
+    """Whether the samples of a micro-batch are packed into one row without padding (THD). On a GPU this needs
     Transformer Engine."""
 
     passes: int | str = setting(2, form="1, 2 or auto")
-    """Forward passes per optimizer step. 2 is exact for every hierarchy and layout. 1 saves the second pass where every
-    cell lies inside one micro-batch of one data-parallel rank, which is checked. `auto` is exact everywhere, and runs
-    the second pass only over micro-batches in which it changes a coefficient, as long as that costs less than 2; see
-    docs/performance.md."""
+    """Forward passes per optimizer step. 2 is exact for every hierarchy and layout. 1 saves the second pass; it
+    requires every cell to lie inside one micro-batch of one data-parallel rank, which is checked. `auto` is exact
+    everywhere: it runs the second pass only over micro-batches in which it changes a coefficient, as long as that costs
+    less than 2; see docs/performance.md."""
 
     micro_batches: str = setting("any", choices=("any", "whole_groups"))
     """Which samples share a micro-batch. `whole_groups`: all responses to a prompt, so that prompt groups and
@@ -108,7 +109,7 @@ class AlgorithmSettings:
 
     save_interval: int = setting(0, at_least=0, may_change=True)
     """RL steps between checkpoints, a multiple of `val_check_interval`. The end of training is saved too, and a run
-    that a signal or its time limit stops. 0: only such a stopped run is saved, and no trained policy is written."""
+    stopped by a signal or its time limit. 0: only such a stopped run is saved, and no trained policy is written."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -129,10 +130,10 @@ class AlgorithmSettings:
         if self.advantage != "given" and self.samples_per_prompt < 2:
             raise ValueError(
                 f"samples_per_prompt: {self.samples_per_prompt} leaves advantage={self.advantage} without a baseline; "
-                "take at least 2, or advantage: given"
+                "set it to at least 2, or advantage: given"
             )
         if (self.weights == "fixed_length_mean") != (self.fixed_length is not None):
-            raise ValueError("fixed_length: a number of tokens, for weights: fixed_length_mean and only there")
+            raise ValueError("fixed_length: required for weights: fixed_length_mean, and only there")
         if self.val_check_interval and self.save_interval % self.val_check_interval:
             raise ValueError(
                 f"save_interval: {self.save_interval} must be a multiple of val_check_interval = "
@@ -141,12 +142,12 @@ class AlgorithmSettings:
 
     @property
     def gating_map(self) -> RatioGating | None:
-        """The map that gates in place of the hierarchy; None for fiberpo."""
+        """The ratio-gating map of the objective; None for fiberpo."""
         return None if isinstance(self.gating, HierarchyGating) else self.gating
 
     @property
     def use_min(self) -> bool:
-        """Whether the minimum of PPO is taken on top of the hierarchy's gates."""
+        """Whether PPO's minimum is taken on top of the hierarchy's gates."""
         return isinstance(self.gating, HierarchyGating) and self.gating.use_min
 
     @property
@@ -173,11 +174,11 @@ class AlgorithmSettings:
         return rl_steps * self.optimizer_steps * self.epochs
 
     def check_passes(self, strata: Sequence[Stratum], micro_batch_size: int) -> None:
-        """ValueError where prompt groups do not fit into micro-batches, or where one pass cannot be exact whatever the
-        rollout; the rest shows in its cells."""
+        """ValueError if prompt groups do not fit into micro-batches, or if one pass cannot be exact for any rollout.
+        The rest is checked on a rollout's cells."""
         if self.micro_batches == "whole_groups" and micro_batch_size % self.samples_per_prompt:
             raise ValueError(
-                f"algorithm.micro_batches: whole_groups, but model.micro_batch_size = {micro_batch_size} is no "
+                f"algorithm.micro_batches: whole_groups, but model.micro_batch_size = {micro_batch_size} is not a "
                 f"multiple of algorithm.samples_per_prompt = {self.samples_per_prompt}; change one, or set it to any"
             )
         # A join with the trajectory lies inside it.
@@ -187,7 +188,7 @@ class AlgorithmSettings:
         if self.packing and (self.micro_batches == "any" or coarser != ["prompt_group"]):
             raise ValueError(
                 f"algorithm.passes: 1 with packing: true, which deals samples to micro-batches by length, but the "
-                f"hierarchy has {coarser}; set passes to 2 or auto, or take hierarchy=trajectory; micro_batches: "
+                f"hierarchy has {coarser}; set passes to 2 or auto, or use hierarchy=trajectory; micro_batches: "
                 "whole_groups keeps prompt groups together"
             )
         if "prompt_group" in coarser and micro_batch_size % self.samples_per_prompt:
@@ -197,11 +198,11 @@ class AlgorithmSettings:
             )
 
     def check_data(self, data: DataSettings) -> None:
-        """ValueError where the data does not go with the algorithm. Files that are not there yet are not looked at."""
+        """ValueError if the data does not suit the algorithm. A data file that does not exist yet is not checked."""
         if self.val_check_interval and data.heldout is None:
             raise ValueError(
-                f"algorithm.val_check_interval: {self.val_check_interval} evaluates data.heldout, which is not given; "
-                "give a file of held-out prompts, or set it to 0"
+                f"algorithm.val_check_interval: {self.val_check_interval} evaluates data.heldout, which is not set; "
+                "name a file of held-out prompts, or set it to 0"
             )
         path = Path(data.train)
         if not path.is_file():
@@ -211,7 +212,7 @@ class AlgorithmSettings:
         if prompts < self.prompts_per_rollout:
             raise ValueError(
                 f"algorithm.prompts_per_rollout: {self.prompts_per_rollout}, but data.train = {path} has {prompts} "
-                "prompts; a rollout takes each at most once: set it to at most that, or give more prompts"
+                "prompts; a rollout uses each at most once: lower it, or add prompts"
             )
 
     @property

@@ -1,7 +1,4 @@
-"""Every check of a run's config that needs nothing but the config, for training, `fiberpo check` and `fiberpo plan`.
-
-Every refusal is a ValueError that names the key.
-"""
+"""Every check of a run's config that needs only the config. Each error is a ValueError that names the key."""
 
 from __future__ import annotations
 
@@ -9,16 +6,15 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from omegaconf import DictConfig
 
 from nemo_fiberpo.aligner.config.algorithm import AlgorithmSettings
 from nemo_fiberpo.aligner.config.data import DataSettings
 from nemo_fiberpo.aligner.config.model_checks import model_problems, partition_table
-from nemo_fiberpo.aligner.config.nemo import check_precision
-from nemo_fiberpo.aligner.config.nemo_keys import check_nemo_keys
 from nemo_fiberpo.aligner.config.parsing import build, plain
+from nemo_fiberpo.aligner.config.precision import check_precision
 from nemo_fiberpo.aligner.config.rewards import RewardSettings
 from nemo_fiberpo.aligner.config.run import PretrainedCheckpoint
 from nemo_fiberpo.aligner.config.sections import (
@@ -29,28 +25,26 @@ from nemo_fiberpo.aligner.config.sections import (
     hierarchy_section,
     reward_settings,
     run_settings,
-    token_labels_section,
     warm_start_settings,
 )
 from nemo_fiberpo.budget_warnings import budget_warnings, log_budget_warnings
 from nemo_fiberpo.labelling.token_labels import TokenLabels
+from nemo_fiberpo.nemo_config.keys import check_nemo_keys
 from nemo_fiberpo.objective import ExpertPartitions, Hierarchy, check_gating
 from nemo_fiberpo.plain import as_plain, named_references
 from nemo_fiberpo.plan.batches import Batches
 from nemo_fiberpo.plan.lengths import too_long
 from nemo_fiberpo.values import short
 
-T = TypeVar("T")
 Attempt = Callable[[Callable[[], Any]], Any]
 _REQUIRED = ("hierarchy", "algorithm", "data", "rewards", "model", "trainer", "exp_manager", "pretrained_checkpoint")
-_OPTIONAL = ("warm_start", "cluster", "resume")  # a null is as if it were left out
-_LOGGERS = {"wandb": "wandb", "mlflow": "mlflow", "clearml": "clearml", "neptune": "neptune"}  # name -> its package
+_OPTIONAL = ("warm_start", "cluster", "resume")  # null is the same as absent
+_LOGGERS = ("wandb", "mlflow", "clearml", "neptune")  # each is also the name of its package
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The sections of a config, parsed. Where problems are collected instead of raised, a section that has one is
-    None."""
+    """The parsed sections of a config. Where errors are collected rather than raised, a faulty section is None."""
 
     hierarchy: Hierarchy
     partitions: ExpertPartitions | None
@@ -60,20 +54,20 @@ class RunConfig:
     rewards: RewardSettings
 
 
-def _directly(check: Callable[[], T]) -> T:
+def _call(check: Callable[[], Any]) -> Any:
     return check()
 
 
-def read_config(cfg: DictConfig, attempt: Attempt = _directly) -> RunConfig:
-    """Parse and check the sections, alone and together.
+def read_config(cfg: DictConfig, attempt: Attempt = _call) -> RunConfig:
+    """Parse and check the sections, each and together; logs `budget_warnings`. Raises ValueError naming the field.
 
-    attempt   calls what it is given; one that returns None for an error, as `fiberpo plan` has it, finds all of them
-
-    Raises ValueError naming the field. Logs `budget_warnings`.
+    attempt  calls its argument; `fiberpo plan` passes one that returns None on an error, to collect all errors
     """
     attempt(lambda: check_shape(cfg))
-    # Typed as in training, where none is None.
-    hierarchy, partitions = cast("tuple[Hierarchy, Any]", attempt(lambda: check_sections(cfg)) or (None, None))
+    # Typed as in training, where none of them is None.
+    hierarchy, partitions, labels = cast(
+        "tuple[Hierarchy, Any, Any]", attempt(lambda: check_sections(cfg)) or (None, None, None)
+    )
     algorithm = attempt(lambda: algorithm_settings(cfg))
     data = attempt(lambda: data_settings(cfg))
     rewards = attempt(lambda: reward_settings(cfg))
@@ -89,20 +83,17 @@ def read_config(cfg: DictConfig, attempt: Attempt = _directly) -> RunConfig:
         attempt(lambda: check_gating(algorithm.gating_map, hierarchy, soft))
         attempt(lambda: algorithm.check_passes(hierarchy.active, cfg.model.micro_batch_size))
     attempt(lambda: check_nemo_keys(cfg))
-    labels = token_labels_section(cfg) if hierarchy is not None else None
     return RunConfig(hierarchy, partitions, labels, algorithm, data, rewards)
 
 
 def read_training_config(cfg: DictConfig) -> RunConfig:
-    """`read_config`, with what is an error in training only: a reference that leads nowhere, another host, a logger
-    that is not installed, and what the model's config rules out by itself. The policy's own config joins it when the
-    policy is loaded."""
-    with named_references():  # a key that is not there at all, too
-        check_shape(cfg)
-        check_host(cfg)
+    """`read_config`, plus what only training requires: all references resolve, the host is NeMo-Aligner, loggers are
+    installed, and the actor supports the `model` section. The checkpoint's own config is merged on loading."""
+    with named_references():
         config = read_config(cfg)
+        check_host(cfg)
         as_plain(cfg)
-        check_loggers(cfg.exp_manager)
+        check_loggers(cfg)
         for problem in model_problems(cfg.model, cfg.get("cpu", False)):
             raise ValueError(problem)
         check_batches(cfg, 1)
@@ -113,15 +104,14 @@ def read_training_config(cfg: DictConfig) -> RunConfig:
 
 
 def pretrained_checkpoint(cfg: DictConfig) -> PretrainedCheckpoint:
-    """The `pretrained_checkpoint` section. Raises ValueError naming the field."""
-    made: PretrainedCheckpoint = build(
-        PretrainedCheckpoint, plain(cfg, "pretrained_checkpoint"), "pretrained_checkpoint"
-    )
+    """The `pretrained_checkpoint` section."""
+    name = "pretrained_checkpoint"
+    made: PretrainedCheckpoint = build(PretrainedCheckpoint, plain(cfg, name), name)
     return made
 
 
 def check_shape(cfg: DictConfig) -> None:
-    """Sections are mappings, and the keys beside them of their types; an unknown one is refused."""
+    """Check that sections are mappings and that top-level keys are known and of their types."""
     with named_references():
         given = run_settings(cfg)
     for key in ("name", "run_dir"):
@@ -134,57 +124,53 @@ def check_shape(cfg: DictConfig) -> None:
             raise ValueError(f"{name}: must be a mapping, got {short(section)}")
 
 
-def check_sections(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None]:
-    """Refuse unknown sections; the hierarchy, and how it partitions experts, if it does. ValueError names the field.
-    Logs `budget_warnings`."""
-    if run_settings(cfg).wandb and importlib.util.find_spec("wandb") is None:
-        raise ValueError("wandb: true, but the package is not installed; pip install wandb, or set it to false")
+def check_sections(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None, TokenLabels | None]:
+    """Refuse unknown sections and parse the hierarchy; logs `budget_warnings`."""
+    run_settings(cfg)
     check_resume(cfg)
     if (cfg.get("trainer") or {}).get("max_time") is not None:
         raise ValueError(
             f"trainer.max_time: {cfg.trainer.max_time!r} would stop Lightning's own loop, which does not run here; set "
             "exp_manager.max_time_per_run"
         )
-    hierarchy, partitions = hierarchy_section(cfg)
-    token_labels_section(cfg)
-    log_budget_warnings(budget_warnings(hierarchy), "hierarchy: ")
-    return hierarchy, partitions
+    parsed = hierarchy_section(cfg)
+    log_budget_warnings(budget_warnings(parsed[0]), "hierarchy: ")
+    return parsed
 
 
-def check_loggers(exp_manager: Mapping[str, Any]) -> None:
+def check_loggers(cfg: DictConfig) -> None:
     """ValueError for a logger whose package is not installed."""
-    for name, package in _LOGGERS.items():
+    for name in _LOGGERS:
         key = f"create_{name}_logger"
-        if exp_manager.get(key) and importlib.util.find_spec(package) is None:
-            raise ValueError(f"exp_manager.{key}: needs the package {package}, which is not installed; pip install it")
+        if cfg.exp_manager.get(key) and importlib.util.find_spec(name) is None:
+            key = "wandb" if name == "wandb" and cfg.get("wandb") else f"exp_manager.{key}"
+            raise ValueError(f"{key}: needs the package {name}, which is not installed; pip install it")
 
 
 def check_graders(graders: Mapping[str, str] | None) -> None:
-    """ValueError naming the grader of one's own whose module or function there is not."""
+    """ValueError naming the custom grader whose module or function does not exist."""
     for name, target in (graders or {}).items():
         module, _, function = target.partition(":")
-        where = f"rewards.graders.{name}"
+        where = f"rewards.graders.{name}: {target}"
         try:
             found = getattr(importlib.import_module(module), function, None)
         except ImportError as error:
             raise ValueError(
-                f"{where}: {target}: {error}. Modules are looked for where Python does, and beside the run config"
+                f"{where}: {error}. Modules are searched on Python's path and beside the run config"
             ) from error
         except Exception as error:
-            raise ValueError(
-                f"{where}: {target}: importing {module} ends in {type(error).__name__}: {error}"
-            ) from error
+            raise ValueError(f"{where}: importing {module} fails with {type(error).__name__}: {error}") from error
         if not callable(found):
-            raise ValueError(f"{where}: {target}: the module has no function {function!r}")
+            raise ValueError(f"{where}: the module has no function {function!r}")
 
 
 def check_host(cfg: DictConfig) -> None:
-    """ValueError for a layout that is not for NeMo-Aligner, see `cluster.host`; unknown keys of the section too."""
+    """ValueError for a layout that is not for NeMo-Aligner, see `cluster.host`."""
     host = cluster_settings(cfg).host
     if host != "nemo_aligner":
         raise ValueError(
-            f"cluster.host: {host}; this layout is for a trainer of one's own on nemo_fiberpo.megatron, see "
-            "docs/parallelism.md; NeMo-Aligner cannot run it. `fiberpo plan` takes it"
+            f"cluster.host: {host}; this layout is for a custom trainer on nemo_fiberpo.megatron, see "
+            "docs/parallelism.md; NeMo-Aligner cannot run it, `fiberpo plan` can plan it"
         )
 
 
@@ -194,7 +180,7 @@ def on_cpu(cfg: DictConfig) -> bool:
 
 
 def check_accelerator(cfg: DictConfig) -> None:
-    """ValueError where the two keys that choose CPU or GPU disagree."""
+    """ValueError if the two keys that choose CPU or GPU disagree."""
     accelerator, cpu = cfg.trainer.get("accelerator"), bool(cfg.get("cpu", False))
     if cpu and accelerator not in ("cpu", "auto", None):
         raise ValueError(f"trainer.accelerator: {accelerator!r}, but cpu is true; set it to cpu, or cpu to false")
@@ -218,12 +204,12 @@ def batch_sizes(cfg: DictConfig) -> Batches:
 
 
 def check_batches(cfg: DictConfig, data_parallel_size: int, context_parallel_size: int = 1) -> None:
-    """ValueError naming the field by which the batch sizes do not fit together, see `Batches.problems`."""
+    """ValueError naming the batch size that does not fit the others, see `Batches.problems`."""
     for problem in batch_sizes(cfg).problems(data_parallel_size, context_parallel_size):
         raise ValueError(problem)
 
 
 def check_lengths(cfg: DictConfig) -> None:
-    """ValueError naming the key of the model that the longest prompt and response do not fit in."""
+    """ValueError naming the key of the model that the longest prompt and response exceed."""
     for problem in too_long(cfg.model, data_settings(cfg).max_prompt_length):
         raise ValueError(problem)

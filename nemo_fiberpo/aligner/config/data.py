@@ -12,8 +12,9 @@ class DataSettings:
     """The prompts to train on and to hold out."""
 
     train: str = setting(may_change=True)
-    """JSON lines of prompts to train on. Their format is in nemo_fiberpo/aligner/data/records.py. A resumed run may
-    read the file from another path; its content counts."""
+    """JSON lines of prompts to train on, see nemo_fiberpo/prompts/records.py for their format. A resumed run may read
+    the
+        same content from another path."""
 
     heldout: str | None = setting(None, may_change=True)
     """JSON lines of prompts to evaluate on, before and after training and every `algorithm.val_check_interval` RL
@@ -23,10 +24,10 @@ class DataSettings:
     """Longest prompt, in tokens."""
 
     too_long: str = setting("error", choices=("error", "drop"))
-    """What happens to longer prompts: the run ends with an error, or they are left out."""
+    """What happens to longer prompts: `error` ends the run, `drop` leaves them out."""
 
     heldout_greedy: bool = setting(False)
-    """Whether held-out prompts are answered by greedy decoding too, beside sampling."""
+    """Whether to evaluate held-out prompts with greedy decoding as well as sampling."""
 
     def __post_init__(self) -> None:
         check(self)

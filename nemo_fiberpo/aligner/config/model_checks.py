@@ -1,4 +1,4 @@
-"""What the actor cannot run, by the field of the model config that asks for it, before anything is built."""
+"""What the actor does not support, found in the model config before anything is built."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor
 
-from nemo_fiberpo.aligner.config.nemo import check_precision
+from nemo_fiberpo.aligner.config.precision import check_precision
 from nemo_fiberpo.labelling.expert_partitions import COLUMN, ExpertPartitions
 from nemo_fiberpo.megatron import cpu
 from nemo_fiberpo.megatron.output_layer import check_choice
@@ -19,13 +19,13 @@ from nemo_fiberpo.values import nearest
 
 
 def check_model(cfg: DictConfig) -> None:
-    """ValueError naming the first field of the model config that the actor cannot run with, and what to use instead."""
+    """ValueError naming the first unsupported field of the model config, and what to use instead."""
     for problem in model_problems(cfg, cpu.installed()):
         raise ValueError(problem)
 
 
 def model_problems(cfg: DictConfig, on_cpu: bool) -> Iterator[str]:
-    """One message for every such field."""
+    """A message for every unsupported field."""
     optimizer = cfg.get("optim", {}).get("name")
     if optimizer != "mcore_distributed_optim":
         yield (
@@ -42,18 +42,15 @@ def model_problems(cfg: DictConfig, on_cpu: bool) -> Iterator[str]:
     if (virtual or 1) > 1:
         yield (
             f"model.virtual_pipeline_model_parallel_size: {virtual}; NeMo cannot generate with virtual stages; set it "
-            "to null and use pipeline_model_parallel_size alone"
+            "to null and use only pipeline_model_parallel_size"
         )
     tensor_parallel = (cfg.get("tensor_model_parallel_size") or 1) > 1
     if cfg.get("sequence_parallel") and not tensor_parallel:
-        yield (
-            "model.sequence_parallel: true splits what tensor-parallel ranks hold in common, but "
-            "tensor_model_parallel_size is 1; set it to false"
-        )
+        yield "model.sequence_parallel: true, but tensor_model_parallel_size is 1; set it to false"
     if cfg.get("num_moe_experts") and tensor_parallel and not cfg.get("sequence_parallel"):
         yield (
             f"model.sequence_parallel: must be true with a mixture of experts and tensor_model_parallel_size = "
-            f"{cfg.tensor_model_parallel_size}; Megatron-core trains experts with tensor parallelism in no other way"
+            f"{cfg.tensor_model_parallel_size}; Megatron-core supports tensor-parallel experts only so"
         )
     yield from _dispatcher_problems(cfg)
     if (cfg.get("context_parallel_size") or 1) > 1:
@@ -61,7 +58,7 @@ def model_problems(cfg: DictConfig, on_cpu: bool) -> Iterator[str]:
             yield (f"model.context_parallel_size: {cfg.context_parallel_size} needs transformer_engine: true on a GPU")
         if cfg.ppo.get("trt_llm", {}).get("enable"):
             yield (
-                f"model.context_parallel_size: {cfg.context_parallel_size} does not go with generation by "
+                f"model.context_parallel_size: {cfg.context_parallel_size} does not support generation by "
                 "TensorRT-LLM; set model.ppo.trt_llm.enable to false"
             )
     for name, off in (("offload_adam_states", False), ("entropy_bonus", 0.0), ("ratio_eps", 0.0)):
@@ -94,7 +91,7 @@ def _adapter_problems(peft: Any, on_cpu: bool) -> Iterator[str]:
             )
 
 
-_OTHER = "the ratios compare the policy with itself, and responses sampled from another distribution are not its own"
+_OTHER = "responses must be samples of the policy itself, since ratios are relative to it"
 _SAMPLING: dict[str, tuple[Any, str]] = {
     "use_greedy": (False, "all responses to a prompt would be equal and their advantages 0; see data.heldout_greedy"),
     "temperature": (1.0, _OTHER),
@@ -104,14 +101,14 @@ _SAMPLING: dict[str, tuple[Any, str]] = {
     "all_probs": (False, "nothing here reads them; log-probs are computed in the training layout"),
     "compute_logprob": (False, "nothing here reads them; log-probs are computed in the training layout"),
 }
-"""What a key of `sampling_params` must be, and why: `add_BOS` and `end_strings` alone are free."""
+"""The required value of each key of `sampling_params`, and why. Only `add_BOS` and `end_strings` are free."""
 _LENGTHS: dict[str, tuple[Any, str]] = {
-    "min_length": (0, "the token that ends a response would be sampled with probability 0 before, not the policy's")
+    "min_length": (0, "it masks the end-of-sequence token, so responses would not be samples of the policy")
 }
 
 
 def _sampling_problems(ppo: DictConfig) -> Iterator[str]:
-    """Every key by which the responses would not be samples of the policy, or which nothing reads."""
+    """Keys by which responses would not be samples of the policy, or that nothing reads."""
     sections = (
         ("sampling_params", _SAMPLING, ("add_BOS", "end_strings")),
         ("length_params", _LENGTHS, ("max_length",)),
@@ -122,7 +119,7 @@ def _sampling_problems(ppo: DictConfig) -> Iterator[str]:
             if name not in (*fixed, *free):
                 yield f"model.ppo.{section}.{name}: unknown key{nearest(name, (*fixed, *free))}"
         for name, (value, reason) in fixed.items():
-            # True and 1 are equal to Python, and neither is a temperature to leave alone.
+            # True == 1 in Python, but true is not a valid temperature.
             if name in given and (given[name] != value or isinstance(given[name], bool) != isinstance(value, bool)):
                 yield f"model.ppo.{section}.{name}: {given[name]!r}; must be {value}: {reason}"
     sampling = ppo.get("sampling_params") or {}
@@ -134,49 +131,45 @@ def _sampling_problems(ppo: DictConfig) -> Iterator[str]:
 
 
 def first_token(model: DictConfig, tokenizer: Any) -> int | None:
-    """The token that every prompt begins with, by `model.ppo.sampling_params.add_BOS`; None for none. ValueError where
-    the tokenizer has no such token."""
+    """The BOS token that every prompt begins with if `add_BOS` is set, else None. ValueError if there is none."""
     if not model.ppo.sampling_params.get("add_BOS", False):
         return None
     token = tokenizer.bos_id
     if token is None or not 0 <= token < tokenizer.vocab_size:
         raise ValueError(
-            "model.ppo.sampling_params.add_BOS: true, but the policy's tokenizer has no token that begins a text; set "
-            "it to false"
+            "model.ppo.sampling_params.add_BOS: true, but the policy's tokenizer has no BOS token; set it to false"
         )
     return int(token)
 
 
 def check_vocabulary(cfg: DictConfig, tokenizer: Any, padded: int) -> None:
-    """ValueError where the tokenizer of NeMo's `model` section has tokens that the policy's embedding has no row for,
-    or ends responses with a token that is never sampled.
+    """ValueError if the tokenizer has more tokens than the embedding has rows, or an invalid EOS token.
 
-    padded  rows of the embedding where `override_vocab_size` does not set them
+    padded  rows of the embedding unless `override_vocab_size` sets them
     """
     size, end = tokenizer.vocab_size, tokenizer.eos_id
     rows = cfg.get("override_vocab_size") or padded
     if size > rows:
         raise ValueError(
-            f"model.tokenizer: {size} tokens, but the policy's embedding has {rows} rows (override_vocab_size); take "
-            "the tokenizer that belongs to the policy"
+            f"model.tokenizer: {size} tokens, but the policy's embedding has {rows} rows (override_vocab_size); use "
+            "the policy's own tokenizer"
         )
     if end is None or not 0 <= end < size:
         raise ValueError(
-            f"model.tokenizer: the token that ends a response has the id {end}, which is not among its {size} tokens, "
-            "so no response could end"
+            f"model.tokenizer: the end-of-sequence token has the id {end}, which is not among its {size} tokens, so no "
+            "response could end"
         )
 
 
 def partition_table(partitions: ExpertPartitions, model: DictConfig) -> tuple[Tensor, tuple[str, ...]]:
-    """The partition of each expert of the policy, int64 [experts], and the partitions' names.
+    """The partition of each expert, int64 [experts], and the partitions' names.
 
-    Raises ValueError naming the field for a dense policy, as `ExpertPartitions.table`, and, where the config says how
-    many layers there are, as `chosen_layers`.
+    Raises ValueError naming the field for a dense policy, and as `ExpertPartitions.table` and `chosen_layers`.
     """
     experts = model.get("num_moe_experts")
     if not experts:
         raise ValueError(
-            f"hierarchy: needs the column {COLUMN!r}, but the policy is dense (model.num_moe_experts is not set); take "
+            f"hierarchy: needs the column {COLUMN!r}, but the policy is dense (model.num_moe_experts is not set); use "
             "a hierarchy without it"
         )
     if model.get("num_layers"):
@@ -186,8 +179,9 @@ def partition_table(partitions: ExpertPartitions, model: DictConfig) -> tuple[Te
 
 
 def _dispatcher_problems(cfg: DictConfig) -> Iterator[str]:
-    """Megatron-core 0.11.0 sorts tokens back wrongly after the all-to-all where experts are split over TP and several
-    are on a rank, unless Transformer Engine's permutation does it: the forward pass is silently another function."""
+    """Megatron-core 0.11.0 unsorts tokens wrongly after the all-to-all if experts are split over TP and several are on
+    a
+        rank, unless Transformer Engine permutes them: the forward pass silently computes another function."""
     experts, expert_parallel = cfg.get("num_moe_experts") or 0, cfg.get("expert_model_parallel_size") or 1
     split = cfg.get("expert_tensor_parallel_size") or cfg.get("tensor_model_parallel_size") or 1
     if (
@@ -197,7 +191,7 @@ def _dispatcher_problems(cfg: DictConfig) -> Iterator[str]:
         and not cfg.get("moe_permute_fusion")
     ):
         yield (
-            "model.moe_token_dispatcher_type: alltoall computes something else in megatron-core 0.11.0 with experts "
+            "model.moe_token_dispatcher_type: alltoall is wrong in megatron-core 0.11.0 with experts "
             f"split over {split} tensor-parallel ranks and expert_model_parallel_size = {expert_parallel}; use "
             "allgather"
         )

@@ -15,7 +15,7 @@ from nemo_fiberpo.values import nearest
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """How responses are scored. Graders run in processes that can be killed; or a reward-model server is asked."""
+    """How responses are scored: by graders in separate processes, or by a reward-model server."""
 
     kind: str = setting("rules", choices=("rules", "server"))
     """`rules`: the grader that each line of the data names, see docs/graders.md. `server`: NeMo-Aligner's reward-model
@@ -34,46 +34,40 @@ class RewardSettings:
     """`threshold`: the reward is 1 for a score of at least 1, else 0. `raw`: the reward is the score."""
 
     on_failure: str = setting("drop", choices=("drop", "zero", "error"))
-    """What happens to a response whose grader crashed or ran out of time. `drop`: it is in no loss and no baseline.
-    `zero`: its reward is 0. `error`: the run ends."""
+    """What happens to a response whose grader crashed or ran out of time. `drop`: it is left out of the loss and of
+    baselines. `zero`: its reward is 0. `error`: the run ends."""
 
     max_failed: float = setting(0.5, at_least=0, at_most=1, may_change=True)
-    """Share of the responses of a rollout or an evaluation that may fail to be graded. Where more fail, the run
-    ends."""
+    """Share of the responses of a rollout or an evaluation that may fail to be graded; above it the run ends."""
 
     unsafe_tasks: Sequence[str] | None = setting(None, form="list of tasks, such as [countdown]")
-    """Tasks of reasoning-gym that may evaluate responses as Python. They are refused otherwise, see docs/graders.md."""
+    """Tasks of reasoning-gym that may evaluate responses as Python, see docs/graders.md. Others that do are refused."""
 
     graders: Mapping[str, str] | None = setting(None, form="{name: package.module:function}")
-    """Your own graders, by the name that `grader` has in the data."""
+    """Custom graders, by the name that `grader` has in the data."""
 
     server: Mapping[str, Any] | None = setting(None, form="mapping", may_change=True)
-    """Configuration of NeMo-Aligner's client of the reward-model server. Required for `kind: server` and only there."""
+    """Configuration of NeMo-Aligner's client of the reward-model server. Required for `kind: server`, and only there.
+    """
 
     def __post_init__(self) -> None:
         check(self)
-        tasks = [] if self.unsafe_tasks is None else self.unsafe_tasks
-        if isinstance(tasks, str) or not isinstance(tasks, Sequence):
-            raise ValueError(f"unsafe_tasks: must be a list of tasks, such as [countdown], got {tasks!r}")
-        for task in tasks:
+        for task in self.unsafe_tasks or ():
             if task not in UNSAFE_TASKS:
                 raise ValueError(f"unsafe_tasks: {task!r} is unknown{nearest(task, UNSAFE_TASKS)}")
-        object.__setattr__(self, "unsafe_tasks", sorted(set(tasks)))
-        for name, target in self.graders.items() if isinstance(self.graders, Mapping) else ():
+        object.__setattr__(self, "unsafe_tasks", sorted(set(self.unsafe_tasks or ())))
+        for name, target in (self.graders or {}).items():
             if not isinstance(target, str) or not re.fullmatch(r"\w+(\.\w+)*:\w+", target):
                 raise ValueError(
-                    f"graders.{name}: must be package.module:function, got {target!r}; the module is found beside the "
-                    "run config, too"
+                    f"graders.{name}: must be package.module:function, got {target!r}; the module may be beside the "
+                    "run config"
                 )
         if (self.kind == "server") != (self.server is not None):
-            raise ValueError("server: the reward server's address, for kind: server and only there")
+            raise ValueError("server: the reward server's address, required for kind: server, and only there")
         for entry in dataclasses.fields(self) if self.kind == "server" else ():
             given = getattr(self, entry.name)
             if entry.name not in ("kind", "graders", "server") and given not in (entry.default, []):
-                raise ValueError(
-                    f"{entry.name}: {given!r} applies to kind: rules only, a server grades by itself; leave it at "
-                    f"{entry.default!r}"
-                )
+                raise ValueError(f"{entry.name}: {given!r} applies only to kind: rules; leave it at {entry.default!r}")
 
     def rule_options(self) -> dict[str, Any]:
         """The keys that `kind: rules` reads."""

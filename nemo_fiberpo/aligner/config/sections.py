@@ -1,7 +1,6 @@
 """The sections of a run's config, parsed and checked before anything is loaded.
 
-Unknown keys and values that make no sense are ValueErrors that name the field. What each key means stands beside it in
-the classes of this folder, of `nemo_fiberpo.objective` and of `plan/assumptions.py`; `fiberpo config` prints it.
+Unknown keys and invalid values raise a ValueError that names the field. `fiberpo config` prints what each key means.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from omegaconf import DictConfig
 
 from nemo_fiberpo.aligner.config.algorithm import AlgorithmSettings, HierarchyGating, KlSettings
 from nemo_fiberpo.aligner.config.data import DataSettings
-from nemo_fiberpo.aligner.config.nemo import NEMO
 from nemo_fiberpo.aligner.config.parsing import build, plain
 from nemo_fiberpo.aligner.config.rewards import RewardSettings
 from nemo_fiberpo.aligner.config.run import ResumeSettings, RunSettings
@@ -27,37 +25,32 @@ from nemo_fiberpo.config import (
     section,
 )
 from nemo_fiberpo.labelling.token_labels import TokenLabels
+from nemo_fiberpo.nemo_config import keys as nemo_keys
 from nemo_fiberpo.objective import OBJECTIVES, ExpertPartitions, Hierarchy, RolloutCorrection
 from nemo_fiberpo.plan.assumptions import Assumptions
 from nemo_fiberpo.values import at
 
 _OWN = ("hierarchy", "algorithm", "data", "rewards", "pretrained_checkpoint", "warm_start", "cluster", "resume")
-SECTIONS = (*(entry.name for entry in dataclasses.fields(RunSettings)), *_OWN, *NEMO)
+SECTIONS = (*(entry.name for entry in dataclasses.fields(RunSettings)), *_OWN, *nemo_keys.SECTIONS)
 """All keys at the top level of a run's config."""
 
 
 def run_settings(cfg: DictConfig) -> RunSettings:
-    """The keys outside of sections. ValueError naming the field, for an unknown section too."""
+    """The keys outside of sections; refuses unknown sections."""
     reject_unknown_keys(cfg, SECTIONS)
     given = {entry.name: cfg[entry.name] for entry in dataclasses.fields(RunSettings) if entry.name in cfg}
     return RunSettings(**given)
 
 
-def hierarchy_section(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None]:
-    """The `hierarchy` section, and how it partitions experts, if it does. Raises ValueError naming the field."""
+def hierarchy_section(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None, TokenLabels | None]:
+    """The `hierarchy` section with its `expert_partitions` and token labels, None where it has none."""
     with at("hierarchy."), section(cfg.hierarchy) as values:
         hierarchy = parse_hierarchy(values)
-        return hierarchy, parse_expert_partitions(values, hierarchy)
-
-
-def token_labels_section(cfg: DictConfig) -> TokenLabels | None:
-    """`token_labels` and `ignore` of the `hierarchy` section. Raises ValueError naming the field."""
-    with at("hierarchy."), section(cfg.hierarchy) as values:
-        return parse_token_labels(values, parse_hierarchy(values))
+        return hierarchy, parse_expert_partitions(values, hierarchy), parse_token_labels(values, hierarchy)
 
 
 def algorithm_settings(cfg: DictConfig) -> AlgorithmSettings:
-    """The `algorithm` section. Raises ValueError naming the field."""
+    """The `algorithm` section."""
     values = plain(cfg, "algorithm")
     kl = build(KlSettings, mapping(values.pop("kl", None) or {}, "algorithm.kl"), "algorithm.kl")
     given = mapping(values.pop("rollout_correction", None) or {}, "algorithm.rollout_correction")
@@ -67,7 +60,7 @@ def algorithm_settings(cfg: DictConfig) -> AlgorithmSettings:
 
 
 def _gating(objective: Any, fields: Any) -> dict[str, Any]:
-    """The `gating` block as its objective reads it; nothing for a name that AlgorithmSettings refuses."""
+    """The `gating` block as fields of its objective's class; {} for an objective that AlgorithmSettings refuses."""
     fields = mapping({} if fields is None else fields, "algorithm.gating")
     if not isinstance(objective, str) or objective not in OBJECTIVES:
         return {}
@@ -75,34 +68,34 @@ def _gating(objective: Any, fields: Any) -> dict[str, Any]:
     if objective == "fiberpo" and others:
         known = ", ".join(name for name in OBJECTIVES if name != "fiberpo")
         raise ValueError(
-            f"algorithm.gating.{others[0]}: objective fiberpo is gated by the hierarchy and has no field here but "
-            f"use_min; with algorithm.objective: {known}"
+            f"algorithm.gating.{others[0]}: objective fiberpo is gated by the hierarchy and has only use_min here; "
+            f"the objectives with other fields are {known}"
         )
     return {"gating": build(OBJECTIVES[objective] or HierarchyGating, fields, "algorithm.gating")}
 
 
 def data_settings(cfg: DictConfig) -> DataSettings:
-    """The `data` section. Raises ValueError naming the field."""
+    """The `data` section."""
     return build(DataSettings, plain(cfg, "data"), "data")
 
 
 def reward_settings(cfg: DictConfig) -> RewardSettings:
-    """The `rewards` section, defaults where it is left out. Raises ValueError naming the field."""
+    """The `rewards` section, or its defaults."""
     return build(RewardSettings, _optional(cfg, "rewards"), "rewards")
 
 
 def warm_start_settings(cfg: DictConfig) -> WarmStartSettings:
-    """The `warm_start` section. Raises ValueError naming the field."""
+    """The `warm_start` section."""
     return build(WarmStartSettings, plain(cfg, "warm_start"), "warm_start")
 
 
 def cluster_settings(cfg: DictConfig) -> Assumptions:
-    """The `cluster` section, defaults where it is left out. Raises ValueError naming the field."""
+    """The `cluster` section, or its defaults."""
     return build(Assumptions, _optional(cfg, "cluster"), "cluster")
 
 
 def check_resume(cfg: DictConfig) -> None:
-    """ValueError naming the field of the `resume` section; `RunRecord` knows which keys there are."""
+    """Check the form of the `resume` section; `RunRecord` checks its keys."""
     build(ResumeSettings, _optional(cfg, "resume"), "resume")
 
 

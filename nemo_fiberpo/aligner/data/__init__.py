@@ -1,2 +1,1 @@
-"""Prompts from JSONL files. What leaves: a `PromptDataset` of tokenized prompts with their domains and graders'
-records."""
+"""Tokenized prompts with their domains and graders' records."""

@@ -1,4 +1,4 @@
-"""Prompts as items and batches that NeMo-Aligner's PPO generation takes."""
+"""Prompts as items and batches for NeMo-Aligner's PPO generation."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nemo_fiberpo.aligner.data.chat import chat_ids
-from nemo_fiberpo.aligner.data.records import PromptRecord, load_prompts, near
-from nemo_fiberpo.values import at
+from nemo_fiberpo.prompts.chat import chat_ids
+from nemo_fiberpo.prompts.records import PromptRecord, load_prompts
+from nemo_fiberpo.values import at, did_you_mean, one_of
 
 
 class Tokenizer(Protocol):
-    """What is used of NeMo's tokenizers."""
+    """The methods of NeMo's tokenizers that are used."""
 
     @property
     def eos_id(self) -> int: ...
@@ -25,8 +25,8 @@ class Tokenizer(Protocol):
 
 
 def prompt_ids(record: PromptRecord, tokenizer: Tokenizer, bos_id: int | None) -> list[int]:
-    """The tokens of a prompt. A text begins with `bos_id`, unless that is None; with `messages` the tokenizer's chat
-    template decides. ValueError naming file and line for a prompt without tokens, or as `chat_ids`."""
+    """The tokens of a prompt. A text begins with `bos_id`, unless that is None; `messages` follow the chat template.
+    ValueError naming file and line for a prompt without tokens, or as `chat_ids`."""
     if record.messages is not None:
         with at(f"{record.where}: "):
             ids = chat_ids(record.messages, tokenizer)
@@ -40,13 +40,12 @@ def prompt_ids(record: PromptRecord, tokenizer: Tokenizer, bos_id: int | None) -
 class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """The prompts of one file, tokenized; an item is {text: int64 [length], length, prompt_index, domain}.
 
-    domains        names of the domains in the order of their ids; None: the file's own, sorted. Give a validation set
-                   the training set's; a domain outside it is an error.
-    first_index    `prompt_index` of the first prompt. A validation set that starts where the training set ends shares
-                   one grader with it: `RuleRewards(train.records + validation.records)`.
-    too_long       a prompt of more than max_prompt_length tokens: "error", or "drop" it (`dropped` counts them).
-    bos_id         a token that every text begins with, counted in its length; None: only the text's own tokens. For
-                   `messages` the tokenizer's chat template decides
+    domains        names of the domains in the order of their ids; None: the file's own, sorted. Give a held-out set the
+                   training set's; other domains are an error.
+    first_index    `prompt_index` of the first prompt, so that a held-out set can share the training set's grader
+    too_long       for a prompt of more than max_prompt_length tokens: "error", or "drop" it (`dropped` counts them)
+    bos_id         a token that every text begins with, counted in its length, or None. For `messages` the chat template
+                   decides
 
     Every rank reads the same file and holds the same items.
     """
@@ -63,13 +62,12 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
         own_graders: Collection[str] = (),
         bos_id: int | None = None,
     ):
-        if too_long not in ("error", "drop"):
-            raise ValueError(f"too_long: {too_long!r}; valid are 'error' and 'drop'")
+        one_of(too_long, "too_long", ("error", "drop"))
         records = load_prompts(path, own_graders)
         self.domains = list(domains) if domains is not None else sorted({record.domain for record in records})
         for record in records:
             if record.domain not in self.domains:
-                hint = near(record.domain, self.domains)
+                hint = did_you_mean(record.domain, self.domains)
                 raise ValueError(
                     f"{record.where}: domain: {record.domain!r} is not in the training data{hint}; "
                     f"its domains are {', '.join(self.domains)}"
@@ -94,23 +92,23 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.records)
 
     def check_tokens(self, vocab_size: int) -> None:
-        """ValueError naming the first prompt with a token outside [0, vocab_size), which no policy could have said."""
+        """ValueError naming the first prompt with a token outside [0, vocab_size)."""
         for record, tokens in zip(self.records, self._tokens, strict=True):
             outside = tokens[(tokens < 0) | (tokens >= vocab_size)].tolist()
             if outside:
                 raise ValueError(
-                    f"{record.where}: {record.prompt_field}: the tokenizer makes the token {outside[0]} of it, outside "
-                    f"its own vocabulary of {vocab_size}"
+                    f"{record.where}: {record.prompt_field}: has the token {outside[0]}, which is outside the "
+                    f"tokenizer's vocabulary of {vocab_size}"
                 )
 
     def subset(self, places: Sequence[int]) -> PromptSubset:
-        """The prompts at `places`; their `prompt_index` stays what it is here."""
+        """The prompts at `places`, with their `prompt_index` unchanged."""
         return PromptSubset(self, places)
 
     def label_names(self, stratum: str, optional: bool = False) -> list[str]:
-        """The names of a stratum's label values, value v at place v: the domains, or the records' own labels, sorted.
+        """The names of a stratum's label values: the domains, or the records' own labels, sorted.
 
-        ValueError naming the first record that has no label for the stratum; with `optional` if none has one.
+        ValueError naming the first record that has no label for the stratum; with `optional`, only if none has one.
         """
         if stratum == "domain":
             return self.domains
@@ -120,13 +118,13 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
             known = ["domain", "prompt_group", "trajectory", *without.strata]
             raise ValueError(
                 f"{without.where}: strata: has no label for the stratum {stratum!r} of the hierarchy; domain, "
-                f"prompt_group and trajectory need none{near(stratum, known)}"
+                f"prompt_group and trajectory need none{did_you_mean(stratum, known)}"
             )
         return sorted(labels)
 
     @functools.cache  # noqa: B019 (a data set lives as long as the process)
     def label_table(self, stratum: str, optional: bool = False) -> Tensor:
-        """int64 [prompts]: the label of each prompt at a stratum, by its place in this data set; -1 for none."""
+        """int64 [prompts]: the label of each prompt at a stratum; -1 for none."""
         value: dict[str | None, int] = {name: number for number, name in enumerate(self.label_names(stratum, optional))}
         names = (record.domain if stratum == "domain" else record.strata.get(stratum) for record in self.records)
         return torch.tensor([value.get(name, -1) for name in names], dtype=torch.int64)
@@ -144,7 +142,7 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class PromptSubset(torch.utils.data.Subset[dict[str, Any]]):
-    """Some prompts of a data set, in an order of one's own."""
+    """Some prompts of a data set, in any order."""
 
     def __init__(self, prompts: PromptDataset, places: Sequence[int]):
         super().__init__(prompts, places)
@@ -152,7 +150,7 @@ class PromptSubset(torch.utils.data.Subset[dict[str, Any]]):
 
 
 def collate_prompts(items: Sequence[dict[str, Any]], eos_id: int, generation_length: int) -> dict[str, Tensor]:
-    """A batch of b prompts with room to generate, as NeMo-Aligner's actor expects it.
+    """A batch of b prompts with room to generate, for NeMo-Aligner's actor.
 
     Returns int64 tensors: text [b, longest prompt + generation_length], padded with eos_id; length, prompt_index and
     domain [b].

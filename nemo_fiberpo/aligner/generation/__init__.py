@@ -1,1 +1,1 @@
-"""Responses from the policy by NeMo's native loop, on layouts that it does not know: context and expert parallel."""
+"""Generation with NeMo's native loop on layouts that it does not support: context and expert parallel."""

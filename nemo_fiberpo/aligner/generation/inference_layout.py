@@ -1,10 +1,8 @@
-"""While responses are generated: every rank runs whole sequences, and context-parallel ranks are further data-parallel
-ranks.
+"""The layout of generation: every rank runs whole sequences, and context-parallel ranks act as data-parallel ranks.
 
-Decoding takes one token at a time, so there is no sequence to split: sequence parallelism and context parallelism are
-switched off for the model that is already there, and back on for log-probs and training. Megatron-core 0.11 asks
-`parallel_state` for the context-parallel group at every use; Transformer Engine's modules keep theirs, and have a
-setter.
+Decoding takes one token at a time, so there is no sequence to split. Sequence and context parallelism are switched off
+for the existing model, and back on for log-probs and training. Megatron-core 0.11 reads the context-parallel group from
+`parallel_state` at every use; Transformer Engine's modules keep theirs and have a setter.
 """
 
 from __future__ import annotations
@@ -23,15 +21,15 @@ from nemo_fiberpo.megatron.patching import Patch, Patches
 
 _SPLITS = {
     "sequence_parallel": False,
-    "_sequence_parallel": False,  # NeMo's adapters keep it by this name
+    "_sequence_parallel": False,  # NeMo's adapters
     "reduce_scatter_embeddings": False,
     "context_parallel_size": 1,
 }
-_alone: dist.ProcessGroup | None = None
+_single_rank_group: dist.ProcessGroup | None = None
 
 
 def is_extended() -> bool:
-    """Whether there are context-parallel ranks to generate on, be the layout that of generation or of training."""
+    """Whether there are context-parallel ranks to generate on, in either layout."""
     return mpu.get_data_parallel_world_size(with_context_parallel=True) > mpu.get_data_parallel_world_size()
 
 
@@ -39,21 +37,18 @@ def generation_axis() -> tuple[int, int, dist.ProcessGroup]:
     """(rank, size, group) of the axis over which prompts are dealt: data parallel times context parallel.
 
     Within NeMo-Aligner's region that reshards for TensorRT-LLM, rank and size are those of generation, and the group is
-    that of training, which is smaller.
+    the smaller one of training.
     """
     if not is_extended():
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         return rank, size, mpu.get_data_parallel_group()
-    rank, size = (
-        mpu.get_data_parallel_rank(with_context_parallel=True),
-        mpu.get_data_parallel_world_size(with_context_parallel=True),
-    )
-    return rank, size, mpu.get_data_parallel_group(with_context_parallel=True)
+    group = mpu.get_data_parallel_group(with_context_parallel=True)
+    return dist.get_rank(group), dist.get_world_size(group), group
 
 
 @contextlib.contextmanager
 def whole_sequences(chunks: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Switch sequence and context parallelism of the model's chunks off for the block, and back on as they were."""
+    """Switch off sequence and context parallelism of the model's chunks within the block."""
     modules = [module for chunk in chunks for module in chunk.modules()]
     holders = {id(holder): holder for module in modules for holder in (module, getattr(module, "config", None))}
     before = [
@@ -76,20 +71,20 @@ def whole_sequences(chunks: Iterable[torch.nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_context_parallel(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
-    global _alone
-    if _alone is None:
-        _alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    global _single_rank_group
+    if _single_rank_group is None:
+        _single_rank_group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     keeping = [module for module in modules if hasattr(module, "set_context_parallel_group")]
     names = ("cp_group", "cp_global_ranks", "cp_stream", "cp_comm_type")
     kept = [[getattr(module, name, None) for name in names] for module in keeping]
     patches = Patches(
         (
-            Patch("megatron.core.parallel_state", "_CONTEXT_PARALLEL_GROUP", "this rank alone", _alone),
+            Patch("megatron.core.parallel_state", "_CONTEXT_PARALLEL_GROUP", "only this rank", _single_rank_group),
             Patch("megatron.core.parallel_state", "_CONTEXT_PARALLEL_GLOBAL_RANKS", "this rank", [dist.get_rank()]),
         )
     )
     patches.apply()
-    RotaryEmbedding.forward.cache_clear()  # it remembers embeddings that are cut for this rank
+    RotaryEmbedding.forward.cache_clear()  # it caches embeddings sliced for this rank
     for module in keeping:
         module.set_context_parallel_group(None, None, None)  # type: ignore[operator]
     try:

@@ -1,10 +1,10 @@
-"""Generation by NeMo's native loop, in lockstep over expert-parallel ranks.
+"""Generation with NeMo's native loop, in lockstep over expert-parallel ranks.
 
-NeMo decodes until every sample of this rank has ended. With expert parallelism each decoding step is a collective
-(tokens travel to the ranks that hold their experts), so a rank that stops earlier than its expert-parallel peers
-leaves them waiting for ever. `Lockstep` makes all ranks of such a group decode the same number of steps: two guard
-rows give every rank the same shortest and longest prompt, and the first of them ends only when all samples of all
-ranks have."""
+NeMo decodes until every sample of its rank has ended. With expert parallelism each decoding step is a collective, so a
+rank that stops early would leave its peers waiting forever. `Lockstep` makes all ranks of the group decode the same
+number of steps: two guard rows give every rank the same shortest and longest prompt, and the first guard row ends only
+when all samples of all ranks have.
+"""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ GUARD_ROWS = 2
 
 
 def expert_group() -> dist.ProcessGroup | None:
-    """The expert-parallel group of this rank, None where experts are not distributed."""
+    """The expert-parallel group of this rank, None if experts are not distributed."""
     return mpu.get_expert_model_parallel_group() if mpu.get_expert_model_parallel_world_size() > 1 else None
 
 
 def add_guard_rows(tokens: Tensor, lengths: Tensor, eos_id: int, max_new_tokens: int, group: dist.ProcessGroup):
-    """Two rows before the prompts, as long as the shortest and the longest prompt of any rank of `group`.
+    """Prepend two rows, as long as the shortest and the longest prompt of any rank of `group`.
 
     tokens int64 [b, s], lengths int64 [b] -> the same with b + 2 rows and room for max_new_tokens after the longest
-    prompt."""
+    prompt.
+    """
     extremes = torch.stack([-lengths.min(), lengths.max()])
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     shortest, longest = -int(extremes[0]), int(extremes[1])
     width = max(tokens.shape[1], longest + max_new_tokens)
     guarded = tokens.new_full((tokens.shape[0] + GUARD_ROWS, width), eos_id)
     guarded[GUARD_ROWS:, : tokens.shape[1]] = tokens
-    # What a guard row says is of no interest; it repeats a prompt so that its tokens are ones the model knows.
+    # The content of a guard row does not matter; a prompt has tokens that the model knows.
     guarded[:GUARD_ROWS, : tokens.shape[1]] = tokens[0]
     return guarded, torch.cat([lengths.new_tensor([shortest, longest]), lengths])
 
 
 class Lockstep(TrackLengthGPTModelTextGenerationStrategy):
-    """NeMo-Aligner's strategy for a batch whose first rows are `add_guard_rows`'s, ended for all ranks of `group`
-    together."""
+    """NeMo-Aligner's strategy for a batch with `add_guard_rows`, ended for all ranks of `group` together."""
 
     def __init__(self, model: Any, context_lengths: Tensor, max_length: int, group: dist.ProcessGroup):
         super().__init__(model, context_lengths, max_length)
@@ -68,9 +68,8 @@ def generate_tokens(
 ) -> Tensor | None:
     """Sample responses: tokens int64 [b, s] with room behind each prompt, lengths [b] of the prompts.
 
-    Returns int64 [b, longest], None on a pipeline stage between the first and the last. NeMo's `generate` does the
-    same and then turns every token back into text, one at a time, which nobody here reads. A response may end with its
-    first token: NeMo's `min_length` would change the policy's distribution, and is refused.
+    Returns int64 [b, longest], None on a middle pipeline stage. NeMo's `generate` also detokenizes every token, which
+    nothing here needs. `min_length` is not supported: it would change the policy's distribution.
     """
     output = synced_generate(
         model,
@@ -93,9 +92,8 @@ def generate_tokens(
 
 @contextlib.contextmanager
 def deterministic(seed: int, step: int, data_parallel_rank: int) -> Iterator[None]:
-    """Sample from a generator that is a function of (seed, step, rank on the data-parallel axis), so that a resumed run
-    draws what the uninterrupted one would have; equal on tensor- and pipeline-parallel ranks, which must sample
-    alike."""
+    """Sample from a generator seeded by (seed, step, data-parallel rank), so that a resumed run draws what the
+    uninterrupted one would have. Equal on tensor- and pipeline-parallel ranks, which must sample alike."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + data_parallel_rank) % 2**63)

@@ -1,2 +1,1 @@
-"""How the processes of a run begin and end: the lock on its directory, what the first rank decides, signals, exit
-statuses."""
+"""How the processes of a run start and end: the lock on its directory, rank 0's decisions, signals, exit statuses."""

@@ -1,4 +1,4 @@
-"""How a process of a run ends: its exit status, and what is on the terminal."""
+"""How a process of a run ends: its exit status, and what it prints."""
 
 from __future__ import annotations
 
@@ -13,37 +13,35 @@ from pathlib import Path
 
 import torch
 
-from nemo_fiberpo.aligner.lifecycle.first_rank import SaidByFirstRank
+from nemo_fiberpo.aligner.lifecycle.first_rank import FirstRankError
 from nemo_fiberpo.aligner.lifecycle.preemption import LAUNCHED, NOT_FINISHED, Stopped, finish
 
 
-def leave() -> None:
-    """Destroy the process groups at the end of a run.
+def destroy_process_groups() -> None:
+    """Destroy the process groups.
 
-    A process that leaves them to the end of the interpreter can abort there: a thread of gloo may still hold the last
-    tensor of a collective, and freeing it needs the interpreter.
+    A process that leaves this to interpreter shutdown can abort: a gloo thread may still hold the last tensor of a
+    collective, and freeing it needs the interpreter.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def explain(main: Callable[[], None]) -> None:
-    """Run a script's main, and leave its process groups. Exit status 75 if the run is not finished and can go on, 1 if
-    it is not and cannot.
+def run_main(main: Callable[[], None]) -> None:
+    """Run a script's main, destroy its process groups, and exit: 75 if the run can be resumed, 1 if it failed.
 
-    A ValueError raised by this package, which is about the user's input, is one line on the terminal, and torchrun
-    repeats it at the end of its report. One from elsewhere keeps its traceback; so do all with FIBERPO_TRACEBACK=1.
-    What several ranks have to say is said once.
+    A ValueError raised by this package is about the user's input: it is printed as one line, once for all ranks, and
+    repeated at the end of torchrun's report. Others keep their traceback, as do all with FIBERPO_TRACEBACK=1.
     """
     try:
         main()
     except Stopped as stopped:
-        leave()
+        destroy_process_groups()
         finish()
-        sys.exit(NOT_FINISHED if stopped.can_go_on else 1)
+        sys.exit(NOT_FINISHED if stopped.resumable else 1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except SaidByFirstRank:
+    except FirstRankError:
         sys.exit(1)
     except ValueError as error:
         trace = error.__traceback__
@@ -52,13 +50,13 @@ def explain(main: Callable[[], None]) -> None:
         raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
         if os.environ.get("FIBERPO_TRACEBACK") or not raised_in.startswith("nemo_fiberpo"):
             raise
-        _tell_torchrun(f"error: {error}")
-        sys.exit(1 if _was_said(text := f"error: {error}") else text)
-    leave()
+        _report_to_torchrun(f"error: {error}")
+        sys.exit(1 if _was_printed(text := f"error: {error}") else text)
+    destroy_process_groups()
 
 
-def _was_said(text: str) -> bool:
-    """Whether another rank of the same launcher has said the same."""
+def _was_printed(text: str) -> bool:
+    """Whether another rank of the same launcher has already printed this."""
     folder = os.environ.get(LAUNCHED)
     if folder is None:
         return False
@@ -69,9 +67,9 @@ def _was_said(text: str) -> bool:
     return False
 
 
-def _tell_torchrun(message: str) -> None:
-    """Have torchrun's report, which comes after everything that a rank printed, end with this."""
+def _report_to_torchrun(message: str) -> None:
+    """End torchrun's report, which comes after the output of all ranks, with this message."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        told = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
-        Path(path).write_text(json.dumps({"message": told}))
+        report = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
+        Path(path).write_text(json.dumps({"message": report}))

@@ -1,8 +1,7 @@
-"""What the first rank decides for all, before process groups exist, over the launcher's store.
+"""Decisions of the first rank, sent to the others over the launcher's store before process groups exist.
 
-The first rank decides, the others wait for it: they answer its questions, and end as it ends. The store listens on the
-network and takes what anybody sends; with a secret of the job in FIBERPO_JOB_SECRET, messages that are not signed with
-it are refused.
+The store listens on the network and accepts messages from anyone. With a secret of the job in FIBERPO_JOB_SECRET,
+messages that are not signed with it are refused.
 """
 
 from __future__ import annotations
@@ -21,25 +20,25 @@ from torch.distributed.rendezvous import rendezvous
 
 from nemo_fiberpo.aligner.lifecycle.preemption import Stopped
 
-# Seconds for which the first rank, whose process may be the store and may end at once, waits for the others to hear it.
-HEARD = 10.0
+# Seconds that the first rank, whose process may serve the store, waits for the others to receive its decision.
+ACK_TIMEOUT = 10.0
 SECRET = "FIBERPO_JOB_SECRET"
-Message = dict[str, Any]  # as JSON has it
-_SIGNED = 64  # characters of a signature in front of a message
-_stores: list[Any] = []  # the first rank's serves the others until their process groups exist
+Message = dict[str, Any]  # JSON
+_SIGNED = 64  # length of the signature before a message
+_stores: list[Any] = []  # kept open: the first rank's serves the others until process groups exist
 
 
-class SaidByFirstRank(ValueError):
-    """The error of the first rank, on another one: the first has said it."""
+class FirstRankError(ValueError):
+    """An error of the first rank, raised on another rank; the first rank prints it."""
 
 
 class Ranks:
-    """All ranks of a run, as one of them talks to the others: the first leads, the others follow.
+    """The ranks of a run, seen from one of them: the first leads, the others follow.
 
-    Errors of the store are ValueErrors that say what was waited for; SaidByFirstRank on another rank where the store
-    has ended with the first.
+    Errors of the store are ValueErrors that name what was waited for; FirstRankError on another rank where the store
+    ended with the first.
 
-    timeout  seconds without a word after which a rank gives up: `collective_timeout`
+    timeout  seconds without an answer after which a rank gives up (`collective_timeout`)
     """
 
     def __init__(self, store: Any, rank: int, number: int, timeout: float):
@@ -49,48 +48,48 @@ class Ranks:
         store.set_timeout(timedelta(seconds=timeout))
 
     def lead(self, decide: Callable[[], Message | None]) -> Message | None:
-        """First rank: what `decide` returns, told to all. Its error, or its Stopped, ends all of them."""
+        """First rank: send the result of `decide` to all ranks. An error, or Stopped, ends all of them."""
         try:
             decision = decide()
         except BaseException as error:
-            said = {"stopped": True} if isinstance(error, Stopped) else {"error": str(error) or repr(error)}
-            with suppress(ValueError):  # why it ends is in the error under way
-                self._tell_the_end(said)
+            message = {"stopped": True} if isinstance(error, Stopped) else {"error": str(error) or repr(error)}
+            with suppress(ValueError):  # the original error matters more
+                self._send_last(message)
             raise
-        self._tell_the_end({"decision": decision})
+        self._send_last({"decision": decision})
         return decision
 
     def follow(self, answer: Callable[[Message], Message]) -> Message | None:
-        """Any other rank: answer what the first asks, return what it decides. Stopped if it stops, SaidByFirstRank if
-        it has an error."""
+        """Another rank: answer the first rank's questions and return its decision. Raises Stopped, or FirstRankError
+        for its error."""
         while True:
-            said = self._wait_for(f"said/{self._round}", "the first rank, or a rank that it waits for,")
-            if "question" in said:
-                self._set(f"answer/{self._round}/{self.rank}", answer(said["question"]))
+            message = self._wait_for(f"message/{self._round}", "the first rank, or a rank that it waits for,")
+            if "question" in message:
+                self._set(f"answer/{self._round}/{self.rank}", answer(message["question"]))
                 self._round += 1
                 continue
-            with suppress(SaidByFirstRank):  # it waits no longer
-                self._set(f"heard/{self.rank}", {})
-            if "decision" not in said:
-                raise Stopped if "stopped" in said else SaidByFirstRank(said["error"])
-            decision: Message | None = said["decision"]
+            with suppress(FirstRankError):  # it no longer waits
+                self._set(f"ack/{self.rank}", {})
+            if "decision" not in message:
+                raise Stopped if "stopped" in message else FirstRankError(message["error"])
+            decision: Message | None = message["decision"]
             return decision
 
     def ask(self, question: Message, answer: Callable[[Message], Message]) -> list[Message]:
-        """First rank: the answers of all ranks, its own first, made while the others make theirs."""
+        """First rank: the answers of all ranks, its own first; it computes its own while waiting."""
         number = self._round
-        self._tell({"question": question})
+        self._send({"question": question})
         keys = (f"answer/{number}/{rank}" for rank in range(1, self.number))
         return [answer(question), *(self._wait_for(key, f"rank {key.rpartition('/')[2]}") for key in keys)]
 
-    def _tell(self, message: Message) -> None:
-        self._set(f"said/{self._round}", message)
+    def _send(self, message: Message) -> None:
+        self._set(f"message/{self._round}", message)
         self._round += 1
 
-    def _tell_the_end(self, message: Message) -> None:
-        self._tell(message)
+    def _send_last(self, message: Message) -> None:
+        self._send(message)
         with suppress(dist.DistError):
-            self._store.wait([f"heard/{rank}" for rank in range(1, self.number)], timedelta(seconds=HEARD))
+            self._store.wait([f"ack/{rank}" for rank in range(1, self.number)], timedelta(seconds=ACK_TIMEOUT))
 
     def _set(self, key: str, message: Message) -> None:
         try:
@@ -104,39 +103,39 @@ class Ranks:
         except dist.DistStoreError as error:
             raise ValueError(
                 f"collective_timeout: {who} did not answer in {self._timeout:g} s, before training. If it was still "
-                "reading a checkpoint, raise collective_timeout above the time that the slowest rank takes; else see "
-                "what became of it"
+                "reading a checkpoint, raise collective_timeout above the time that the slowest rank takes; else find "
+                "out why it ended"
             ) from error
         except dist.DistError as error:
             raise self._lost(error) from error
         signature, text = raw[:_SIGNED], raw[_SIGNED:]
         if not hmac.compare_digest(signature.encode(), self._signature(key, text).encode()):
             raise ValueError(
-                f"{SECRET}: a message in the launcher's store is not signed by this job, or not all of its ranks have "
-                "the same secret"
+                f"{SECRET}: a message in the launcher's store is not signed by this job, or its ranks have different "
+                "secrets"
             )
         message: Message = json.loads(text)
         return message
 
     def _signature(self, key: str, text: str) -> str:
-        """Of a message and its place; of the empty secret where the job has none."""
+        """HMAC of a message and its key; with the empty secret if the job has none."""
         return hmac.new(self._secret, f"{key}\n{text}".encode(), "sha256").hexdigest()
 
     def _lost(self, error: Exception) -> ValueError:
-        kind = SaidByFirstRank if self.rank > 0 else ValueError
-        return kind(f"the launcher's store, by which ranks talk before training, does not answer: {_first_line(error)}")
+        kind = FirstRankError if self.rank > 0 else ValueError
+        return kind(f"the launcher's store, which ranks use before training, does not answer: {_first_line(error)}")
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that writes files and prints."""
+    """Whether this process writes files and prints."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return os.environ.get("RANK", "0") == "0"
 
 
 def connect(timeout: float) -> Ranks | None:
-    """All ranks of this run, as the launcher's variables name them; None if there is one. ValueError if they do not
-    come together within `timeout` seconds (`collective_timeout`)."""
+    """The ranks of this run, from the launcher's variables; None if there is only one. ValueError if they do not all
+    connect within `timeout` seconds."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     try:
@@ -144,17 +143,17 @@ def connect(timeout: float) -> Ranks | None:
     except dist.DistError as error:
         where = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise ValueError(
-            f"collective_timeout: the ranks did not come together at {where} in {timeout:g} s ({_first_line(error)}); "
-            "see whether all were started and reach that address"
+            f"collective_timeout: the ranks did not connect at {where} in {timeout:g} s ({_first_line(error)}); "
+            "check that all were started and can reach that address"
         ) from error
     _stores.append(base)
     ranks = Ranks(PrefixStore("fiberpo", base), rank, number, timeout)
-    os.environ.pop(SECRET, None)  # nothing that is started from here needs it, graders least of all
+    os.environ.pop(SECRET, None)  # no child process needs it, least of all graders
     return ranks
 
 
-def decided(timeout: float, decide: Callable[[], Message | None]) -> Message | None:
-    """What `decide` returns on the first rank, on every rank; it runs nowhere else. Errors as `Ranks`."""
+def decide_on_first_rank(timeout: float, decide: Callable[[], Message | None]) -> Message | None:
+    """The result of `decide`, run on the first rank only, on every rank. Errors as `Ranks`."""
     ranks = connect(timeout)
     if ranks is None:
         return decide()

@@ -1,7 +1,7 @@
-"""Ending a run early and well: SIGUSR1, SIGTERM or Ctrl-C to any rank, or the time limit of a run.
+"""Stopping a run early: SIGUSR1, SIGTERM or Ctrl-C to any rank, or the time limit of a run.
 
-A signal sets a flag. After the RL step in progress all ranks agree whether one of them got a signal; then a checkpoint
-is saved, and every rank leaves its process groups and exits with `NOT_FINISHED`. The same command goes on from there.
+A signal sets a flag. After the RL step in progress, all ranks agree whether any of them got one, save a checkpoint,
+destroy their process groups and exit with `NOT_FINISHED`. The same command resumes the run.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from nemo_fiberpo.graders.signals import SIGNALS, die_with_parent, held_back
+from nemo_fiberpo.graders.signals import SIGNALS, die_with_parent, signals_blocked
 
 NOT_FINISHED = os.EX_TEMPFAIL  # 75: not an error, run the same command again
-# Set for the ranks that `cli.launcher` starts: a folder, in which they mark what they have said.
+# Set by `cli.launcher` for its ranks: a folder in which they mark the messages they have printed.
 LAUNCHED = "FIBERPO_LAUNCHED"
-CTRL_C = "Ctrl-C: the RL step in progress ends and is saved; once more ends the run at once"
-# Seconds within which a second SIGTERM or SIGINT is the first one again: torchrun passes its own on to ranks that a
-# scheduler or a terminal has signalled already.
+CTRL_C = "Ctrl-C: the run is saved after the RL step in progress; press again to end it at once"
+# Seconds within which a second SIGTERM or SIGINT counts as the first: torchrun forwards its own to ranks that a
+# scheduler or a terminal has already signalled.
 SAME_SIGNAL = 5.0
 SAME_KEY = 0.3  # of Ctrl-C without torchrun
 
@@ -32,22 +32,20 @@ _first_at: float | None = None  # when a SIGTERM or SIGINT came
 
 
 class Stopped(Exception):
-    """A run that ends before its last RL step, or cannot begin yet. `ending.explain` exits with `NOT_FINISHED` if it
-    can go on, else 1."""
+    """The run ends before its last RL step, or cannot start yet. Exit status `NOT_FINISHED` if it can be resumed, else
+    1."""
 
-    def __init__(self, can_go_on: bool = True):
+    def __init__(self, resumable: bool = True):
         super().__init__()
-        self.can_go_on = can_go_on
+        self.resumable = resumable
 
 
 def install(main: str = "__main__") -> None:
-    """From now on SIGNALS set a flag. A SIGTERM or SIGINT (Ctrl-C) well after the first ends the process at once. The
-    end of the launcher is a SIGTERM to the ranks that it started itself: they would train on without it, out of the
-    scheduler's sight.
+    """Have SIGNALS set a flag from now on. A second SIGTERM or SIGINT (Ctrl-C) well after the first ends the process at
+    once. If the launcher ends, its own ranks get SIGTERM: they would otherwise train on, out of the scheduler's sight.
 
-    main  `__name__` of the script. `multiprocessing` reads it again as "__mp_main__" in a process that it starts, as
-          Megatron's first save does: such a process, which lets the signals pass, also ends with its parent; it would
-          outlive a rank that is killed
+    main  `__name__` of the script. In a process that `multiprocessing` starts, as Megatron's first save does, it is
+          "__mp_main__"; such a process also ends with its parent, since it would outlive a killed rank
     """
     if main == "__mp_main__":
         die_with_parent(os.getppid())
@@ -59,10 +57,11 @@ def install(main: str = "__main__") -> None:
 
 
 def shield_resource_tracker() -> None:
-    """Start the process in which multiprocessing keeps track of semaphores so that a signal to the whole job lets it
-    live. It ignores SIGTERM and SIGINT by itself, not SIGUSR1; the next one that Python starts in its place knows
-    nothing of the semaphores that there are, and says so in a traceback for each when the run ends."""
-    with held_back():
+    """Start multiprocessing's resource tracker with signals blocked, so that a signal to the whole job does not end it.
+    It
+        ignores SIGTERM and SIGINT by itself but not SIGUSR1, and its replacement would print a traceback for each
+        semaphore it does not know."""
+    with signals_blocked():
         resource_tracker.ensure_running()
 
 
@@ -83,14 +82,13 @@ def _note(number: int, _frame: FrameType | None) -> None:
 
 
 def finish() -> None:
-    """Let the signals pass from now on. The run is over; the interpreter gives them back their default action while it
-    ends, and would be ended by them with another status."""
+    """Ignore signals from now on: during interpreter shutdown they would change the exit status."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def agreed_reason(time_is_up: bool = False) -> str | None:
-    """Why the run is to end, None if it is not: the same on every rank. Collective over all ranks, two numbers.
+    """Why the run is to stop, the same on every rank; None if it is not. Collective over all ranks, two numbers.
 
     time_is_up  as the first rank sees it
     """
@@ -105,8 +103,8 @@ def agreed_reason(time_is_up: bool = False) -> str | None:
 
 
 class RunTimer:
-    """What PPOTrainer asks after every RL step whether to save and stop; as NeMo-Aligner's Timer, of whose `duration`
-    (days:hours:minutes:seconds, or None) it is, with signals. `after_step` is called first, on every rank."""
+    """PPOTrainer's run timer, extended to signals. `duration` (days:hours:minutes:seconds, or None) is that of
+    NeMo-Aligner's Timer; `after_step` is called first, on every rank."""
 
     def __init__(self, duration: str | None, after_step: Callable[[], Any] = lambda: None):
         from nemo_aligner.utils.distributed import Timer
@@ -116,7 +114,7 @@ class RunTimer:
         self.reason: str | None = None
 
     def start_time(self) -> None:
-        """Of the run, at its first call; PPOTrainer calls it in every epoch."""
+        """Starts at the first call; PPOTrainer calls it in every epoch."""
         if not self._started:
             self._timer.start_time()
         self._started = True

@@ -1,1 +1,1 @@
-"""Rewards of responses, from rules graded here or from a reward-model server, in the shape that PPOTrainer expects."""
+"""Rewards of responses, from graders or from a reward-model server, in the form that PPOTrainer expects."""

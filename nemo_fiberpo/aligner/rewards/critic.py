@@ -1,23 +1,19 @@
-"""What PPOTrainer asks of a critic, where there is none."""
+"""The critic interface that PPOTrainer needs, without a critic."""
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from typing import Any
 
 
-class NoFuture:
-    """The result of a save that had nothing to save."""
-
-    def result(self) -> None:
-        return None
-
-
 class NoCritic:
-    """The critic of a run that has a reward model only."""
+    """The critic of a run that has only a reward model."""
 
     def train(self, ppo_rollout_data: Any) -> None:
-        """There is no critic to train."""
+        """Nothing to train."""
 
-    def save(self) -> NoFuture:
-        """There is no critic to save."""
-        return NoFuture()
+    def save(self) -> Future[None]:
+        """Nothing to save; a future that is done."""
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done

@@ -1,7 +1,7 @@
-"""The reward model of a run: rules graded here, or NeMo-Aligner's reward-model server.
+"""The reward model of a run: graders, or NeMo-Aligner's reward-model server.
 
-Both are shaped like the critic client that NeMo-Aligner's PPOTrainer talks to (`infer_rm_critic`, `train`, `save`),
-with values of zero, since there is no critic. Both add the column `grader_failed` to the rollout batch.
+Both have the interface of the critic client of NeMo-Aligner's PPOTrainer (`infer_rm_critic`, `train`, `save`), with
+values of zero, and add the column `grader_failed` to the rollout batch.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from torch import Tensor
 
 from nemo_fiberpo.aligner.config.rewards import RewardSettings
 from nemo_fiberpo.aligner.data.prompts import Tokenizer
-from nemo_fiberpo.aligner.data.records import PromptRecord
 from nemo_fiberpo.aligner.rewards.critic import NoCritic
 from nemo_fiberpo.aligner.rewards.rules import CRASH, EXHAUSTED, OK, RuleRewards, Scores
+from nemo_fiberpo.prompts.records import PromptRecord
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def stop_if_ungraded(failed: int, answers: int, max_failed: float, reasons: Sequence[str]) -> None:
-    """RuntimeError with the first reasons if more than that share of the answers could not be graded. The counts are
-    of all ranks, the reasons those that this rank knows."""
+def check_failures(failed: int, answers: int, max_failed: float, reasons: Sequence[str]) -> None:
+    """RuntimeError with the first reasons if more than a share `max_failed` of the responses was not graded. Counts are
+    of all ranks, reasons of this one."""
     if failed > max_failed * answers:
-        known = "; ".join(reasons[:3]) or "the reasons are in the output of other ranks"
+        known = "; ".join(reasons[:3]) or "see the output of the other ranks for reasons"
         raise RuntimeError(
-            f"{failed} of {answers} answers could not be graded, a share of more than rewards.max_failed = "
+            f"{failed} of {answers} responses could not be graded, more than rewards.max_failed = "
             f"{max_failed:g}: {known}"
         )
 
@@ -37,7 +37,7 @@ def decode_responses(rollout_batch: dict[str, Tensor], tokenizer: Tokenizer) -> 
     """The response texts of a rollout batch.
 
     response_tokens int64 [B, S], prompt_lengths [B] and response_lengths [B] (prompt included). A text is the tokens
-    [prompt_length, response_length) up to the first end-of-sequence token, decoded, without white space at its ends.
+    [prompt_length, response_length) up to the first end-of-sequence token, decoded and stripped.
     """
     texts = []
     for row, start, stop in zip(
@@ -54,11 +54,11 @@ def decode_responses(rollout_batch: dict[str, Tensor], tokenizer: Tokenizer) -> 
 
 
 class RuleRewardModel(NoCritic):
-    """Rule rewards as the reward model and critic of NeMo-Aligner's PPOTrainer.
+    """Rewards from graders, as the reward model and critic of NeMo-Aligner's PPOTrainer.
 
     SPMD: `infer_rm_critic` is collective over the model-parallel group (TP x PP), whose ranks hold the same rollout
-    batch. Its first rank grades and broadcasts, so the others get the same bits and start no process. `options` are
-    those of RuleRewards; `group` overrides the group (default: NeMo-Aligner's). `prompt_index` counts in `records`.
+    batch. Its first rank grades and broadcasts. `options` are those of RuleRewards; `group` overrides the group
+    (default: NeMo-Aligner's). `prompt_index` indexes `records`.
     """
 
     def __init__(
@@ -72,16 +72,16 @@ class RuleRewardModel(NoCritic):
         self._options = dict(options or {})
         self._rewards: RuleRewards | None = None
         self.max_failed: float = self._options.pop("max_failed", 0.5)
-        self.reasons: list[str] = []  # why this rank could not grade answers: the first three of the latest batch
+        self.reasons: list[str] = []  # the first three failures of the latest batch on this rank
 
     @property
     def drops_failures(self) -> bool:
-        """Whether a sample with grader_failed = CRASH is to be masked out of the loss and of every baseline."""
+        """Whether samples with grader_failed = CRASH are left out of the loss and of every baseline."""
         return self._options.get("on_failure", "drop") == "drop"
 
     def start(self) -> None:
-        """Start the graders now, on the ranks that grade, so that what is wrong with them shows before training. These
-        ranks share the check of every line of data against its grader: ValueError naming the lines that are wrong."""
+        """Start the graders, on the ranks that grade, and check the data against them; the ranks share the lines.
+        ValueError naming the lines that are wrong."""
         _, rank, source, _ = self._place()
         if rank != source:
             return
@@ -94,9 +94,8 @@ class RuleRewardModel(NoCritic):
     def infer_rm_critic(self, rollout_batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Rewards float32 [B] and values (zeros) float32 [B, S - 1] on the batch's device.
 
-        Reads response_tokens, prompt_lengths, response_lengths and prompt_index [B]; adds grader_failed int64 [B]
-        (0 graded, 1 out of time or memory, 2 crash) to `rollout_batch`. RuntimeError on every rank if grading failed on
-        the first.
+        Reads response_tokens, prompt_lengths, response_lengths and prompt_index [B]; adds grader_failed int64 [B] (0
+        graded, 1 out of time or memory, 2 crash). RuntimeError on every rank if grading failed on the first.
         """
         tokens = rollout_batch["response_tokens"]
         size, rank, source, group = self._place()
@@ -106,14 +105,14 @@ class RuleRewardModel(NoCritic):
             try:
                 scores = self._grade(rollout_batch)
                 packed[0], packed[1] = scores.rewards, scores.codes
-            except Exception as error:  # told to the others first: they wait in the broadcast
+            except Exception as error:  # the others wait in the broadcast
                 failure, packed[2] = error, 1.0
         if size > 1:
             torch.distributed.broadcast(packed, src=source, group=group)
         if failure is not None:
             raise failure
         if bool((packed[2] > 0).any()):
-            raise RuntimeError(f"grading failed on rank {source}; the reason is in its output")
+            raise RuntimeError(f"grading failed on rank {source}; see its output")
         rollout_batch["grader_failed"] = packed[1].long()
         values = torch.zeros(tokens.size(0), tokens.size(1) - 1, device=tokens.device)
         return packed[0].float(), values
@@ -132,7 +131,7 @@ class RuleRewardModel(NoCritic):
         return scores
 
     def _share(self) -> tuple[int, int]:
-        """Number of this rank among those that grade, and how many they are."""
+        """Index of this rank among those that grade, and their number."""
         if self._group is not None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return 0, 1
         from nemo_fiberpo.aligner.generation.inference_layout import generation_axis
@@ -152,13 +151,13 @@ class RuleRewardModel(NoCritic):
         return len(members), torch.distributed.get_rank(), members[0], group
 
     def close(self) -> None:
-        """End the grading processes of this rank, if it has any."""
+        """End the grading processes of this rank."""
         if self._rewards is not None:
             self._rewards.close()
 
 
 def make_reward_model(settings: RewardSettings, records: Sequence[PromptRecord], tokenizer: Tokenizer) -> Any:
-    """The reward model that the `rewards` section asks for: rules graded here, or NeMo-Aligner's server."""
+    """The reward model of the `rewards` section."""
     if settings.kind == "rules":
         return RuleRewardModel(records, tokenizer, settings.rule_options())
     from omegaconf import OmegaConf
@@ -168,10 +167,9 @@ def make_reward_model(settings: RewardSettings, records: Sequence[PromptRecord],
     return RemoteRewardModel(OmegaConf.create(dict(settings.server or {})))
 
 
-def settled(rewards: Tensor, grader_failed: Tensor, drops_failures: bool) -> tuple[Tensor, Tensor]:
-    """Rewards with 0 where the grader failed, and int64 [B]: 0 for the samples that are left out of the loss and of
-    every baseline. Those are the crashes, where `drops_failures`; one that exhausts its time or memory stays.
-    """
+def zero_failures(rewards: Tensor, grader_failed: Tensor, drops_failures: bool) -> tuple[Tensor, Tensor]:
+    """Rewards with 0 where the grader failed, and int64 [B]: 0 for samples left out of the loss and of every baseline.
+    These are the crashes, if `drops_failures`; a response that exhausts its time or memory stays."""
     valid = grader_failed != CRASH if drops_failures else torch.ones_like(grader_failed, dtype=torch.bool)
     return torch.where(grader_failed != OK, 0.0, rewards), valid.long()
 
@@ -179,11 +177,10 @@ def settled(rewards: Tensor, grader_failed: Tensor, drops_failures: bool) -> tup
 def reward_metrics(
     rewards: Tensor, domain: Tensor, grader_failed: Tensor, domains: Sequence[str], drops_failures: bool
 ) -> dict[str, float]:
-    """Per domain: mean reward of the samples that count, and how many answers ran out of time or memory or crashed
-    their grader.
+    """Per domain: mean reward of the valid samples, and how many responses exhausted their time or memory, or crashed.
 
     All tensors [B], of the whole (gathered) rollout. Keys: "reward/{domain}", "grader_timeouts/{domain}",
-    "grader_crashes/{domain}". A domain without samples has no "reward" key: 0 would be a claim.
+    "grader_crashes/{domain}". A domain without samples has no "reward".
     """
     metrics: dict[str, float] = {}
     for number, name in enumerate(domains):

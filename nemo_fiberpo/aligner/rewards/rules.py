@@ -1,4 +1,4 @@
-"""Rewards by rules: responses graded against their prompts' records, in processes that can be killed."""
+"""Rewards from graders, which run in processes that can be killed."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nemo_fiberpo.aligner.data.records import PromptRecord
 from nemo_fiberpo.graders.builtin import GRADER_FIELDS, UNSAFE_TASKS
 from nemo_fiberpo.graders.pool import Failure, GraderPool
+from nemo_fiberpo.prompts.records import PromptRecord
+from nemo_fiberpo.values import one_of
 
 logger = logging.getLogger(__name__)
 
-# Values of the column grader_failed. An answer that exhausts its time or memory has reward 0 like a wrong one: if it
-# were left out of the loss, a policy would learn to hang the grader where it knows no answer.
+# Values of the column grader_failed. A response that exhausts its time or memory has reward 0, like a wrong one: if it
+# were left out of the loss, a policy would learn to hang the grader.
 OK, EXHAUSTED, CRASH = 0, 1, 2
 _CODES: dict[Failure | None, int] = {None: OK, "timeout": EXHAUSTED, "memory": EXHAUSTED, "crash": CRASH}
 
 
 def refuse_unsafe(records: Sequence[PromptRecord], unsafe_tasks: Collection[str]) -> None:
-    """ValueError naming the first line whose task evaluates answers as Python and is not in `unsafe_tasks`."""
+    """ValueError naming the first line whose task evaluates responses as Python and is not in `unsafe_tasks`."""
     for record in records:
         task = record.fields.get("task")
         if record.grader == "reasoning_gym" and task in UNSAFE_TASKS and task not in unsafe_tasks:
             raise ValueError(
-                f"{record.where}: task: {task!r} of reasoning-gym evaluates answers as Python. An answer that runs "
-                f"code sets its own reward, see docs/graders.md; rewards.unsafe_tasks=[{task}] accepts that"
+                f"{record.where}: task: {task!r} of reasoning-gym evaluates responses as Python, by which a response "
+                f"can set its own reward, see docs/graders.md; rewards.unsafe_tasks=[{task}] accepts that"
             )
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of n responses. A response that could not be graded has reward 0.0 and says so in `failed`."""
+    """Rewards of n responses; 0.0 where `failed` is set."""
 
     rewards: Tensor  # float32 [n]
     failed: list[Failure | None]
@@ -48,18 +49,17 @@ class Scores:
 
 
 class RuleRewards:
-    """Grades responses to `records` by their graders (see `graders.py`), `workers` processes at a time.
+    """Grades responses to `records` with their graders, in `workers` processes.
 
-    score        "threshold": 1.0 for a score of at least 1, else 0.0; "raw": the score itself.
-    on_failure   what becomes of a response whose grader crashed: "drop" (no loss, no part in a baseline) and "zero"
-                 (reward 0) are for the trainer to apply, see `drops_failures`; "error" raises here, and for a response
-                 that exhausts its time or memory too, which else has reward 0.
-    time_limit   seconds of wall clock per response.
-    graders      graders of one's own: {name: "package.module:function"}.
-    unsafe_tasks tasks of reasoning-gym that evaluate answers as Python and may do so here; others are refused.
+    score        "threshold": 1.0 for a score of at least 1, else 0.0; "raw": the score itself
+    on_failure   for a response whose grader crashed: the trainer applies "drop" and "zero", see `drops_failures`;
+                 "error" raises here, also for exhausted time or memory, which otherwise gives reward 0
+    time_limit   wall-clock seconds per response
+    graders      custom graders: {name: "package.module:function"}
+    unsafe_tasks tasks of reasoning-gym that may evaluate responses as Python; others that do are refused
 
-    ValueError for an unknown option, or naming the line of a task that is refused; RuntimeError if a grader cannot be
-    loaded, from `wait_until_ready` or the first `score`.
+    ValueError for an unknown option, or naming the line of a refused task; RuntimeError from `wait_until_ready` or the
+    first `score` if a grader cannot be loaded.
     """
 
     def __init__(
@@ -75,12 +75,8 @@ class RuleRewards:
         unsafe_tasks: Collection[str] = (),
     ):
         refuse_unsafe(records, unsafe_tasks)
-        for name, value, valid in (
-            ("score", score, ("threshold", "raw")),
-            ("on_failure", on_failure, ("drop", "zero", "error")),
-        ):
-            if value not in valid:
-                raise ValueError(f"{name}: {value!r} is not one of {', '.join(valid)}")
+        one_of(score, "score", ("threshold", "raw"))
+        one_of(on_failure, "on_failure", ("drop", "zero", "error"))
         self.records, self._score, self.on_failure = list(records), score, on_failure
         self._targets = targets = {name: name for name in GRADER_FIELDS} | (graders or {})
         samples = {(record.grader, record.fields.get("task")): record.fields for record in reversed(self.records)}
@@ -98,14 +94,14 @@ class RuleRewards:
         return self.on_failure == "drop"
 
     def wait_until_ready(self) -> str:
-        """Return when every worker has its graders loaded (seconds): the isolation that is in force, in words. Raise
-        what is wrong with the graders."""
+        """Wait until every worker has loaded its graders; returns a description of the isolation in force. Raises the
+        graders' errors."""
         return self._pool.wait_until_ready()
 
     def check_records(self, first: int = 0, step: int = 1) -> None:
-        """Hold every `step`-th record, from `first` on, against its grader. ValueError naming the lines whose reference
-        answer does not score 1, or whose prompt or a canary does (see `graders.checks`). A grader of one's own whose
-        score is taken as it is owes no line a 1."""
+        """Check every `step`-th record, from `first` on, against its grader. ValueError naming the lines whose
+        reference answer does not score 1, or whose prompt or a canary does (see `graders.checks`). Custom graders with
+        raw scores are exempt."""
         own = [self._score == "raw" and self._is_own(record.grader) for record in self.records]
         records = [record for record, free in zip(self.records, own, strict=True) if not free][first::step]
         lines = [
@@ -124,7 +120,7 @@ class RuleRewards:
         return self._targets[grader] != grader
 
     def score(self, prompt_indices: Sequence[int], responses: Sequence[str]) -> Scores:
-        """Grade `responses[i]` against the record `prompt_indices[i]`. The text goes to the grader as it is.
+        """Grade `responses[i]` against the record `prompt_indices[i]`.
 
         RuntimeError naming prompt and response if a grader failed and on_failure is "error".
         """
@@ -135,9 +131,9 @@ class RuleRewards:
         if failures:
             first = failures[0]
             message = (
-                f"{len(failures)} of {len(outcomes)} answers could not be graded; the first, to "
+                f"{len(failures)} of {len(outcomes)} responses could not be graded; the first, to "
                 f"{records[first].where}: {outcomes[first].failure}, {outcomes[first].reason}; "
-                f"the answer was {responses[first][:200]!r}"
+                f"the response was {responses[first][:200]!r}"
             )
             if self.on_failure == "error":
                 raise RuntimeError(message)

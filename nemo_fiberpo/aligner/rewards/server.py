@@ -1,4 +1,4 @@
-"""Rewards from NeMo-Aligner's reward-model server, without a critic, in place of rules."""
+"""Rewards from NeMo-Aligner's reward-model server, without a critic."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class _RewardsOnly(FutureResult):
 
 
 class RemoteRewardModel(NoCritic):
-    """The reward model and critic of PPOTrainer, by `RemoteGPTRMClient`: the server that
-    NeMo-Aligner's `serve_reward_model.py` starts.
+    """The reward model and critic of PPOTrainer, with `RemoteGPTRMClient`: the server of NeMo-Aligner's
+    `serve_reward_model.py`.
 
     `cfg` is that client's: {reward_model: {ip, port, name}, pad_to_length}. SPMD: the client sends from the first rank
     of the model-parallel group and broadcasts the answer within it.
@@ -49,14 +49,14 @@ class RemoteRewardModel(NoCritic):
         self._client = client
 
     def infer_rm_critic(self, rollout_batch: dict[str, Tensor]) -> FutureResult:
-        """Send the batch; the future gives (rewards [B], values [B, S - 1]). Adds grader_failed = 0 to the batch."""
+        """Send the batch; returns a future of (rewards [B], values [B, S - 1]). Adds grader_failed = 0 to the batch."""
         tokens = rollout_batch["response_tokens"]
         rollout_batch["grader_failed"] = torch.full((tokens.size(0),), OK, device=tokens.device)
         return _RewardsOnly(self._client.infer_rm(rollout_batch), tokens)
 
     def start(self) -> None:
-        """The server is another job's; there is nothing to start."""
+        """Nothing to start: the server is another job's."""
 
     def close(self) -> None:
-        """Close the connection; its thread would keep the process alive."""
+        """Close the connection, whose thread would keep the process alive."""
         self._client.communicator.close()

@@ -1,8 +1,8 @@
 """Advantages of whole responses from their rewards, by prompt group.
 
-All tensors are 1-D over the samples of a rollout, [N], on one device; `valid` is bool: samples that have a reward. A
-sample that has none takes no part in a baseline and has advantage 0. SPMD: give every rank the whole rollout; nothing
-is reduced here."""
+All tensors are 1-D over the samples of a rollout, [N], on one device; `valid` (bool) marks samples that have a reward.
+The others take no part in a baseline and have advantage 0. SPMD: give every rank the whole rollout.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _group_sums(value: Tensor, index: Tensor, groups: int) -> Tensor:
 def group_normalized(rewards: Tensor, group: Tensor, valid: Tensor) -> Tensor:
     """(r - mean) / std over the valid samples of the prompt group, float64 [N]; std with denominator n.
 
-    A group whose rewards are all equal, or with one valid sample, says nothing about which response is better: 0.
+    0 if all rewards of the group are equal, or only one sample is valid.
     """
     _, index = group.unique(return_inverse=True)
     groups = int(index.max()) + 1 if index.numel() else 0
@@ -31,8 +31,7 @@ def group_normalized(rewards: Tensor, group: Tensor, valid: Tensor) -> Tensor:
 
 
 def rloo(rewards: Tensor, group: Tensor, valid: Tensor) -> Tensor:
-    """r minus the mean reward of the other valid samples of the prompt group, float64 [N]; 0 where there is no
-    other."""
+    """r minus the mean reward of the group's other valid samples, float64 [N]; 0 if there are none."""
     _, index = group.unique(return_inverse=True)
     groups = int(index.max()) + 1 if index.numel() else 0
     rewards = torch.where(valid, rewards.double(), 0.0)
@@ -42,7 +41,7 @@ def rloo(rewards: Tensor, group: Tensor, valid: Tensor) -> Tensor:
 
 
 def given(rewards: Tensor, group: Tensor, valid: Tensor) -> Tensor:
-    """The reward itself is the advantage, float64 [N]."""
+    """The reward is the advantage, float64 [N]."""
     return torch.where(valid, rewards.double(), 0.0)
 
 

@@ -1,4 +1,4 @@
-"""The minibatches of a rollout, once all ranks agree on their cells and denominators."""
+"""The minibatches of a rollout, with cells and denominators agreed on by all ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from torch import Tensor
 
 from nemo_fiberpo.aligner.config.algorithm import AlgorithmSettings
 from nemo_fiberpo.aligner.generation.engine_log_probs import ENGINE
-from nemo_fiberpo.aligner.rollout.minibatch import Minibatch, flat, in_rows, shape_of, take
+from nemo_fiberpo.aligner.rollout.minibatch import (
+    Minibatch,
+    build_minibatch,
+    flatten_column,
+    flatten_labels,
+    stacked_shape,
+)
 from nemo_fiberpo.aligner.rollout.strata import StrataLabels
 from nemo_fiberpo.labelling.expert_partitions import COLUMN
 from nemo_fiberpo.megatron.exchange import exchange
@@ -27,15 +33,15 @@ def agreed_minibatches(
     hierarchy: Hierarchy,
     settings: AlgorithmSettings,
 ) -> list[Minibatch]:
-    """The minibatches with cells that are shared between the ranks, and weights with global denominators.
+    """The minibatches, with cells shared between the ranks and weights with global denominators.
 
     columns   of this rank's samples, [b] or [b, s - 1]
-    problem   what is wrong with them on this rank, if anything: a ValueError on every rank
+    problem   an error in them on this rank, or None: a ValueError on every rank
 
     Collective over the ranks of `actor.reducer`.
     """
     samples, axes = split_columns(columns, settings.optimizer_steps), actor.reducer.axes
-    # Collective where rows are packed, so that nothing that can fail on one rank stands between.
+    # Collective for packed rows, so it must run before anything that can fail on one rank only.
     rows = [
         actor.rows(
             part["response_tokens"],
@@ -73,25 +79,25 @@ def agreed_minibatches(
         guessed = part_cells(pieces[index], cells) if guesses else None
         correction = None
         if settings.rollout_correction.active:
-            old, engine = (take(part[name], of_part) for name in ("logprobs", ENGINE))
+            old, engine = (flatten_column(part[name], of_part) for name in ("logprobs", ENGINE))
             correction = correction_weights(old, engine, trajectories, settings.rollout_correction, actor.reducer)
-        made.append(in_rows(part, of_part, weights, cells, parts, guessed, compared, correction))
+        made.append(build_minibatch(part, of_part, weights, cells, parts, guessed, compared, correction))
     return made
 
 
-def split_columns(columns: Mapping[str, Tensor], parts: int) -> Sequence[dict[str, Tensor]]:
-    """The samples in `parts` equal runs, in order: the minibatches as NeMo-Aligner's `fit` splits them."""
-    split = {name: column.chunk(parts) for name, column in columns.items()}
-    return [{name: pieces[index] for name, pieces in split.items()} for index in range(parts)]
+def split_columns(columns: Mapping[str, Tensor], minibatches: int) -> Sequence[dict[str, Tensor]]:
+    """The samples in equal runs, one per minibatch, as NeMo-Aligner's `fit` splits them."""
+    split = {name: column.chunk(minibatches) for name, column in columns.items()}
+    return [{name: pieces[index] for name, pieces in split.items()} for index in range(minibatches)]
 
 
 def _hierarchy_cells(
     part: Mapping[str, Tensor], rows: Sequence[Rows], strata: StrataLabels, hierarchy: Hierarchy
 ) -> Cells:
-    labels = {name: flat(label, part["mask"], rows) for name, label in strata.labels(part).items()}
-    return hierarchy.cells(labels, take(part["mask"], rows), names=strata.names, shape=shape_of(rows))
+    labels = {name: flatten_labels(label, part["mask"], rows) for name, label in strata.labels(part).items()}
+    return hierarchy.cells(labels, flatten_column(part["mask"], rows), names=strata.names, shape=stacked_shape(rows))
 
 
 def _trajectory_cells(part: Mapping[str, Tensor], rows: Sequence[Rows]) -> Cells:
-    labels = {"trajectory": flat(part["trajectory"], part["mask"], rows)}
-    return build_cells(["trajectory"], labels, take(part["mask"], rows), shape=shape_of(rows))
+    labels = {"trajectory": flatten_labels(part["trajectory"], part["mask"], rows)}
+    return build_cells(["trajectory"], labels, flatten_column(part["mask"], rows), shape=stacked_shape(rows))

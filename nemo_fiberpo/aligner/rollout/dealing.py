@@ -1,4 +1,4 @@
-"""Which prompts an RL step takes, and which samples of the rollout every rank trains on, in whole prompt groups."""
+"""Which prompts an RL step uses, and which samples each rank trains on, in whole prompt groups."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from nemo_fiberpo.aligner.generation.inference_layout import generation_axis, is
 
 
 class PromptSampler(MegatronPretrainingRandomSampler):
-    """NeMo's random sampler with the order of prompts a function of `consumed_samples` (prompts) alone.
+    """NeMo's random sampler with the order of prompts a function of only `consumed_samples` (prompts).
 
-    RL step s of an epoch takes prompts [s p, (s + 1) p) of that epoch's permutation, p = global_batch_size, dealt to
-    the data-parallel ranks in micro-batches. NeMo's own deals each rank a fixed part of the data set and, where p does
-    not divide it, ends an epoch with a rollout that is too short; here what is left over sits out the epoch, and each
-    epoch leaves out others. So a resumed run neither skips nor repeats a prompt, on any number of ranks.
+    RL step s of an epoch uses prompts [s p, (s + 1) p) of that epoch's permutation, p = global_batch_size, dealt to the
+    data-parallel ranks in micro-batches. The remainder of an epoch is left out, others in each epoch; NeMo's sampler
+    would end the epoch with a short rollout. A resumed run neither skips nor repeats a prompt, on any number of ranks.
     """
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -39,7 +38,7 @@ class PromptSampler(MegatronPretrainingRandomSampler):
 
 
 class RepeatedPrompts(DefaultBatchIterator):
-    """NeMo-Aligner's batches of prompts, every prompt `repeats` times in a row."""
+    """NeMo-Aligner's batches of prompts, with every prompt `repeats` times in a row."""
 
     repeats = 1
 
@@ -49,7 +48,7 @@ class RepeatedPrompts(DefaultBatchIterator):
 
 
 def repeated_prompts(repeats: int) -> type[RepeatedPrompts]:
-    """The batch iterator class that `PPOTrainer` wants, for a number of samples per prompt."""
+    """The batch iterator class for `PPOTrainer`, with `repeats` samples per prompt."""
     return type("RepeatedPrompts", (RepeatedPrompts,), {"repeats": repeats})
 
 
@@ -58,11 +57,10 @@ def deal_groups(
 ) -> list[list[Tensor]]:
     """Indices of the samples of each rank's minibatches: [rank][minibatch] -> int64.
 
-    group  int64 [N], the prompt group of each sample. The groups are shuffled by `seed`, each minibatch gets as many
-           whole groups, and its samples go to the ranks in turn, so that every rank has equally many; with
-           `whole_groups` in runs, so that the samples of a group stay together.
+    group  int64 [N], the prompt group of each sample. Groups are shuffled by `seed` and dealt to the minibatches.
+           The samples of a minibatch go to the ranks in turn, or in runs with `whole_groups`, to keep groups together.
 
-    Raises ValueError where that cannot be done. A pure function: every rank computes the same.
+    Raises ValueError if the sizes do not divide. A pure function: every rank computes the same.
     """
     labels = group.unique()
     if len(labels) % minibatches:
@@ -87,13 +85,13 @@ def deal_groups(
 
 
 class GroupedRollout(PPORolloutBatch):
-    """NeMo-Aligner's rollout batch, split by whole prompt groups into the minibatches of the optimizer steps."""
+    """NeMo-Aligner's rollout batch, split into minibatches of whole prompt groups."""
 
     minibatches = 1
     whole_groups = False
 
     def gather_and_balance_globally(self) -> GroupedRollout:
-        """All samples of the rollout on every rank, those of context-parallel ranks too."""
+        """All samples of the rollout on every rank, including those of context-parallel ranks."""
         if not is_extended():
             return super().gather_and_balance_globally()
         _, _, group = generation_axis()
@@ -103,7 +101,7 @@ class GroupedRollout(PPORolloutBatch):
         return gathered
 
     def chunk(self, rank: int, split_size: int, seed: int) -> GroupedRollout:
-        """This rank's samples, ordered by minibatch; equally many each. `trajectory` numbers the samples of the
+        """This rank's samples, ordered by minibatch, equally many in each. `trajectory` numbers the samples of the
         rollout."""
         group = self.data["prompt_index"].cpu()
         indices = torch.cat(deal_groups(group, self.minibatches, split_size, seed, self.whole_groups)[rank])
@@ -120,7 +118,7 @@ def grouped_rollout(minibatches: int, whole_groups: bool = False) -> type[Groupe
 
 
 def response_mask(prompt_lengths: Tensor, response_lengths: Tensor, width: int) -> Tensor:
-    """bool [b, width]: True at entries of response tokens. Entry t belongs to the token at position t + 1.
+    """bool [b, width]: True for response tokens. Entry t belongs to the token at position t + 1.
 
     prompt_lengths and response_lengths (prompt included) [b], in tokens.
     """
@@ -129,10 +127,8 @@ def response_mask(prompt_lengths: Tensor, response_lengths: Tensor, width: int) 
 
 
 def padded_share(items: Sequence[int], rank: int, ranks: int, batch: int) -> list[tuple[list[int], int]]:
-    """This rank's batches of `items`: (items, how many of them are real), the rest repeats to fill a batch.
-
-    As many batches on every rank, so that collectives inside generation match.
-    """
+    """This rank's batches of `items`: (items, number of real ones), padded with repeats. Equally many batches on every
+    rank, so that collectives inside generation match."""
     per_round = ranks * batch
     batches = []
     for start in range(0, len(items), per_round):

@@ -1,4 +1,4 @@
-"""Entropy of the policy that sampled a rollout, over all its tokens and by the labels of `token_labels`."""
+"""Entropy of the policy that sampled a rollout, over all tokens and by the labels of `token_labels`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from nemo_fiberpo.labelling.token_labels import PREFIX
 def entropy_metrics(
     columns: Mapping[str, Tensor], names: Mapping[str, Sequence[str]], reduce: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """`entropy`, an estimate of the old policy's in nats per token: the mean of -log pi_old over the live tokens of all
-    ranks, which it sampled itself. `entropy/<column>.<name>` and `token_share/<column>.<name>`: the same of the tokens
-    with each named label, where there are any, and their share.
+    """`entropy`: an estimate of the old policy's, in nats per token: the mean of -log pi_old over the live tokens of
+    all ranks. `entropy/<column>.<name>` and `token_share/<column>.<name>`: the same over the tokens with a label, and
+    their share.
 
     columns  of this rank's samples: `mask` and `logprobs`, [b, s - 1], and those of `TokenLabels.columns`
     names    of the labels by column
-    reduce   the sum of a flat float64 buffer over the ranks; called once
+    reduce   sums a flat float64 buffer over the ranks; called once
     """
     mask = columns["mask"]
     value = columns["logprobs"][mask].double().neg()

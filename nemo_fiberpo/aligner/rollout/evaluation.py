@@ -1,4 +1,4 @@
-"""Rewards on the held-out prompts, one row per prompt, sampled and greedy."""
+"""Rewards on the held-out prompts, sampled and greedy."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from nemo_aligner.utils.server_utils import FutureResult
 from nemo_fiberpo.aligner.data.prompts import PromptDataset, collate_prompts
 from nemo_fiberpo.aligner.generation.inference_layout import generation_axis
 from nemo_fiberpo.aligner.generation.lockstep import deterministic
-from nemo_fiberpo.aligner.rewards.reward_model import decode_responses, stop_if_ungraded
+from nemo_fiberpo.aligner.rewards.reward_model import check_failures, decode_responses
 from nemo_fiberpo.aligner.rewards.rules import CRASH
 from nemo_fiberpo.aligner.rollout.dealing import padded_share
+from nemo_fiberpo.storage.manifest import write_atomically
 
 
 @torch.no_grad()
 def evaluate(
     actor: Any, reward_model: Any, prompts: PromptDataset, *, batch: int, seed: int, modes: Sequence[str] = ("sampled",)
 ) -> list[dict[str, Any]]:
-    """One response per prompt and mode ("sampled": the actor's sampling parameters, "greedy"), graded.
+    """One graded response per prompt and mode ("sampled": the actor's sampling parameters, "greedy").
 
-    Args
-        batch  prompts per generation batch and rank
-        seed   of the sampling: the same prompts and seed give paired samples before and after training
+    batch  prompts per generation batch and rank
+    seed   of the sampling: equal prompts and seed give paired samples before and after training
 
     Returns rows {prompt_index, domain, mode, reward, response, length, ended}, by mode and prompt, the same on every
-    rank; prompt_index counts within `prompts`, reward is None where the grader crashed on the response.
+    rank; prompt_index counts within `prompts`, reward is None if the grader crashed.
 
     SPMD: every rank calls this; prompts are sharded over data- and context-parallel ranks.
     """
@@ -46,7 +46,7 @@ def evaluate(
     torch.distributed.all_gather_object(gathered, rows, group=group)
     rows = [row for part in gathered for row in part]
     failed = sum(row["reward"] is None for row in rows)
-    stop_if_ungraded(failed, len(rows), reward_model.max_failed, reward_model.reasons)
+    check_failures(failed, len(rows), reward_model.max_failed, reward_model.reasons)
     order = {mode: place for place, mode in enumerate(modes)}
     return sorted(rows, key=lambda row: (order[row["mode"]], row["prompt_index"]))
 
@@ -58,37 +58,24 @@ def _evaluate_batch(
     rollout = actor.infer(collate_prompts(items, actor.tokenizer.eos_id, actor.max_new_tokens))
     answer = reward_model.infer_rm_critic(rollout)
     rewards, _ = answer.result() if isinstance(answer, FutureResult) else answer
-    texts = decode_responses(rollout, actor.tokenizer)
-    lengths = (rollout["response_lengths"] - rollout["prompt_lengths"]).tolist()
-    columns = zip(
-        indices,
-        rewards.tolist(),
-        texts,
-        lengths,
-        rollout["is_end"].tolist(),
-        rollout["grader_failed"].tolist(),
-        strict=False,
-    )
+    lengths = rollout["response_lengths"] - rollout["prompt_lengths"]
     return [
         {
             "prompt_index": index,
             "domain": prompts.records[index].domain,
             "mode": mode,
-            "reward": reward if failed != CRASH else None,
+            "reward": None if int(rollout["grader_failed"][place]) == CRASH else rewards[place].item(),
             "response": text,
-            "length": length,
-            "ended": bool(ended),
+            "length": int(lengths[place]),
+            "ended": bool(rollout["is_end"][place]),
         }
-        for index, reward, text, length, ended, failed in columns
+        for place, (index, text) in enumerate(zip(indices, decode_responses(rollout, actor.tokenizer), strict=True))
     ]
 
 
 def write_rows(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) -> None:
     """One JSON object a line; atomic."""
-    path = Path(path)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(temporary, path)
+    write_atomically(Path(path), "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def mean_rewards(rows: Sequence[dict[str, Any]], mode: str) -> dict[str, float]:

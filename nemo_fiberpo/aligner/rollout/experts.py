@@ -1,7 +1,7 @@
-"""Which partition of the experts every token of a rollout was routed to, as columns of the rollout.
+"""The partition of the experts that every token of a rollout was routed to, as columns of the rollout.
 
-They are read while the old policy's log-probs are computed, and are data from then on: training never changes them.
-While it trains, the routing of its first pass over a minibatch is compared with them.
+They are read with the old policy's log-probs and never change afterwards. During training, the routing of the first
+pass over a minibatch is compared with them.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class ExpertLabels:
         self._capture = RoutingCapture(chunks, table, partitions.layers)
 
     def watch(self, policy: Policy, microbatches: Sequence[Any]) -> contextlib.AbstractContextManager[Policy]:
-        """The same policy, whose first pass over each micro-batch is read within the block."""
+        """The same policy; its first pass over each micro-batch within the block is captured."""
         return self._capture.watch(policy, microbatches)
 
     def columns(self, rows: Sequence[Rows], samples: int, width: int) -> dict[str, Tensor]:
-        """Of the pass that was watched: `expert_partition`, uint8 or int16 [b, s - 1], and for soft membership
-        `expert_membership`, uint8 [b, s - 1, partitions]. Entry t belongs to the token at position t + 1, as its
-        log-prob, which the routing at position t gave.
+        """Of the captured pass: `expert_partition`, uint8 or int16 [b, s - 1], and for soft membership
+        `expert_membership`, uint8 [b, s - 1, partitions]. Entry t belongs to the token at position t + 1, routed at
+        position t, as its log-prob.
 
         SPMD: collective over tp, pp and cp; the result is the same on all of them.
         """
@@ -56,8 +56,8 @@ class ExpertLabels:
         return {name: _in_samples(values, rows, samples, width) for name, values in found.items()}
 
     def changed(self, minibatch: Minibatch) -> Tensor:
-        """Live tokens of this rank by their partition in the rollout, and how many of them the pass that was watched
-        routes to another one: float64 [2, partitions]. SPMD: collective over tp and pp."""
+        """Live tokens of this rank by their partition in the rollout, and how many of them the captured pass routes to
+        another one: float64 [2, partitions]. SPMD: collective over tp and pp."""
         assert minibatch.expert_labels is not None
         counts = torch.zeros(2, len(self.names), dtype=torch.float64)
         for mass, old, mask in zip(self._capture.masses(), minibatch.expert_labels, minibatch.mask, strict=True):
@@ -69,7 +69,7 @@ class ExpertLabels:
 
 
 def _in_samples(values: Sequence[Tensor], rows: Sequence[Rows], samples: int, width: int) -> Tensor:
-    """Values of rows, [r, t, ...], as a column of samples, [b, s - 1, ...]; each context-parallel rank has its own."""
+    """Values of rows, [r, t, ...], as a column of samples, [b, s - 1, ...], summed over context-parallel ranks."""
     some = values[0]
     out = torch.zeros(samples, width, *some.shape[2:], dtype=torch.int32, device=torch.cuda.current_device())
     for entry, value in zip(rows, values, strict=True):
@@ -79,8 +79,8 @@ def _in_samples(values: Sequence[Tensor], rows: Sequence[Rows], samples: int, wi
 
 
 def routing_metrics(counts: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """From the counts of all ranks, [2, partitions] of `ExpertLabels.changed`: the share of tokens whose partition is
-    another one than in the rollout, in all and by partition, and each partition's share of the tokens."""
+    """From `ExpertLabels.changed` summed over the ranks: the share of tokens that changed their partition, overall and
+    by partition, and each partition's share of the tokens."""
     live, changed = counts.tolist()
     out = {"routing/changed": sum(changed) / max(sum(live), 1.0)}
     for name, tokens, moved in zip(names, live, changed, strict=True):
@@ -91,5 +91,5 @@ def routing_metrics(counts: Tensor, names: Sequence[str]) -> dict[str, float]:
 
 
 def labels_of(part: Mapping[str, Tensor]) -> Tensor:
-    """What the hierarchy is given for `expert_partition`: memberships where the rollout has them, else labels."""
+    """The hierarchy's labels for `expert_partition`: memberships if the rollout has them, else hard labels."""
     return part[MEMBERSHIP] if MEMBERSHIP in part else part[COLUMN].long()

@@ -1,4 +1,4 @@
-"""Metrics of a rollout: rewards, lengths and truncation, in all and per domain, and failures of the graders."""
+"""Metrics of a rollout: rewards, lengths and truncation, overall and per domain, and grader failures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_fiberpo.aligner.rewards.reward_model import reward_metrics
 
 
 def rollout_metrics(batch: Mapping[str, Tensor], prompts: PromptDataset, drops_failures: bool) -> dict[str, Any]:
-    """Of the whole, gathered rollout; docs/metrics.md lists them. Means of rewards are over the samples that count."""
+    """Of the whole, gathered rollout; docs/metrics.md lists them. Mean rewards are over the valid samples."""
     length = (batch["response_lengths"] - batch["prompt_lengths"]).double()
     truncated = 1.0 - batch["is_end"].double()
     counted = batch["valid"].bool()
@@ -35,12 +35,9 @@ def rollout_metrics(batch: Mapping[str, Tensor], prompts: PromptDataset, drops_f
 
 
 def first_sample(batch: Mapping[str, Tensor], tokenizer: Any) -> dict[str, Any]:
-    """The row of the table of samples that NeMo-Aligner logs."""
-    tokens, start, stop = (
-        batch["response_tokens"][0],
-        int(batch["prompt_lengths"][0]),
-        int(batch["response_lengths"][0]),
-    )
+    """The first sample, for NeMo-Aligner's table of samples."""
+    tokens = batch["response_tokens"][0]
+    start, stop = int(batch["prompt_lengths"][0]), int(batch["response_lengths"][0])
     return {
         "reward": batch["rewards"][0].item(),
         "prompt": tokenizer.ids_to_text(tokens[:start].tolist()),

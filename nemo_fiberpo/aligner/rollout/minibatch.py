@@ -1,4 +1,4 @@
-"""One optimizer step's samples on this rank, and the way from columns of samples to the rows that the model reads."""
+"""One optimizer step's samples on this rank, and the conversion from columns of samples to the model's rows."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from nemo_fiberpo.objective.optimistic import PartCells
 class Minibatch:
     """This rank's part of one optimizer step; every sequence holds one entry per micro-batch, tensors [r, t] in rows.
 
-    rows                what the model reads, see `megatron.sequences`
-    old_log_probs       of the tokens that the rows' entries belong to, here and below
-    init_log_probs      the same under the initial policy, or None where no KL penalty asks for it
+    rows                the model's inputs, see `megatron.sequences`
+    old_log_probs       of the tokens that the rows' entries belong to, as all below
+    init_log_probs      under the initial policy; None without a KL penalty
     weights             float64, w_i with global denominators, 0 at masked tokens
     weighted_advantage  float64, w_i A_i, times the weight of a rollout correction
     mask                bool, live tokens
     cells               of all these tokens, flattened in this order; shared with the other ranks
-    parts               for one pass: the cells of each micro-batch (`one_pass_cells`); None for two passes
+    microbatch_cells    for one pass: the cells of each micro-batch (`one_pass_cells`); None for two passes
     guessed             for optimistic steps: the cells of each micro-batch by itself; None where none are taken
-    expert_labels       the partitions of experts in the rollout; None where the routing of a step is not compared
+    expert_labels       the partitions of experts in the rollout; None if routing is not compared
     correction          sums of `algorithm.rollout_correction` for its metrics, float64; None without a correction
     """
 
@@ -37,26 +37,26 @@ class Minibatch:
     weighted_advantage: Sequence[Tensor]
     mask: Sequence[Tensor]
     cells: SharedCells
-    parts: Sequence[SharedCells] | None = None
+    microbatch_cells: Sequence[SharedCells] | None = None
     guessed: Sequence[PartCells] | None = None
     expert_labels: Sequence[Tensor] | None = None
     correction: Tensor | None = None
 
 
-def in_rows(
+def build_minibatch(
     part: Mapping[str, Tensor],
     rows: Sequence[Rows],
     weights: Tensor,
     cells: SharedCells,
-    parts: Sequence[SharedCells] | None,
+    microbatch_cells: Sequence[SharedCells] | None,
     guessed: Sequence[PartCells] | None = None,
     expert_labels: str | None = None,
     correction: Corrected | None = None,
 ) -> Minibatch:
     """The columns of a minibatch, [b, s - 1], in the rows of its micro-batches; `weights` and the weights of the
-    `correction` are in rows already, flat.
+    `correction` are flat, in rows already.
 
-    expert_labels   the column of the partitions of experts, where they are to be compared
+    expert_labels   the column of the partitions of experts, if they are to be compared
     """
     shapes = [entry.tokens.shape for entry in rows]
 
@@ -76,24 +76,24 @@ def in_rows(
         weighted_advantage=[w * entry.take(advantage) for w, entry in zip(of_advantage, rows, strict=True)],
         mask=[entry.take(part["mask"], False) for entry in rows],
         cells=cells,
-        parts=parts,
+        microbatch_cells=microbatch_cells,
         guessed=guessed,
         expert_labels=None if expert_labels is None else [entry.take(part[expert_labels]) for entry in rows],
         correction=None if correction is None else correction.sums,
     )
 
 
-def shape_of(rows: Sequence[Rows]) -> tuple[int, int]:
-    """All rows one below the other."""
+def stacked_shape(rows: Sequence[Rows]) -> tuple[int, int]:
+    """The shape of all rows stacked."""
     return sum(entry.tokens.shape[0] for entry in rows), rows[0].tokens.shape[1]
 
 
-def take(column: Tensor, rows: Sequence[Rows]) -> Tensor:
-    """[b, s - 1, ...] -> the flat tokens of all rows, [T, ...]; 0 where no entry belongs."""
+def flatten_column(column: Tensor, rows: Sequence[Rows]) -> Tensor:
+    """[b, s - 1, ...] -> the flat tokens of all rows, [T, ...]; 0 at padding."""
     return torch.cat([entry.take(column).flatten(0, 1) for entry in rows])
 
 
-def flat(label: Tensor, mask: Tensor, rows: Sequence[Rows]) -> Tensor:
-    """Labels of samples, [b], or of their tokens, [b, s - 1, ...] -> labels of the flat tokens of all rows."""
+def flatten_labels(label: Tensor, mask: Tensor, rows: Sequence[Rows]) -> Tensor:
+    """Labels of samples, [b], or of tokens, [b, s - 1, ...] -> labels of the flat tokens of all rows."""
     label = label.to(mask.device)
-    return take(label[:, None].expand(mask.shape) if label.dim() == 1 else label, rows)
+    return flatten_column(label[:, None].expand(mask.shape) if label.dim() == 1 else label, rows)

@@ -1,5 +1,5 @@
-"""Labels of the sampled tokens, `token_labels` of a hierarchy, as columns of a rollout; each rank labels what it
-generated, once, while the samples are graded."""
+"""Labels of the sampled tokens (`token_labels` of a hierarchy), as columns of a rollout. Each rank labels what it
+generated."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Names = dict[str, list[str]]
 
 
 class ResponseLabels:
-    """Labels the samples of rollouts. ValueError naming the field for what can be found out before there is one, see
-    `TokenLabels.check`, and for a prompt that has a label of its own in a column of `token_labels`."""
+    """Labels the samples of rollouts. ValueError naming the field for what `TokenLabels.check` finds, and for a prompt
+    that has a label of its own in a column of `token_labels`."""
 
     def __init__(self, labels: TokenLabels, tokenizer: Tokenizer, prompts: PromptDataset):
         self._labels, self._speller, self._prompts = labels, Speller(tokenizer), prompts
@@ -27,7 +27,7 @@ class ResponseLabels:
             for name in labels.sources:
                 if name in record.strata:
                     raise ValueError(
-                        f"{record.where}: strata.{name}: hierarchy.token_labels labels tokens by that name; leave out "
+                        f"{record.where}: strata.{name}: hierarchy.token_labels has a column of that name; remove "
                         "one of the two"
                     )
         with_response = next((record for record in prompts.records if record.response), prompts.records[0])
@@ -35,7 +35,7 @@ class ResponseLabels:
             labels.check(self._speller, with_response)
 
     def add_to(self, sample: dict[str, Tensor]) -> None:
-        """The columns of a batch of samples, and the names of their labels kept for `names`."""
+        """Add the columns of a batch of samples; the names of their labels are kept for `names`."""
         index = (sample["prompt_index"] - self._prompts.first_index).tolist()
         records = [self._prompts.records[place] for place in index]
         lengths = sample["prompt_lengths"], sample["response_lengths"]
@@ -46,13 +46,12 @@ class ResponseLabels:
 
     @property
     def names(self) -> Names:
-        """The names of the labels of columns whose names are not known before, as this rank has found them in its
-        batches since `agree`."""
+        """The labels that this rank's batches since `agree` have, for columns whose names are not known in advance."""
         columns = [name for name, cells in self._labels.cells.items() if cells is None]
         return {column: merged(column, [names.get(column, []) for names in self._found]) for column in columns}
 
     def agree(self, samples: Sequence[dict[str, Tensor]], of_ranks: Sequence[Mapping[str, Any]]) -> Names:
-        """The names of the rollout, from those of all ranks; renumbers the labels of this rank's batches to them."""
+        """The rollout's names, from those of all ranks; renumbers the labels of this rank's batches accordingly."""
         agreed = {column: merged(column, [names[column] for names in of_ranks]) for column in self.names}
         for sample, names in zip(samples, self._found, strict=True):
             for column, own in names.items():

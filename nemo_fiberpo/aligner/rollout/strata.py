@@ -1,4 +1,4 @@
-"""Labels of the strata: from the prompts' data, and from the rollout."""
+"""Labels of the strata, from the prompts' data and from the rollout."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from nemo_fiberpo.labelling.expert_partitions import COLUMN
 from nemo_fiberpo.labelling.token_labels import PREFIX
 from nemo_fiberpo.objective import Hierarchy, prefix_state_labels
 
-UNNAMED_STRATA = ("prompt_group", "trajectory", "state")  # their labels are numbers of the rollout
+UNNAMED_STRATA = ("prompt_group", "trajectory", "state")  # labelled by numbers of the rollout
 
 
 class StrataLabels:
-    """Labels and names of everything that a hierarchy needs labels of.
+    """Labels and label names of all columns of a hierarchy.
 
-    partitions   names of the partitions of experts, where the hierarchy asks for them
-    of_tokens    column of `token_labels` -> names of its labels, None where each rollout has its own: `of_rollout`
+    partitions   names of the partitions of experts, if the hierarchy uses them
+    of_tokens    column of `token_labels` -> names of its labels, or None if each rollout has its own: `of_rollout`
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class StrataLabels:
 
     @property
     def names(self) -> dict[str, Sequence[str]]:
-        """The names of the label values, by the name of the column, of the columns that have names."""
+        """The names of the label values by column, for the columns that have names."""
         optional = self.hierarchy.optional_columns
         out: dict[str, Sequence[str]] = {}
         for name in self.hierarchy.columns:
@@ -49,10 +49,9 @@ class StrataLabels:
         return out
 
     def labels(self, part: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """int64 [b] per column of the hierarchy: the labels of each sample, -1 for none where that may be. Those of
-        states, experts and `token_labels` are labels of tokens, [b, s - 1]; memberships of experts are uint8
-        [b, s - 1, partitions].
-        Without `response_tokens` every sample stands for a state of its own."""
+        """Per column of the hierarchy: int64 [b], the label of each sample, -1 for none if optional. Labels of states,
+        experts and `token_labels` are [b, s - 1]; memberships of experts are uint8 [b, s - 1, partitions]. Without
+        `response_tokens` every sample has a state of its own."""
         index = part["prompt_index"]
         out: dict[str, Tensor] = {}
         for name in self.hierarchy.columns:
@@ -70,10 +69,12 @@ class StrataLabels:
         return out
 
     def check(self) -> None:
-        """ValueError if the hierarchy cannot be made from this data set: an unknown stratum, a budget override that
-        names no cell, strata that do not nest, a join or a branch that would count a drift twice. One token per prompt
-        stands for all that will be sampled from it; where partitions of experts and `token_labels` tell tokens apart,
-        one for each combination of two labels of each."""
+        """ValueError if the hierarchy does not fit this data set: an unknown stratum, a budget of an unknown cell,
+        strata that do not nest, a join or a branch that would count a drift twice.
+
+        One token per prompt stands for its samples; one for each combination of two labels where experts and
+        `token_labels` distinguish tokens.
+        """
         self._refuse_names_of_rollouts()
         own = [COLUMN] if len(self.partitions) > 1 else []
         own += [name for name in self.of_tokens if name in self.hierarchy.columns]
@@ -85,13 +86,13 @@ class StrataLabels:
             part[name if name == COLUMN else PREFIX + name] = torch.arange(len(sample)) >> place & 1
         self.of_rollout = {name: ("first", "second") for name, names in self.of_tokens.items() if names is None}
         labels, mask = self.labels(part), torch.ones(len(sample), dtype=torch.bool)
-        # The mask tells the number of tokens where no stratum does: with the token clip alone there are no labels.
+        # With only a token clip there are no labels; the mask gives the number of tokens.
         self.hierarchy.cells(labels, mask, names=self.names)
         self.hierarchy.check_data(labels, mask, names=self.names)
         self.of_rollout = {}
 
     def _refuse_names_of_rollouts(self) -> None:
-        """ValueError where the hierarchy goes by labels that only a rollout names, and the next may not have."""
+        """ValueError if the hierarchy refers to labels by names that only a rollout determines."""
         strata = {stratum.name: stratum for stratum in self.hierarchy.active}
         for column in (name for name, names in self.of_tokens.items() if names is None):
             for stratum in strata.values():
@@ -99,6 +100,6 @@ class StrataLabels:
                 if kept or (stratum.budgets and column in stratum.columns):
                     field = f"only.{kept[0]}" if kept else "budgets"
                     raise ValueError(
-                        f"stratum {stratum.name!r}, {field}: goes by names of cells, but those of {column!r} are known "
-                        f"only once there is a rollout; list them in token_labels.{column}.names"
+                        f"stratum {stratum.name!r}, {field}: refers to cells by name, but the names of {column!r} "
+                        f"are known only after a rollout; list them in token_labels.{column}.names"
                     )

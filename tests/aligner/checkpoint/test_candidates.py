@@ -81,7 +81,7 @@ def test_a_checkpoint_that_was_once_whole_is_never_deleted_unless_a_newer_one_is
 def test_a_newer_checkpoint_that_is_not_there_any_more_is_named(checkpoints):
     choice = choose(checkpoints, {"step": 6, "name": name_of(6)})
     assert choice.checkpoint == checkpoints / name_of(4)
-    assert choice.lines == [f"{name_of(6)}: gone, although it was whole"]
+    assert choice.lines == [f"{name_of(6)}: missing, although it was whole"]
     assert choose(checkpoints, {"step": 2, "name": name_of(1)}).lines == []
 
 
@@ -118,7 +118,7 @@ def test_a_run_never_begins_again_silently_where_a_checkpoint_was_whole(checkpoi
 
 
 def test_a_run_whose_checkpoints_are_gone_says_which_it_had(tmp_path):
-    with pytest.raises(ValueError, match=r"there is none\); the newest that was whole is step-4, of RL step 4"):
+    with pytest.raises(ValueError, match=r"there is none\); the newest whole one was step-4, of RL step 4"):
         choose(tmp_path, {"step": 4, "name": "step-4"})
 
 
@@ -146,7 +146,9 @@ def test_a_checkpoint_of_another_run_is_put_aside(checkpoints):
     foreign, own = save(checkpoints, 6, run="b"), save(checkpoints, 5, run="a")
     choice = choose(checkpoints, None, run="a")
     assert choice.checkpoint == own and choice.damaged == [foreign]
-    assert choice.lines == [f"{foreign.name}: damaged: manifest.json: run: of another run, 'b'; this one is 'a'"]
+    assert choice.lines == [
+        f"{foreign.name}: damaged: manifest.json: run: belongs to another run, 'b'; this one is 'a'"
+    ]
     assert choose(checkpoints, None).checkpoint == foreign, "a record that has no id yet"
     foreign.rename(checkpoints.parent / "aside")
     own.rename(checkpoints.parent / "aside2")

@@ -101,8 +101,8 @@ def test_all_changed_keys_are_named_at_once(cfg, tmp_path):
         RunRecord(changed(budget(cfg, 0.05), "seed=4", "model.optim.lr=0.1", "resume.allow=[seed]")).check()
     assert str(error.value) == (
         f"hierarchy.strata.domain.budget.pos: 0.05, but the run in {tmp_path} has 0.04; model.optim.lr: 0.1, but it "
-        f"has 0.001; give a run_dir of its own, such as run_dir={tmp_path}-2, or go on with the changes "
-        "by resume.allow=[hierarchy.strata.domain.budget.pos,model.optim.lr]"
+        f"has 0.001; use another run_dir, such as run_dir={tmp_path}-2, or accept the changes "
+        "with resume.allow=[hierarchy.strata.domain.budget.pos,model.optim.lr]"
     )
 
 

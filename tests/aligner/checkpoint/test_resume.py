@@ -10,12 +10,12 @@ import torch.distributed as dist
 
 from nemo_fiberpo.aligner.checkpoint import resume
 from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
-from nemo_fiberpo.aligner.lifecycle import first_rank, run_lock
-from nemo_fiberpo.aligner.lifecycle.first_rank import Ranks, SaidByFirstRank
+from nemo_fiberpo.aligner.lifecycle import first_rank
+from nemo_fiberpo.aligner.lifecycle.first_rank import FirstRankError, Ranks
 from nemo_fiberpo.aligner.lifecycle.preemption import Stopped
-from nemo_fiberpo.storage import reading
+from nemo_fiberpo.storage import reading, run_lock
 from tests.aligner.checkpoint.test_changes import changed
-from tests.aligner.lifecycle.test_run_lock import holder, pretend, start
+from tests.storage.test_run_lock import holder, pretend, start
 from tests.support.damage import flip_middle, make_unreadable, name_of
 
 
@@ -40,7 +40,7 @@ def agree(cfg, directory, ranks: int) -> list:
         assert not thread.is_alive(), f"{thread.name} hangs"
     for rank, outcome in enumerate(found):
         if isinstance(outcome, ValueError):
-            assert isinstance(outcome, SaidByFirstRank) == (rank > 0), "an error is said once"
+            assert isinstance(outcome, FirstRankError) == (rank > 0), "an error is said once"
         elif isinstance(outcome, BaseException) and not isinstance(outcome, Stopped):
             raise outcome
     named = [str(outcome) if isinstance(outcome, ValueError) else outcome for outcome in found]
@@ -78,8 +78,8 @@ def test_no_rank_goes_back_for_a_file_that_one_of_them_cannot_read(cfg, checkpoi
     assert len(said) == 1, "every rank ends with the same error"
     (error,) = said
     assert error.startswith(f"{newest / name}: Input/output error") and "(errno 5)" in error
-    assert (f"says rank {reader} on " in error) == (reader > 0)
-    assert newest.is_dir() and "going on from" not in capsys.readouterr().out
+    assert (f"(rank {reader} on " in error) == (reader > 0)
+    assert newest.is_dir() and "resuming from" not in capsys.readouterr().out
 
 
 def test_the_late_view_of_one_rank_is_waited_out_and_is_no_damage(cfg, checkpoints, monkeypatch, capsys):
@@ -128,13 +128,16 @@ def test_a_second_job_in_the_directory_ends_on_every_rank_and_changes_nothing(cf
     assert sorted(checkpoints.rglob("*")) == before
 
 
-def test_every_rank_of_a_requeued_job_stops_where_its_earlier_start_still_has_the_lock(cfg, checkpoints, monkeypatch):
+def test_every_rank_of_a_requeued_job_stops_where_its_earlier_start_still_has_the_lock(
+    cfg, checkpoints, monkeypatch, capsys
+):
     flip_middle(checkpoints / name_of(4) / "common.pt")
     before = sorted(checkpoints.rglob("*"))
     monkeypatch.setattr(run_lock, "PATIENCE", 0.1)
     with holder(cfg.run_dir, **start("4711", 0)):
         pretend(monkeypatch, start("4711", 1))
         assert agree(cfg, checkpoints, 3) == [Stopped] * 3
+    assert capsys.readouterr().out.count("may be alive. Ending with status 75, to be started again later") == 1
     assert sorted(checkpoints.rglob("*")) == before
 
 
@@ -148,7 +151,7 @@ def test_a_rank_that_does_not_answer_is_named_and_nothing_is_moved(cfg, checkpoi
     """It may be reading a checkpoint that is whole."""
     before = sorted(checkpoints.rglob("*"))
     cfg.collective_timeout = 0.3
-    monkeypatch.setattr(first_rank, "HEARD", 0.1)
+    monkeypatch.setattr(first_rank, "ACK_TIMEOUT", 0.1)
     with pytest.raises(
         ValueError, match=r"^collective_timeout: rank 1 did not answer in 0\.3 s, .* raise collective_t"
     ):
@@ -157,7 +160,7 @@ def test_a_rank_that_does_not_answer_is_named_and_nothing_is_moved(cfg, checkpoi
 
 
 def test_all_ranks_have_answered_before_one_that_cannot_read_ends_the_run(cfg, checkpoints, monkeypatch):
-    answered, when_told, tell = [], [], Ranks._tell_the_end
+    answered, when_told, tell = [], [], Ranks._send_last
 
     def answer(_path, _wanted, rank, _ranks):
         time.sleep(0.2 * rank)
@@ -169,7 +172,7 @@ def test_all_ranks_have_answered_before_one_that_cannot_read_ends_the_run(cfg, c
         tell(self, message)
 
     monkeypatch.setattr(resume, "_read_share", answer)
-    monkeypatch.setattr(Ranks, "_tell_the_end", told)
+    monkeypatch.setattr(Ranks, "_send_last", told)
     assert all(said.startswith("file of rank 0: Input/output error") for said in agree(cfg, checkpoints, 3))
     assert sorted(when_told) == [0, 1, 2]
 

@@ -107,7 +107,7 @@ def test_a_change_since_such_a_record_is_named(tmp_path, monkeypatch):
         RunRecord(quickstart(tmp_path, *TWO_EPOCHS, *wide)).check()
     assert str(error.value).startswith("seed: 4, but the run in ")
     assert str(error.value).endswith(
-        " by resume.allow=[seed,hierarchy.strata.domain.budget.pos,algorithm.packing,model.seed]"
+        " with resume.allow=[seed,hierarchy.strata.domain.budget.pos,algorithm.packing,model.seed]"
     )
 
 
@@ -124,7 +124,7 @@ def test_a_run_with_such_a_record_goes_on_to_the_same_metrics(uninterrupted, tmp
     assert stored["identity"] != json.loads((uninterrupted / "run.json").read_text())["identity"]
     (run_dir / "run.json").write_text(json.dumps(stored | {"checkpoint": {"name": first.name, "step": 2}}))
     said = forked.launch("train_gpt_fiberpo.py", run_dir, *TWO_EPOCHS)
-    assert f"going on from {first.name}: RL step 2" in said and "from RL step" not in said
+    assert f"resuming from {first.name}: RL step 2" in said and "from RL step" not in said
     assert metrics(run_dir) == metrics(uninterrupted)
 
 

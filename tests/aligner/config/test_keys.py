@@ -14,15 +14,16 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_fiberpo import config
-from nemo_fiberpo.aligner.config import checks, nemo_keys, sections
+from nemo_fiberpo.aligner.config import checks, sections
 from nemo_fiberpo.aligner.config.algorithm import AlgorithmSettings, HierarchyGating, KlSettings
 from nemo_fiberpo.aligner.config.checks import read_training_config
 from nemo_fiberpo.aligner.config.data import DataSettings
-from nemo_fiberpo.aligner.config.nemo_keys import check_nemo_keys
 from nemo_fiberpo.aligner.config.rewards import RewardSettings
 from nemo_fiberpo.aligner.config.run import PretrainedCheckpoint, RunSettings
 from nemo_fiberpo.aligner.config.warm_start import WarmStartSettings
 from nemo_fiberpo.cli.compose import compose
+from nemo_fiberpo.nemo_config import keys as nemo_keys
+from nemo_fiberpo.nemo_config.keys import check_nemo_keys
 from nemo_fiberpo.plan.assumptions import Assumptions
 from tests.support.launching import ROOT
 
@@ -177,8 +178,11 @@ def test_fields_of_a_hierarchy_are_read():
         ("+model.optim.sched.warmup=3", r"sched\.warmup: nothing reads this key; did you mean 'warmup_steps'\?"),
         ("+trainer.gradient_clip=3", r"trainer\.gradient_clip: nothing reads .* did you mean 'gradient_clip_val'\?"),
         ("trainer.gradient_clip_val=x", r"trainer\.gradient_clip_val: must be a finite number, got 'x'"),
-        ("+trainer.log_every_n_steps=5", r"trainer\.log_every_n_steps: has no effect: it is of Lightning's own loop"),
-        ("+exp_manager.foo=1", r"exp_manager\.foo: nothing reads this key, so that it would have no effect"),
+        (
+            "+trainer.log_every_n_steps=5",
+            r"trainer\.log_every_n_steps: has no effect: it belongs to Lightning's own",
+        ),
+        ("+exp_manager.foo=1", r"exp_manager\.foo: nothing reads this key, so it would have no effect"),
         ("exp_manager.create_wandb_logger=yes", r"exp_manager\.create_wandb_logger: must be true or false, got 'yes'"),
     ],
 )
@@ -248,7 +252,9 @@ def test_the_amp_of_megatron_follows_the_precision():
 def test_a_logger_whose_package_is_missing_is_refused(monkeypatch):
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^exp_manager\.create_wandb_logger: needs the package wandb"):
-        checks.check_loggers(OmegaConf.create({"create_wandb_logger": True}))
+        checks.check_loggers(OmegaConf.create({"exp_manager": {"create_wandb_logger": True}}))
+    with pytest.raises(ValueError, match=r"^wandb: needs the package wandb"):
+        checks.check_loggers(OmegaConf.create({"wandb": True, "exp_manager": {"create_wandb_logger": True}}))
 
 
 @pytest.mark.parametrize(

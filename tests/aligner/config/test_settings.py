@@ -8,12 +8,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_fiberpo.aligner.config.checks import check_batches, check_sections
-from nemo_fiberpo.aligner.config.hydra import overrides
-from nemo_fiberpo.aligner.config.nemo import check_precision
+from nemo_fiberpo.aligner.config.precision import check_precision
 from nemo_fiberpo.aligner.config.sections import algorithm_settings, data_settings, reward_settings
-from nemo_fiberpo.aligner.lifecycle import run_lock
+from nemo_fiberpo.hydra_support.command_line import overrides
 from nemo_fiberpo.objective import Budget, Stratum
-from tests.support.launching import environment
+from nemo_fiberpo.storage import run_lock
+from tests.support.launching import arguments, check_each, environment
 
 ALGORITHM = {"samples_per_prompt": 8, "prompts_per_rollout": 96, "optimizer_steps": 4}
 STRATA = {"domain": {"budget": {"pos": 0.02, "neg": 0.015}}, "trajectory": {"budget": {"pos": 1, "neg": 0.5}}}
@@ -149,7 +149,7 @@ def test_fewer_prompts_than_a_rollout_takes_are_refused(tmp_path):
     [
         ("bf61", "did you mean 'bf16'"),
         ("fp8", "valid: 32, 32-true, bf16, bf16-mixed"),
-        (16, "16: float16 needs a scale of the loss"),
+        (16, "16: float16 needs a loss scale"),
         ("16", "'16': float16"),
         ("16-mixed", "use bf16, or 32"),
         ("16-true", "use bf16, or 32"),
@@ -178,38 +178,21 @@ CHECKED = {
     "trainer.precision=16-mixed": "error: trainer.precision: '16-mixed': float16",
     "": "fine",
 }
-CHECK = """
-import contextlib, io, runpy, sys
-from pathlib import Path
-from tests.support.launching import ROOT, arguments
-script = str(ROOT / "examples" / "train_gpt_fiberpo.py")
-given = sys.argv[1:]
-for wrong in given[1:]:
-    sys.argv = [script, *arguments(Path(given[0]), *wrong.split()), "--check"]
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # what was checked
-            runpy.run_path(script, run_name="__main__")
-        print("fine")
-    except SystemExit as leaving:
-        print(leaving.code)
-"""
 
 
 def test_check_refuses_by_the_name_of_the_field(tmp_path):
     (tmp_path / "data").mkdir()
     line = {"prompt": "1", "domain": "d", "grader": "math_verify", "answer": "1"}
     (tmp_path / "data" / "train.jsonl").write_text(8 * f"{json.dumps(line)}\n")
-    script = [sys.executable, "-c", CHECK, str(tmp_path), *CHECKED]
-    said = subprocess.check_output(script, env=environment(), text=True).splitlines()
-    said = [line for line in said if line == "fine" or line.startswith("error: ")]
-    assert [line[: len(words)] for line, words in zip(said, CHECKED.values(), strict=True)] == list(CHECKED.values())
+    found, _ = check_each([arguments(tmp_path, *wrong.split()) for wrong in CHECKED])
+    assert [line[: len(words)] for line, words in zip(found, CHECKED.values(), strict=True)] == list(CHECKED.values())
     assert not (tmp_path / run_lock.NAME).exists(), "looking at a config takes no lock"
 
 
 NEMO = """
 import sys
 from nemo.collections.nlp.parts.utils_funcs import torch_dtype_from_precision
-from nemo_fiberpo.aligner.config.nemo import PRECISIONS
+from nemo_fiberpo.aligner.config.precision import PRECISIONS
 print(*{torch_dtype_from_precision(precision) for precision in PRECISIONS})
 """
 

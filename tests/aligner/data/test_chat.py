@@ -13,8 +13,8 @@ import pytest
 import transformers
 
 from nemo_fiberpo.aligner.data.prompts import PromptDataset
-from nemo_fiberpo.aligner.data.records import load_prompts
 from nemo_fiberpo.aligner.rewards.rules import RuleRewards
+from nemo_fiberpo.prompts.records import load_prompts
 from tests.support.hf_models import write_tokenizer
 
 # <10> system, <11> user, <12> assistant; <1> ends a message. One of the two begins with BOS, which is <3>.
@@ -103,9 +103,9 @@ USER = {"role": "user", "content": "2+5="}
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (line([USER], prompt="2+5="), "messages: stands beside prompt; a line has one of the two"),
+        (line([USER], prompt="2+5="), "messages: given beside prompt; a line has one of the two"),
         (line(None), "prompt: missing"),
-        (line(None, mesages=[USER]), "messages: missing; is 'mesages' meant to be it?"),
+        (line(None, mesages=[USER]), "messages: missing; did you mean 'mesages'?"),
         (line(None, prompt=[USER]), "prompt: expected a string, found list; chat messages go into messages"),
         (line("2+5="), "messages: expected a list of"),
         (line([]), "messages: expected a list of"),

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from nemo_fiberpo.aligner.data.prompts import PromptDataset, make_collate
-from nemo_fiberpo.aligner.data.records import load_prompts
 from nemo_fiberpo.aligner.rewards.rules import RuleRewards
+from nemo_fiberpo.prompts.records import load_prompts
 
 
 class Letters:
@@ -61,12 +61,12 @@ def test_a_file_with_mark_blank_lines_and_no_last_newline_is_read(tmp_path):
     [
         ('{"prompt": ', "not valid JSON"),
         ("[1]", "expected a JSON object, found list"),
-        (line(prompt=None, promt="x"), "prompt: missing; is 'promt' meant to be it?"),
+        (line(prompt=None, promt="x"), "prompt: missing; did you mean 'promt'?"),
         (line(domain=None), "domain: missing"),
         (line(prompt="  "), "prompt: is empty"),
         (line(prompt=5), "prompt: expected a string, found int"),
         (line(grader="math_verfy"), "grader: 'math_verfy' is unknown; did you mean 'math_verify'"),
-        (line(answer=None, anwser="7"), "answer: missing; is 'anwser' meant to be it?"),
+        (line(answer=None, anwser="7"), "answer: missing; did you mean 'anwser'?"),
         (line(answer=7), "answer: expected a string, found int"),
         (line(answr="7"), "answr: unknown field; did you mean 'answer'"),
         (line(grader="reasoning_gym", answer=None, task="gcd"), "entry: missing"),
@@ -76,12 +76,12 @@ def test_a_file_with_mark_blank_lines_and_no_last_newline_is_read(tmp_path):
         ),
         (line(answer_form="text"), "answer_form: 'text' is unknown; known: expression, literal"),
         (line(id="same"), "id: 'same' is also the id of"),
-        ('{"prompt": "a", "prompt": "b"}', "not valid JSON: prompt: stands twice in an object"),
-        ('{"prompt": {"a": 1, "a": 2}}', "not valid JSON: a: stands twice in an object"),
-        ('{"prompt": NaN}', "not valid JSON: NaN is no number of JSON"),
+        ('{"prompt": "a", "prompt": "b"}', "not valid JSON: prompt: duplicate name in an object"),
+        ('{"prompt": {"a": 1, "a": 2}}', "not valid JSON: a: duplicate name in an object"),
+        ('{"prompt": NaN}', "not valid JSON: NaN is not a JSON number"),
         ('{"prompt": ' + "9" * 5000 + "}", "not valid JSON: Exceeds the limit"),
         ("[" * 100_000, "nested too deep"),
-        (line(prompt="ab\ud800c"), "half of a surrogate pair ('\\ud800') behind"),
+        (line(prompt="ab\ud800c"), "half of a surrogate pair ('\\ud800') after"),
         (line(answer=7), 'answer: expected a string, found int; write "7"'),
         (line(answer=" "), "answer: is empty"),
         (line(id=""), "id: is empty; leave it out"),
@@ -90,11 +90,11 @@ def test_a_file_with_mark_blank_lines_and_no_last_newline_is_read(tmp_path):
             "source: unknown field; valid: prompt, messages, domain, grader, id, response, strata, answer, ",
         ),
         (line(grader="reasoning_gym", answer=None, task="gcd", entry={}), "entry: is empty"),
-        (line(strata={"domain": "x"}), "strata.domain: 'domain' has labels of its own, these would not be read"),
-        (line(strata={"trajectory": "x"}), "strata.trajectory: 'trajectory' has labels of its own"),
-        (line(domain="all"), "domain: 'all' is what the mean over all domains is called"),
-        (line(strata={"language": ""}), "strata: '' is no name"),
-        (line(domain="a\nb"), "domain: 'a\\nb' is no name: it is empty, or has control characters"),
+        (line(strata={"domain": "x"}), "strata.domain: 'domain' has its own labels, these would not be read"),
+        (line(strata={"trajectory": "x"}), "strata.trajectory: 'trajectory' has its own labels"),
+        (line(domain="all"), "domain: 'all' is the name of the mean over all domains"),
+        (line(strata={"language": ""}), "strata: '' is no valid name"),
+        (line(domain="a\nb"), "domain: 'a\\nb' is no valid name: empty, or with control characters"),
     ],
 )
 def test_a_refusal_names_file_line_and_field(write, bad, message):
@@ -193,7 +193,7 @@ def test_a_prompt_that_is_too_long_is_an_error_or_dropped_and_counted(write):
     assert [data[index]["length"] for index in range(len(data))] == [4, 1]
     with pytest.raises(ValueError, match="so are 1 of 1"):
         PromptDataset(write(line("12345")), Letters(), 4, too_long="drop")
-    with pytest.raises(ValueError, match="too_long: 'cut'"):
+    with pytest.raises(ValueError, match="too_long: must be error or drop, got 'cut'"):
         PromptDataset(path, Letters(), 4, too_long="cut")
 
 
@@ -207,7 +207,7 @@ def test_every_prompt_begins_with_the_given_token_which_counts_in_its_length(wri
 def test_a_token_outside_the_policys_vocabulary_is_refused(write):
     prompts = PromptDataset(write(line("ab"), line("az")), Letters(), 8)
     prompts.check_tokens(ord("z") + 1)
-    with pytest.raises(ValueError, match=r"prompts.jsonl:2: prompt: the tokenizer makes the token 122 .* of 122"):
+    with pytest.raises(ValueError, match=r"prompts.jsonl:2: prompt: has the token 122, .* of 122"):
         prompts.check_tokens(ord("z"))
 
 

@@ -53,7 +53,7 @@ def test_a_signal_to_one_rank_saves_and_a_damaged_checkpoint_gives_way_to_the_on
     flip_middle(newest / "__1_0.distcp")
     said = forked.launch("train_gpt_fiberpo.py", run_dir, *TWO_EPOCHS)
     assert f"checkpoint {newest.name}: damaged: __1_0.distcp: its SHA-256 differs" in said
-    assert "going on from fiberpo-step=2-" in said
+    assert "resuming from fiberpo-step=2-" in said
     assert metrics(run_dir) == metrics(uninterrupted)
     assert (run_dir / "prompts.jsonl").read_text() == (uninterrupted / "prompts.jsonl").read_text()
     assert (run_dir / "nemo" / "checkpoints-damaged" / newest.name).is_dir()

@@ -57,7 +57,7 @@ def test_a_second_one_ends_the_process_at_once(name):
 
 def test_the_first_ctrl_c_tells_what_comes_of_it():
     said = caught("SIGINT").stderr
-    assert said.count("Ctrl-C: the RL step in progress ends and is saved; once more ends the run at once") == 1
+    assert said.count("Ctrl-C: the run is saved after the RL step in progress; press again to end it at once") == 1
 
 
 SIGNALLED_WHILE_IT_ENDS = """
@@ -74,7 +74,7 @@ if os.fork() == 0:
         os._exit(0)
 def main():
     raise preemption.Stopped
-ending.explain(main)
+ending.run_main(main)
 """
 
 
@@ -166,7 +166,7 @@ def test_a_stopped_run_is_saved_whatever_its_save_interval(interval, expected, c
     trained = Trained()
     with pytest.raises(preemption.Stopped) as stopped:
         stop_in_training("SIGUSR1", trained, interval, trained.finish)
-    assert trained.done == expected and stopped.value.can_go_on
+    assert trained.done == expected and stopped.value.resumable
     assert "stopped by SIGUSR1 at RL step 7 of 60: checkpoint saved" in capsys.readouterr().out
 
 
@@ -176,7 +176,7 @@ def test_a_stopped_run_that_cannot_be_saved_is_not_one_to_start_again(monkeypatc
 
     monkeypatch.setattr(ending, "finish", lambda: None)
     with pytest.raises(SystemExit) as leaving:
-        ending.explain(main)
+        ending.run_main(main)
     assert leaving.value.code == 1 and "exp_manager.create_checkpoint_callback is false" in capsys.readouterr().out
 
 
@@ -196,9 +196,9 @@ def test_one_ranks_signal_is_every_ranks_and_the_first_ranks_clock_counts():
         assert answers == [None, None, "its time limit, exp_manager.max_time_per_run,", "SIGUSR1"]
 
 
-def test_a_process_begun_while_signals_are_held_back_starts_with_them_held_back():
+def test_a_process_started_while_signals_are_blocked_starts_with_them_blocked():
     show = "import signal; print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
-    with preemption.held_back():
+    with preemption.signals_blocked():
         inside = subprocess.check_output([sys.executable, "-c", show], text=True)
     outside = subprocess.check_output([sys.executable, "-c", show], text=True)
     assert inside.count("SIGUSR1") == inside.count("SIGTERM") == 1 and outside == "[]\n"

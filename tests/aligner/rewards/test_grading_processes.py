@@ -123,7 +123,7 @@ def test_a_message_that_is_not_the_workers_own_is_left_alone():
         outcomes = [None]
         pool._answer(slot, outcomes, item=0, score=1.0)
         assert outcomes[0].score == 1.0 and not slot.chunk
-        with pytest.raises(RuntimeError, match="a score of answer 0, which it was not asked for"):
+        with pytest.raises(RuntimeError, match="a score of response 0, which it was not given"):
             pool._answer(slot, outcomes, item=0, score=1.0)
 
 

@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 import torch
 
-from nemo_fiberpo.aligner import cpu
+from nemo_fiberpo import nemo_cpu
 
-cpu.install()
+nemo_cpu.install()
 from nemo_fiberpo.aligner.rollout.dealing import (  # noqa: E402
     PromptSampler,
     deal_groups,

@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 from nemo_fiberpo.aligner.config.model_checks import partition_table
 from nemo_fiberpo.aligner.rollout.experts import ExpertLabels, labels_of, routing_metrics
-from nemo_fiberpo.aligner.rollout.minibatch import Minibatch, flat, take
+from nemo_fiberpo.aligner.rollout.minibatch import Minibatch, flatten_column, flatten_labels
 from nemo_fiberpo.aligner.rollout.strata import StrataLabels
 from nemo_fiberpo.config import load_hierarchy
 from nemo_fiberpo.megatron.sequences import packed_rows, padded_rows
@@ -89,14 +89,14 @@ def test_memberships_follow_their_tokens_into_rows(packed):
     mask = torch.ones(2, 5, dtype=torch.bool)
     membership = torch.stack([tokens[:, 1:], 255 - tokens[:, 1:]], -1).to(torch.uint8)
     rows = packed_rows(tokens, [6, 4]) if packed else padded_rows(tokens)
-    found = flat(membership, mask, [rows])
+    found = flatten_labels(membership, mask, [rows])
     live = rows.source.reshape(-1) >= 0
     assert found.shape == (rows.tokens.numel(), 2)
     assert torch.equal(found[live][:, 0].long(), rows.targets.reshape(-1)[live])
     assert int(found[~live].sum()) == 0
     back = torch.zeros_like(membership)
     rows.put(rows.take(membership), back)
-    reached = take(torch.ones(2, 5), [rows]).sum()
+    reached = flatten_column(torch.ones(2, 5), [rows]).sum()
     assert int((back.sum(-1) == 255).sum()) == int(reached)
 
 

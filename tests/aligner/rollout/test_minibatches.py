@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nemo_fiberpo.aligner import cpu
+from nemo_fiberpo import nemo_cpu
 
-cpu.install()
+nemo_cpu.install()
 from nemo_fiberpo.aligner.actor import FiberPOActor  # noqa: E402
 from nemo_fiberpo.aligner.config.algorithm import AlgorithmSettings  # noqa: E402
 from nemo_fiberpo.aligner.generation.engine_log_probs import ENGINE  # noqa: E402

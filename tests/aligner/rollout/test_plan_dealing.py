@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_fiberpo import load_hierarchy
-from nemo_fiberpo.aligner import cpu
+from nemo_fiberpo import load_hierarchy, nemo_cpu
 from nemo_fiberpo.plan.cells import PromptLabels, step_cells
 
-cpu.install()
+nemo_cpu.install()
 from nemo_fiberpo.aligner.rollout.dealing import deal_groups  # noqa: E402
 
 STRATA = [{"name": "prompt_group", "budget": {"pos": 0.1, "neg": 0.1}}]

@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from nemo_fiberpo.aligner.checkpoint.identity import hierarchy_of_record, identity_of, identity_of_record
-from nemo_fiberpo.aligner.config.sections import token_labels_section
+from nemo_fiberpo.aligner.config.sections import hierarchy_section
 from nemo_fiberpo.aligner.rollout.entropy import entropy_metrics
 from nemo_fiberpo.aligner.rollout.response_labels import ResponseLabels
 from nemo_fiberpo.aligner.rollout.strata import StrataLabels
@@ -92,7 +92,7 @@ def test_budgets_by_name_need_names_that_are_known():
 
 def test_a_column_has_one_origin():
     labels = load_token_labels(hierarchy({"bins": [0, 4]}))
-    with pytest.raises(ValueError, match=r"^f:0: strata\.own: hierarchy\.token_labels labels tokens by that name"):
+    with pytest.raises(ValueError, match=r"^f:0: strata\.own: hierarchy\.token_labels has a column of that name"):
         ResponseLabels(labels, Bytes(), Prompts(own="x"))
 
 
@@ -187,7 +187,7 @@ def test_the_hierarchy_of_the_documentation_is_read_and_checked(tmp_path):
 def test_the_override_of_the_documentation_changes_the_markers():
     [given] = re.findall(r"'(hierarchy\.token_labels\.segment\.markers=.*)'", SECTION[1])
     cfg = compose("quickstart", ["run_dir=/nowhere", "hierarchy=think_answer", given])
-    labels = token_labels_section(cfg)
+    labels = hierarchy_section(cfg)[2]
     assert labels is not None
     assert labels.written()["token_labels"]["segment"]["markers"] == {"think": ("<reason>", "</reason>")}
 

@@ -10,8 +10,6 @@ from dataclasses import MISSING
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_fiberpo.aligner.config import nemo
-from nemo_fiberpo.aligner.config.reference import TOP_LEVEL, UNSET, find, sections
 from nemo_fiberpo.aligner.config.sections import (
     SECTIONS,
     algorithm_settings,
@@ -22,6 +20,8 @@ from nemo_fiberpo.aligner.config.sections import (
 )
 from nemo_fiberpo.cli import main
 from nemo_fiberpo.cli.compose import SHIPPED, compose
+from nemo_fiberpo.cli.config_keys import TOP_LEVEL, UNSET, find, sections
+from nemo_fiberpo.nemo_config import meanings as nemo
 from tests.support.launching import ROOT
 
 EVERY = sections(SHIPPED)
@@ -49,7 +49,7 @@ def test_docs_config_is_current(capsys):
 @pytest.mark.parametrize(("section", "key"), KEYS, ids=lambda value: getattr(value, "name", None))
 def test_every_key_says_what_it_means_and_may_hold(section, key):
     assert key.meaning.endswith("."), "the text below the field"
-    assert key.form or section.name in nemo.NEMO
+    assert key.form or section.name in nemo.SECTIONS
 
 
 def test_every_section_is_there():

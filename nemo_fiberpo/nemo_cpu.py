@@ -1,10 +1,10 @@
-"""NeMo 2.2.1 and NeMo-Aligner 0.7.0 without a GPU: one explicit, reversible place, on top of `megatron.cpu`.
+"""NeMo 2.2.1 and NeMo-Aligner 0.7.0 without a GPU, on top of `megatron.cpu`.
 
-Both were written for NVIDIA's containers and take Apex, Transformer Engine, TensorRT-LLM and PyTriton for granted.
-`install()` fills the few gaps that a CPU run meets, for the whole process, until `uninstall()`. Nothing is patched
-unless it is called; call it before importing anything of `nemo_aligner`. On a GPU machine none of this is used.
+Both assume NVIDIA's containers, with Apex, Transformer Engine, TensorRT-LLM and PyTriton. `install()` patches what a
+CPU run needs, for the whole process, until `uninstall()`; call it before importing anything of `nemo_aligner`. A GPU
+machine uses none of this.
 
-What the configuration must say in addition (`conf/model/` does): transformer_engine=False, fusions off,
+The configuration must also set (`conf/model/` does): transformer_engine=False, fusions off,
 use_cpu_initialization=True, optim.name=mcore_distributed_optim, trainer.accelerator=cpu.
 """
 
@@ -28,15 +28,15 @@ _FILE_WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 
 
 class _Unavailable:
-    """Stands for a class that needs a GPU: importing it is fine, making one is not."""
+    """Stands for a class that needs a GPU: it can be imported but not instantiated."""
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         raise RuntimeError(f"{type(self).__name__} needs a GPU machine and is not available in the CPU mode")
 
 
 def _local_spec(packed_rows: bool, spec_name: str = "", config: Any = None, *_args: Any, **_kwargs: Any) -> Any:
-    """Megatron-core's own (local) layer specification, which needs neither Apex nor Transformer Engine; with this
-    package's attention and norms where a sequence is split or rows are packed."""
+    """Megatron-core's local layer spec, which needs neither Apex nor Transformer Engine; with this package's attention
+    and norms if a sequence is split or rows are packed."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
@@ -66,7 +66,7 @@ def _listify(model: Any) -> list[Any]:
 
 
 def _one_dimensional(rebalance: Callable) -> Callable:
-    """Only the size that `rebalance_nd_tensor` gathers has no dimension; gloo wants one."""
+    """`rebalance_nd_tensor` gathers a 0-dimensional size, which gloo does not accept."""
     import torch
 
     def all_gather_into_tensor(output: Any, tensor: Any, group: Any = None, async_op: bool = False) -> Any:
@@ -77,7 +77,7 @@ def _one_dimensional(rebalance: Callable) -> Callable:
 
 
 def _with_serialization_format(write_item: Callable) -> Callable:
-    """torch's private writer takes two more arguments since 2.6: the stream transforms and the serialization format."""
+    """Since torch 2.6 the private writer takes two more arguments: stream transforms and serialization format."""
     from torch.distributed.checkpoint import filesystem
 
     @functools.wraps(write_item)
@@ -90,7 +90,7 @@ def _with_serialization_format(write_item: Callable) -> Callable:
 
 
 def _adam_with_group_steps() -> type:
-    """torch's AdamW with Apex's state: `step` in the parameter group, not with every parameter."""
+    """torch's AdamW with Apex's state: `step` per parameter group, not per parameter."""
     import torch
 
     class AdamW(torch.optim.AdamW):
@@ -216,7 +216,7 @@ def _patches(packed_rows: bool) -> Patches:
 
 
 def _stub_modules() -> dict[str, ModuleType]:
-    """Modules that NeMo-Aligner imports unguarded and that exist for GPUs only; each only where it is absent."""
+    """GPU-only modules that NeMo-Aligner imports unguarded, each only if it is absent."""
     stubs: dict[str, ModuleType] = {}
     if importlib.util.find_spec("tensorrt_llm") is None:
         trt_llm = ModuleType("nemo_aligner.utils.trt_llm")
@@ -234,11 +234,11 @@ _installed: tuple[Patches, list[str], bool] | None = None
 
 
 def install(packed_rows: bool = False) -> None:
-    """Make NeMo-Aligner run on the CPU in this process. Does nothing where it is installed already.
+    """Make NeMo-Aligner run on the CPU in this process; a second call does nothing.
 
-    packed_rows   build models whose attention reads packed rows
+    packed_rows  build models whose attention reads packed rows
 
-    Raises ImportError naming the symbol when another version of NeMo no longer has one of those replaced.
+    Raises ImportError naming the symbol if this version of NeMo lacks one of those replaced.
     """
     global _installed
     if _installed is not None:

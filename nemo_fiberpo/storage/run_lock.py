@@ -1,17 +1,14 @@
-"""One job at a time in a run's directory: a lock that the kernel or the file server gives back when its holder dies.
+"""One job at a time in a run's directory: a lock that the kernel or the file server releases when its holder dies.
 
-`run.lock` in the directory is locked by fcntl (POSIX, `lockf`) for as long as the first rank lives. Such a lock belongs
-to a process, so SIGKILL releases it and no forked helper keeps it; it is also lost when its process closes any other
-descriptor of the file, so nothing else here opens it. What the file says is for the message and decides nothing alone.
+`run.lock` is locked with fcntl (POSIX `lockf`) while the first rank lives. SIGKILL releases the lock, and forked
+helpers do not inherit it. It is also lost when the process closes any other descriptor of the file, so nothing else
+here opens it. The package filelock uses flock, which a helper forked by C code would keep. The content of the file is
+informative only.
 
-With the package filelock, a helper that C code forks would keep the lock: its flock belongs to every process that has
-the open file, and only forks by Python close that.
-
-What is guaranteed: on a local file system, on NFS with a lock manager (every NFSv4) and on Lustre mounted with `flock`,
-two jobs never train in one directory, on whatever nodes. With `local_lock` (NFS) or `localflock` (Lustre) that holds
-between processes of one node only. A file system without locks is said in a warning and the run goes on. The lock of a
-node that died with its job is the file server's to release: NFSv4 after its lease, 90 seconds by default. One that is
-held for longer is being renewed, whatever SLURM says of the node: the holder lives, and may write.
+Guarantee: on a local file system, on NFS with a lock manager (every NFSv4) and on Lustre mounted with `flock`, two jobs
+never train in one directory. With `local_lock` (NFS) or `localflock` (Lustre) this holds within a node. A file system
+without locks gets a warning. The file server releases the lock of a dead node: NFSv4 after its lease, 90 seconds by
+default. A lock held for longer has a living holder, whatever SLURM reports.
 """
 
 from __future__ import annotations
@@ -29,21 +26,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 NAME = "run.lock"
-# Seconds for which the lock of a job that may be dead is waited for: longer than the lease of NFSv4.
+# Seconds to wait for the lock of a job that may be dead: longer than the lease of NFSv4.
 PATIENCE = 120.0
 _TAKEN = (errno.EACCES, errno.EAGAIN)
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 _held: dict[str, tuple[int, int]] = {}  # directory -> (process, descriptor), open until that process ends
 
 
+class HeldByEarlierStart(Exception):
+    """An earlier start of the same SLURM job has the lock; the job should try again later."""
+
+
 def hold(run_dir: str | os.PathLike[str], patience: float = PATIENCE) -> None:
     """Lock a run's directory until this process ends. First rank; a second call does nothing.
 
-    ValueError that names the directory and its holder if another process has it: at once if that one is alive on this
-    node, else after `patience` seconds, in which the lock of a dead node lapses. ValueError that names the file and the
-    errno where it cannot be made, locked or written. `preemption.Stopped` after `patience` seconds, with a printed
-    line, where the holder is the same SLURM job before, which may be alive on a node that did not answer SLURM: the job
-    is to try again.
+    ValueError naming the directory and the holder if another process has the lock: at once if it is alive on this node,
+    else after `patience` seconds, in which the lock of a dead node expires. ValueError with the errno if the file
+    cannot be created, locked or written. HeldByEarlierStart after `patience` seconds if the holder is an earlier start
+    of the same SLURM job, which may be alive on a node that lost contact.
     """
     directory, me = Path(run_dir), os.getpid()
     path = directory / NAME
@@ -62,14 +62,14 @@ def hold(run_dir: str | os.PathLike[str], patience: float = PATIENCE) -> None:
                 os.fsync(file)
     except BaseException:
         with suppress(OSError):
-            os.close(file)  # ends the lock as well
+            os.close(file)  # releases the lock too
         raise
     _held[key] = me, file
 
 
 @contextmanager
 def _named(path: Path, what: str) -> Iterator[None]:
-    """OSErrors as ValueErrors that say what could not be done."""
+    """Turn an OSError into a ValueError that names what could not be done."""
     try:
         yield
     except OSError as error:
@@ -77,36 +77,31 @@ def _named(path: Path, what: str) -> Iterator[None]:
 
 
 def _locked(file: int, path: Path, patience: float) -> bool:
-    """Wait for the lock. False where the file system has none, ValueError or Stopped where another process keeps it."""
-    until, told = time.monotonic() + patience, False
+    """Wait for the lock. False if the file system has none; an error, as `hold`, if another process keeps it."""
+    until, announced = time.monotonic() + patience, False
     while not (answer := _try_to_lock(file, path)):
         holder = _holder(file)
         before = _is_this_job_before(holder)
         if time.monotonic() >= until or (_is_alive_here(holder) and not before):
             break
-        if not told and patience >= 1:
-            print(f"run_dir: {path} is locked by {_words(holder)}: waiting up to {patience:.0f} s", flush=True)
-            told = True
+        if not announced and patience >= 1:
+            print(f"run_dir: {path} is locked by {_describe(holder)}: waiting up to {patience:.0f} s", flush=True)
+            announced = True
         time.sleep(min(0.5, max(0.01, patience / 10)))
     else:
         return answer == "locked"
     if before:
-        from nemo_fiberpo.aligner.lifecycle.preemption import NOT_FINISHED, Stopped
-
-        print(
-            f"run_dir: {path} is still locked by {_words(holder)}, an earlier start of this job: that one may be "
-            f"alive. Ending with status {NOT_FINISHED}, to be started again later",
-            flush=True,
+        raise HeldByEarlierStart(
+            f"run_dir: {path} is still locked by {_describe(holder)}, an earlier start of this job, which may be alive"
         )
-        raise Stopped
     raise ValueError(
-        f"run_dir: {path.parent} is in use by {_words(holder)}; wait for its end, or give a run_dir of its own. If "
+        f"run_dir: {path.parent} is in use by {_describe(holder)}; wait for it to end, or use another run_dir. If "
         f"that process is certainly dead, remove {path}"
     )
 
 
 def _try_to_lock(file: int, path: Path) -> Literal["locked", "no locks", ""]:
-    """Once; "" where another process has the lock."""
+    """One attempt; "" if another process has the lock."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -115,8 +110,8 @@ def _try_to_lock(file: int, path: Path) -> Literal["locked", "no locks", ""]:
         if error.errno not in _UNSUPPORTED:
             raise ValueError(f"run_dir: {path} cannot be locked: {error.strerror} (errno {error.errno})") from error
         print(
-            f"warning: run_dir: the file system of {path} has no locks ({error.strerror}); nothing keeps a second job "
-            "from training in the same directory",
+            f"warning: run_dir: the file system of {path} has no locks ({error.strerror}); nothing prevents a second "
+            "job from training in the same directory",
             flush=True,
         )
         return "no locks"
@@ -124,7 +119,7 @@ def _try_to_lock(file: int, path: Path) -> Literal["locked", "no locks", ""]:
 
 
 def _myself() -> dict[str, Any]:
-    """`job` is that of the whole array where this is a `task` of one."""
+    """This process; `job` is the id of the whole array if it is a `task` of one."""
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     return {
         "host": socket.gethostname(),
@@ -137,7 +132,7 @@ def _myself() -> dict[str, Any]:
 
 
 def _holder(file: int) -> dict[str, Any]:
-    """What the holder wrote down; {} where it has not yet, or where that cannot be read."""
+    """What the holder wrote; {} if it has not yet, or if that is unreadable."""
     try:
         found = json.loads(os.pread(file, 4096, 0))
     except (OSError, ValueError):
@@ -146,8 +141,8 @@ def _holder(file: int) -> dict[str, Any]:
 
 
 def _is_alive_here(holder: dict[str, Any]) -> bool:
-    """Whether it is another process of this node. One with the id of this process is not of this node: containers that
-    share a hostname all have a process 1."""
+    """Whether it is another living process of this node. One with our own pid is on another node: containers that share
+    a hostname all have a process 1."""
     if holder.get("host") != socket.gethostname() or holder.get("pid") == os.getpid():
         return False
     try:
@@ -169,7 +164,7 @@ def _is_this_job_before(holder: dict[str, Any]) -> bool:
     return mine["job"] is not None and holder.get("job") == mine["job"] and starts[0] < starts[1]
 
 
-def _words(holder: dict[str, Any]) -> str:
+def _describe(holder: dict[str, Any]) -> str:
     if not holder:
         return "another process"
     task = "" if holder.get("task") is None else f"_{holder['task']}"

@@ -1,8 +1,7 @@
-"""The keys of NeMo's sections, `model`, `trainer` and `exp_manager`, that a run reads, each with its kind of value.
+"""The keys of NeMo's sections `model`, `trainer` and `exp_manager` that a run reads, each with its kind of value.
 
-nemo_keys.json is what two-step runs were seen to read, with the fields of the classes that NeMo builds from these
-sections (`python -m tests.faults keys` writes it). A key that a user sets and nothing reads is refused: it would be
-without effect and without a word.
+keys.json lists what two-step runs read, plus the fields of the classes that NeMo builds from these sections;
+`python -m tests.faults keys` writes it. A key that nothing reads is refused: it would silently have no effect.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from typing import Any
 from omegaconf import DictConfig
 
 from nemo_fiberpo.plain import as_plain
-from nemo_fiberpo.values import is_finite, nearest, short
+from nemo_fiberpo.values import did_you_mean, is_finite, short
 
-FILE = Path(__file__).with_name("nemo_keys.json")
+FILE = Path(__file__).with_name("keys.json")
 SECTIONS = ("model", "trainer", "exp_manager")
 BY_HAND: dict[str, str] = {
-    # of what Lightning, NeMo's optimizer and this package read by other ways than the config's own
+    # Read by Lightning, NeMo's optimizer and this package without going through the config object.
     **dict.fromkeys(("trainer.num_nodes", "model.optim.lr", "model.optim.weight_decay"), "number!"),
     **dict.fromkeys(("trainer.gradient_clip_val", "trainer.max_epochs", "trainer.max_steps"), "number"),
     **dict.fromkeys(("trainer.benchmark", "trainer.deterministic", "trainer.enable_model_summary"), "any"),
@@ -46,7 +45,7 @@ OPEN = (
     *("exp_manager.summary_writer_kwargs", "exp_manager.early_stopping_callback_params", "exp_manager.fault_tolerance"),
     "exp_manager.straggler_detection_params",
 )
-"""Mappings that NeMo hands on as they are, or whose keys are checked elsewhere: all keys are taken."""
+"""Mappings that NeMo passes on unchanged, or whose keys are checked elsewhere: any key is accepted."""
 WITHOUT_EFFECT: dict[str, str] = {
     **dict.fromkeys(
         (
@@ -55,12 +54,12 @@ WITHOUT_EFFECT: dict[str, str] = {
             *("trainer.log_every_n_steps", "trainer.num_sanity_val_steps", "trainer.min_steps", "trainer.min_epochs"),
             *("trainer.fast_dev_run", "trainer.overfit_batches", "trainer.gradient_clip_algorithm"),
         ),
-        "is of Lightning's own loop, which does not run here; the keys of `algorithm` and `trainer.ppo` say how long a "
-        "run is, and when it is evaluated and saved",
+        "belongs to Lightning's own loop, which does not run here; `algorithm` sets the length of a run and when it is "
+        "evaluated and saved",
     ),
     **dict.fromkeys(
         ("trainer.strategy", "trainer.plugins", "trainer.callbacks"),
-        "is made by NeMo's builder from the keys of `model`",
+        "is built by NeMo from the keys of `model`",
     ),
     **dict.fromkeys(
         ("model.optim.eps", "model.optim.adam_beta1", "model.optim.adam_beta2"),
@@ -68,18 +67,17 @@ WITHOUT_EFFECT: dict[str, str] = {
     ),
     **dict.fromkeys(
         ("model.optim.params", "model.optim.args", "model.optim._target_"),
-        "is of NeMo's other optimizers; this one is mcore_distributed_optim",
+        "belongs to NeMo's other optimizers; this one is mcore_distributed_optim",
     ),
-    "model.train_ds": "is of NeMo's pre-training; prompts are data.train",
-    "model.validation_ds": "is of NeMo's pre-training; held-out prompts are data.heldout",
+    "model.train_ds": "belongs to NeMo's pre-training; prompts are data.train",
+    "model.validation_ds": "belongs to NeMo's pre-training; held-out prompts are data.heldout",
 }
-"""Keys that NeMo has, and why a run here does not follow them."""
+"""Keys of NeMo that have no effect here, and why."""
 
 
 def check_nemo_keys(cfg: DictConfig) -> None:
-    """ValueError naming the first key of NeMo's sections that nothing reads, with the nearest one that is read, or
-    whose value is of another kind than what is read; and one that is required and not there. A null is as if the key
-    were left out."""
+    """ValueError naming the first key of NeMo's sections that nothing reads, that has the wrong kind of value, or that
+    is required and absent. Null is the same as absent."""
     read: dict[str, str] = json.loads(FILE.read_text())
     for section in SECTIONS:
         values = dict(_keys(section, as_plain(cfg[section])))
@@ -105,15 +103,11 @@ def _check(key: str, value: Any, read: Mapping[str, str]) -> None:
     if kind is None:
         where = key.rpartition(".")[0]
         beside = [other.rpartition(".")[2] for other in read if other.rpartition(".")[0] == where]
-        raise ValueError(f"{key}: nothing reads this key{_near(key.rpartition('.')[2], beside)}")
+        hint = did_you_mean(key.rpartition(".")[2], beside) or ", so it would have no effect; leave it out"
+        raise ValueError(f"{key}: nothing reads this key{hint}")
     required = kind.endswith("!")
-    if (value is None and required) or (value is not None and not _fits(value, kind.rstrip("!"))):
+    if (value is None and required) or (value is not None and not _is_of_kind(value, kind.rstrip("!"))):
         raise ValueError(f"{key}: must be {_WORDS[kind.rstrip('!')]}, got {short(value)}")
-
-
-def _near(name: str, beside: list[str]) -> str:
-    hint = nearest(name, beside)
-    return hint if "did you mean" in hint else ", so that it would have no effect; leave it out"
 
 
 _WORDS = {
@@ -121,7 +115,7 @@ _WORDS = {
 }  # fmt: skip
 
 
-def _fits(value: Any, kind: str) -> bool:
+def _is_of_kind(value: Any, kind: str) -> bool:
     if kind == "number":
         return isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value)
     kinds: dict[str, type] = {"bool": bool, "text": str, "list": list, "mapping": dict, "any": object}

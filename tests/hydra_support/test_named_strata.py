@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_fiberpo.aligner.config import named_strata
 from nemo_fiberpo.aligner.config.checks import check_sections
 from nemo_fiberpo.cli.compose import compose
+from nemo_fiberpo.hydra_support import named_strata
 
 LISTED = """
 token_clip: 0.04

@@ -1,0 +1,1 @@
+"""How Hydra composes a run's config, for the scripts and for `fiberpo`."""

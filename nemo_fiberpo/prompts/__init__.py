@@ -1,0 +1,1 @@
+"""Prompts in JSONL files, read and checked; nothing here needs torch."""
