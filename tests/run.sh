@@ -5,7 +5,7 @@
 #   bash tests/run.sh unit -- -k gates   what follows -- goes to pytest
 # unit is all of tests/ on the main environment; mcore is the Megatron seam again, on the newest megatron-core for Python
 # 3.11; mcore312 the same on the newest of all, where there is a Python 3.12 and a CPU build of torch for it (named, with
-# any build); verl is tests/verl on the real verl. The last two make environments of their own (requirements/setup_*.sh).
+# any build); verl is tests/verl on the real verl, and Liger. The last two make environments of their own (requirements/setup_*.sh).
 # slurm is tests/slurm/run.sh, which starts a SLURM where it is root on Debian. What could not be run is in the last lines.
 # Only where it is named: matrix compares every layout of up to 8 ranks with one process on both versions of megatron-core
 # (about an hour on two cores) and writes docs/layouts.md.
@@ -48,7 +48,8 @@ has_cpu_torch() { # PYTHON
         ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} \
         "torch==$(sed -n 's/^torch==//p' requirements/mcore312.lock)+cpu" 2>/dev/null
 }
-verl() { bash requirements/setup_verl.sh && .venv-verl/bin/python -m pytest tests/verl "$@"; }
+verl() { bash requirements/setup_verl.sh && .venv-verl/bin/python -m pytest tests/verl \
+    tests/megatron/test_linear_logprobs.py::test_ours_is_what_liger_computes "$@"; }
 
 stages=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do

@@ -7,7 +7,7 @@ from typing import Any
 from nemo_fiberpo.megatron.optimistic import optimistic_step
 from nemo_fiberpo.megatron.step import StepResult, exact_step
 
-FORWARD = 0.32  # cost of the forward pass by which `exact_step` exceeds one forward and backward pass, measured
+FORWARD = 0.32  # cost of the forward pass by which `exact_step` exceeds one forward and backward pass
 RECENT = 0.3  # weight of the newest share in the running mean
 RETRY = 16  # an optimistic step is tried again at every such visit to a place where it does not pay
 

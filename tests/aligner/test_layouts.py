@@ -169,23 +169,25 @@ def test_labels_of_sampled_tokens_are_the_same_on_every_layout(start, tmp_path, 
                 assert steps[1][key] == pytest.approx(value, rel=1e-2, abs=1e-6), f"{name}: {key}"
 
 
-LOCKSTEP = ["model.expert_model_parallel_size=2"]
+HALF = ["model.expert_model_parallel_size=2", "model.megatron_amp_O2=true", "trainer.precision=bf16"]
 
 
 @pytest.mark.parametrize(
-    ("processes", "overrides"),
-    [(1, []), (2, TENSOR), (2, LOCKSTEP), (4, [*CONTEXT, *PIPELINE, *PACKED])],
-    ids=["one process", "tensor parallel", "expert parallel", "context and pipeline parallel, packed"],
+    ("processes", "overrides", "rounding"),
+    [(1, [], 2e-6), (2, TENSOR, 2e-6), (2, HALF, 0.05), (4, [*CONTEXT, *PIPELINE, *PACKED], 2e-6)],
+    ids=["one process", "tensor parallel", "expert parallel in bf16", "context and pipeline parallel, packed"],
 )
-def test_generation_hands_over_the_log_probs_of_the_tokens_that_it_sampled(start, tmp_path, processes, overrides):
+def test_generation_hands_over_the_log_probs_of_the_tokens_that_it_sampled(
+    start, tmp_path, processes, overrides, rounding
+):
     run_dir = fresh(start, tmp_path, "run")
     graded_by_checksum(run_dir)
-    correction = "algorithm.rollout_correction={kind: sequence_mask, low: 0.999, high: 1.001}"
+    correction = "algorithm.rollout_correction={kind: sequence_mask, low: 0.9, high: 1.1}"
     more = [*ONE_ROLLOUT, *GRADED, correction, *overrides]
     forked.launch("train_gpt_fiberpo.py", run_dir, *more, processes=processes)
     (rollout,) = [row for row in metrics(run_dir) if "train_rollouts/rewards" in row]
     # Decoding from a cache and reading whole sequences are the same function, but for rounding.
-    assert 0 < rollout["train_rollouts/rollout_correction/abs_log_ratio"] < 2e-6
+    assert 0 < rollout["train_rollouts/rollout_correction/abs_log_ratio"] < rounding
     assert rollout["train_rollouts/rollout_correction/touched"] == 0
-    assert rollout["train_rollouts/rollout_correction/mean_weight"] == pytest.approx(1, abs=1e-5)
+    assert rollout["train_rollouts/rollout_correction/mean_weight"] == pytest.approx(1, abs=10 * rounding)
     assert len(optimizer_steps(run_dir)) == 2

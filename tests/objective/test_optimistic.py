@@ -201,6 +201,7 @@ def test_other_maps_are_exact_where_their_cells_are_whole(gating: fpo.RatioGatin
 def test_a_gate_that_bends_at_once_never_passes():
     hierarchy = make_case(3, 1).hierarchy
     assert gates_can_pass(hierarchy, None) and gates_can_pass(with_gates(hierarchy, "clip"), None)
+    assert not gates_can_pass(replace(hierarchy, gate="soft"), None)
     bent = with_gates(hierarchy, "rollback", "soft")
     assert not gates_can_pass(bent, None) and gates_can_pass(bent, fpo.PpoClip(0.2, 0.2))
 
