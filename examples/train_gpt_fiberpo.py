@@ -18,7 +18,7 @@ import hydra
 from omegaconf import DictConfig
 
 from nemo_fiberpo.aligner.lifecycle import preemption
-from nemo_fiberpo.aligner.lifecycle.ending import explain
+from nemo_fiberpo.aligner.lifecycle.ending import run_main
 from nemo_fiberpo.aligner.run import Run
 from nemo_fiberpo.hydra_support.command_line import command_line, find_modules_in, folders_of_config, prepare_hydra
 
@@ -42,7 +42,7 @@ def train(cfg: DictConfig) -> None:
 @hydra.main(version_base=None, config_path="../conf", config_name="quickstart")
 def main(cfg: DictConfig) -> None:
     find_modules_in(folders_of_config())
-    explain(lambda: train(cfg))
+    run_main(lambda: train(cfg))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from nemo_fiberpo.aligner.checkpoint.resume import lock_run_directory
 from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
 from nemo_fiberpo.aligner.config.checks import read_training_config
 from nemo_fiberpo.aligner.config.sections import warm_start_settings
-from nemo_fiberpo.aligner.lifecycle.ending import explain
-from nemo_fiberpo.aligner.lifecycle.first_rank import decided, is_first_rank
+from nemo_fiberpo.aligner.lifecycle.ending import run_main
+from nemo_fiberpo.aligner.lifecycle.first_rank import decide_on_first_rank, is_first_rank
 from nemo_fiberpo.hydra_support.command_line import command_line, prepare_hydra
 
 prepare_hydra()
@@ -37,7 +37,7 @@ def run(cfg: DictConfig) -> None:
     config, settings = read_training_config(cfg), warm_start_settings(cfg)
     hierarchy, data, reward = config.hierarchy, config.data, config.rewards
     record, target = RunRecord(cfg), Path(cfg.pretrained_checkpoint.restore_from_path)
-    if decided(cfg.collective_timeout, lambda: whether_to_train(cfg, record, target)) is None:
+    if decide_on_first_rank(cfg.collective_timeout, lambda: whether_to_train(cfg, record, target)) is None:
         return
     # The other ranks wait for this file, whose text says which data is complete.
     complete = Path(cfg.data_dir) / "complete"
@@ -221,7 +221,7 @@ def save(actor, optimizer, target: Path) -> None:
 @hydra.main(version_base=None, config_path="../conf", config_name="quickstart")
 def main(cfg: DictConfig) -> None:
     OmegaConf.set_struct(cfg, False)
-    explain(lambda: run(cfg))
+    run_main(lambda: run(cfg))
 
 
 if __name__ == "__main__":

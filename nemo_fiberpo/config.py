@@ -1,4 +1,4 @@
-"""YAML, DictConfig or dict -> Hierarchy, and how it partitions experts. Every refusal is a ValueError that names the
+"""YAML, DictConfig or dict -> Hierarchy, expert partitions and token labels. Errors are ValueErrors that name the
 field, and the file if any.
 
 token_clip: 0.04
@@ -12,13 +12,12 @@ strata:                                        # by name, coarsest first
   trajectory_expert: {join: [trajectory, expert_partition], budget: {pos: 0.12, neg: 0.05}, min_tokens: 16}
 branches:
   modality: {beside: domain, budget: {pos: 0.02, neg: 0.015}}
-sweeps: 2
-expert_partitions: {by: {cold: [0, 3], hot: [1, 2]}, layers: all, membership: hard, agreement: true}
-token_labels: {segment: {markers: {think: ["<think>", "</think>"]}, rest: answer}}
-ignore: ["<tool_result>", "</tool_result>"]
+sweeps: 2 expert_partitions: {by: {cold: [0, 3], hot: [1, 2]}, layers: all, membership: hard, agreement: true}
+token_labels: {segment: {markers: {think: ["<think>", "</think>"]}, rest: answer}} ignore: ["<tool_result>",
+"</tool_result>"]
 
-`strata` and `branches` may be lists too: `- {name: domain, budget: {pos: 0.02, neg: 0.015}}`. A key whose value is null
-is as if it were left out.
+`strata` and `branches` may be lists too: `- {name: domain, budget: {pos: 0.02, neg: 0.015}}`. Null is the same as
+absent.
 """
 
 from __future__ import annotations
@@ -46,14 +45,13 @@ Source = Mapping[str, Any] | DictConfig | str | os.PathLike[str]
 
 
 def load_hierarchy(cfg: Source) -> Hierarchy:
-    """The hierarchy that `cfg` describes: a mapping, a DictConfig (interpolations are resolved) or a YAML file's path.
+    """The hierarchy of a mapping, a DictConfig (interpolations are resolved) or a YAML file's path.
 
     `budget` of a stratum and `token_clip` are required; budgets, token_clip and slope are finite and positive; `slope`
-    is a number or {cap: number}; names are unique. What a chain and its branches must keep to, so that no drift counts
-    twice, is in `objective/stratum.py`. Raises ValueError naming the full path of the field as `cfg` writes it
-    (`strata.domain.budget`, or `strata[0].budget` in a list), for an unknown key with the nearest valid one, and for a
-    file with its path and, for a syntax error or a key that stands twice, the line. Logs what `budget_warnings`
-    finds.
+    is a number or {cap: number}; names are unique. `objective/stratum.py` has the rules of a chain and its branches.
+    Raises ValueError naming the path of the field as written (`strata.domain.budget`, or `strata[0].budget` in a list),
+    with the nearest valid key for an unknown one, and the file and, for a syntax error or a duplicate key, the line.
+    Logs `budget_warnings`.
     """
     with section(cfg) as plain:
         hierarchy = parse_hierarchy(plain)
@@ -63,25 +61,24 @@ def load_hierarchy(cfg: Source) -> Hierarchy:
 
 
 def load_expert_partitions(cfg: Source) -> ExpertPartitions | None:
-    """`expert_partitions` of a hierarchy; `cfg` as for `load_hierarchy`. None where no active stratum needs the column
+    """`expert_partitions` of a hierarchy; `cfg` as for `load_hierarchy`. None if no active stratum uses the column
     `expert_partition`.
 
-    All its keys may be left out, see `ExpertPartitions`, but not the block itself: `expert_partitions: {}` takes every
-    default. Raises ValueError naming the field, as `load_hierarchy`; for a hierarchy that needs the column without the
-    block, and for the block where no stratum has the column, switched on or off.
+    The block is required if a stratum uses the column, and an error if none does, enabled or not; all its keys are
+    optional, see `ExpertPartitions`. Raises ValueError naming the field, as `load_hierarchy`.
     """
     with section(cfg) as plain:
         return parse_expert_partitions(plain, parse_hierarchy(plain))
 
 
 def parse_expert_partitions(cfg: Mapping[str, Any], hierarchy: Hierarchy) -> ExpertPartitions | None:
-    """`load_expert_partitions` of plain values, whose hierarchy is parsed already."""
+    """`load_expert_partitions` of plain values, with the parsed hierarchy."""
     block = cfg.get("expert_partitions")
     if block is None:
         if COLUMN in hierarchy.columns:
             raise ValueError(
                 f"expert_partitions: is required, because {_users(hierarchy.active)} needs the column {COLUMN!r}; "
-                "it says how experts are partitioned, e.g. {by: expert_parallel}"
+                "for example {by: expert_parallel}"
             )
         return None
     block = mapping(block, "expert_partitions")
@@ -97,14 +94,14 @@ def parse_expert_partitions(cfg: Mapping[str, Any], hierarchy: Hierarchy) -> Exp
 
 
 def load_token_labels(cfg: Source) -> TokenLabels | None:
-    """`token_labels` and `ignore` of a hierarchy, None where it has neither; `cfg` as for `load_hierarchy`. Raises
-    ValueError naming the field, for a source whose labels no stratum uses too."""
+    """`token_labels` and `ignore` of a hierarchy, None if it has neither; `cfg` as for `load_hierarchy`. ValueError
+    naming the field, also for a source that no stratum uses."""
     with section(cfg) as plain:
         return parse_token_labels(plain, parse_hierarchy(plain))
 
 
 def parse_token_labels(cfg: Mapping[str, Any], hierarchy: Hierarchy) -> TokenLabels | None:
-    """`load_token_labels` of plain values, whose hierarchy is parsed already."""
+    """`load_token_labels` of plain values, with the parsed hierarchy."""
     found = TokenLabels.parse(cfg.get("token_labels"), cfg.get("ignore"))
     if found is not None:
         everywhere = (*hierarchy.strata, *hierarchy.branches)
@@ -113,8 +110,8 @@ def parse_token_labels(cfg: Mapping[str, Any], hierarchy: Hierarchy) -> TokenLab
 
 
 def strata_by_name(value: Any) -> Any:
-    """A list of strata as a mapping by their names, in order. Anything else, and a list in which not every entry has a
-    name of its own, as it is: `load_hierarchy` says what is wrong with it."""
+    """A list of strata as a mapping by name, in order. Anything else, or a list without unique names, is returned as
+    is; `load_hierarchy` reports the error."""
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         return value
     names = [entry.get("name") for entry in value]
@@ -129,7 +126,7 @@ def _users(strata: Iterable[Stratum]) -> str:
 
 @contextmanager
 def section(cfg: Source) -> Iterator[Any]:
-    """`cfg` as plain dicts and lists; for a file's path, errors of the block begin with it."""
+    """`cfg` as plain dicts and lists; for a file's path, errors raised in the block begin with it."""
     if isinstance(cfg, str | os.PathLike):
         path = os.fspath(cfg)
         with at(f"{path}: "):
@@ -141,7 +138,7 @@ def section(cfg: Source) -> Iterator[Any]:
 
 
 def reject_unknown_keys(cfg: Mapping[Any, Any], valid: Iterable[str], where: str = "") -> None:
-    """ValueError for the first key of `cfg` that is not `valid`: its path below `where` and the nearest valid key."""
+    """ValueError for the first key of `cfg` not in `valid`: its path below `where` and the nearest valid key."""
     valid = list(valid)
     for key in cfg:
         if key not in valid:
@@ -150,7 +147,7 @@ def reject_unknown_keys(cfg: Mapping[Any, Any], valid: Iterable[str], where: str
 
 
 def mapping(value: Any, where: str) -> dict[str, Any]:
-    """`value`, if it is a mapping; else ValueError that names `where` it stands."""
+    """`value`; ValueError naming `where` unless it is a mapping."""
     if not isinstance(value, dict):
         raise ValueError(f"{where}: must be a mapping, got {value!r}")
     return value
@@ -177,7 +174,7 @@ def parse_hierarchy(cfg: Any) -> Hierarchy:
 
 
 def _as_written(message: str, cfg: dict[str, Any]) -> str:
-    """`message` with the paths of strata as `cfg` has them: where it is a mapping, `strata.domain` for `strata[0]`."""
+    """`message` with the paths of strata as written: `strata.domain` for `strata[0]` in a mapping."""
 
     def path(match: re.Match[str]) -> str:
         entries, place = cfg.get(match[1]), int(match[2])
@@ -208,7 +205,7 @@ def _named_stratum(name: Any, siblings: dict[Any, Any], where: str) -> Stratum:
     try:
         return _stratum({**entry, "name": name}, where)
     except ValueError as error:
-        # An override of a stratum by a name that it does not have makes a new one, without most of what that needs.
+        # An override of a misspelled stratum creates a new one that lacks its required keys.
         others = [str(other) for other in siblings if other != name]
         if str(error).endswith(": is required") and (close := difflib.get_close_matches(name, others, 1, 0.8)):
             raise ValueError(f"{error}; did you mean the stratum {close[0]!r}?") from error.__cause__
@@ -237,7 +234,7 @@ def _budgets(cfg: Any, where: str) -> dict[str, Budget]:
     budgets: dict[str, Budget] = {}
     for key, value in mapping(cfg, where).items():
         if str(key) in budgets:
-            raise ValueError(f"{where}.{key}: stands there twice, as text and as {key!r}")
+            raise ValueError(f"{where}.{key}: is given twice, as text and as {key!r}")
         budgets[str(key)] = _budget(value, f"{where}.{key}")
     return budgets
 
@@ -250,11 +247,11 @@ def _slope(cfg: Any, where: str) -> float | SlopeCap:
 
 
 def _as_given(value: Any, _where: str) -> Any:
-    """For `Stratum` or `Hierarchy` to check."""
+    """Left to `Stratum` or `Hierarchy` to check."""
     return value
 
 
-# Field -> how it is read, given its value and its path.
+# Field -> parser of (value, path).
 _HIERARCHY: dict[str, Callable[[Any, str], Any]] = {
     "token_clip": _as_given,
     "token_clips": _as_given,

@@ -1,4 +1,4 @@
-"""Plain values from YAML files and OmegaConf, with errors of one line that name the key or the line."""
+"""Plain values from YAML files and OmegaConf, with one-line errors that name the key or the line."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def read_yaml(path: str) -> Any:
 
 
 def as_plain(cfg: Any) -> Any:
-    """`cfg` as plain dicts, lists and scalars, interpolations resolved. ValueError naming the key of one that cannot
-    be, and of a value that is missing."""
+    """`cfg` as plain dicts, lists and scalars, interpolations resolved. ValueError naming a key that cannot be resolved
+    or is missing."""
     with named_references():
         node = cfg if OmegaConf.is_config(cfg) else OmegaConf.create(cfg)
         return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
@@ -42,12 +42,12 @@ def as_plain(cfg: Any) -> Any:
 
 @contextmanager
 def named_references(key: str = "") -> Iterator[None]:
-    """Errors of OmegaConf, as of a reference that leads nowhere, are a ValueError of one line that names the key:
-    OmegaConf's own, or this one where it tells none."""
+    """Turn OmegaConf's errors, such as an unresolved reference, into one-line ValueErrors that name the key:
+    OmegaConf's, or `key` if it has none."""
     try:
         yield
     except OmegaConfBaseException as error:
         named = f"{error.full_key or key}: ".removeprefix(": ")
         raise ValueError(f"{named}{str(error).splitlines()[0]}") from error
     except RecursionError as error:
-        raise ValueError("nested too deep, or references that go round in circles") from error
+        raise ValueError("nested too deep, or circular references") from error

@@ -1,7 +1,6 @@
-"""What a YAML file of ours must not have: values that YAML 1.1 reads otherwise than they look, and references that grow
-without end.
+"""Checks of the text of a YAML file: values that YAML 1.1 reads differently than they look, and exploding aliases.
 
-`1:30` is 90 to YAML 1.1, in which it is a time, and `010` is 8. Nine lines of aliases can stand for a billion values.
+In YAML 1.1 `1:30` is 90, a time, and `010` is 8. Nine lines of aliases can expand to a billion values.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ DEEPEST = 100
 
 
 def check_yaml(text: str) -> None:
-    """ValueError that begins with the line, for a number that is read otherwise than it looks, for nesting deeper than
-    DEEPEST, for an alias inside what it stands for, and for aliases that stand for more than MOST_ALIASED values.
-    Errors of the syntax are yaml.YAMLError."""
-    sizes: dict[str, int] = {}  # values that an anchor stands for
+    """ValueError, beginning with the line, for a number that is read differently than it looks, nesting deeper than
+    DEEPEST, an alias inside its own anchor, and aliases that expand to more than MOST_ALIASED values. Syntax errors are
+    yaml.YAMLError."""
+    sizes: dict[str, int] = {}  # values that an anchor expands to
     total = aliased = 0
-    open_: list[tuple[str | None, int]] = []  # collections around the place: anchor, values before it
+    open_: list[tuple[str | None, int]] = []  # enclosing collections: anchor, values before it
     for event in yaml.parse(text, yaml.SafeLoader):
         assert event.start_mark is not None
         line = f"line {event.start_mark.line + 1}"
@@ -37,11 +36,11 @@ def check_yaml(text: str) -> None:
                 sizes[anchor] = total - before
         elif isinstance(event, yaml.AliasEvent):
             if any(event.anchor == anchor for anchor, _ in open_):
-                raise ValueError(f"{line}: *{event.anchor} stands inside what it stands for")
+                raise ValueError(f"{line}: *{event.anchor} is inside its own anchor")
             size = sizes.get(event.anchor or "", 1)
             total, aliased = total + size, aliased + size
             if aliased > MOST_ALIASED:
-                raise ValueError(f"{line}: aliases stand for more than {MOST_ALIASED} values; write them out")
+                raise ValueError(f"{line}: aliases expand to more than {MOST_ALIASED} values; write them out")
         elif isinstance(event, yaml.ScalarEvent):
             total += 1
             if event.anchor is not None:

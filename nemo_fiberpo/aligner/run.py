@@ -251,7 +251,7 @@ def stop_in_training(
             f"error: {at}: nothing is saved, exp_manager.create_checkpoint_callback is false; the same command starts "
             "over"
         )
-        raise preemption.Stopped(can_go_on=False)
+        raise preemption.Stopped(resumable=False)
     if save_interval == 0:
         trainer.save()
         finish_saves(blocking=True)

@@ -1,1 +1,1 @@
-"""What recorded runs show: `report`, `compare`, `calibrate`. Reads run folders and starts nothing; needs no NeMo."""
+"""Analysis of recorded runs: `report`, `compare`, `calibrate`. Only reads run folders; needs no NeMo."""

@@ -6,14 +6,13 @@ The rule, with one parameter, the share q of the cells that pass:
 
 1. The budget of a stratum's channel is the q-quantile of the drift of its cells at the last optimizer step of a
    rollout, over all rollouts of the run, rounded up to two digits. There the policy is furthest from the one that
-   sampled; at every earlier step fewer cells are beyond it.
-2. C- is at most NEG_TO_POS of C+, and a budget is at least that of every coarser stratum of the chain. Where the
-   drifts have another order, the smaller budget's side is widened: C+, and the finer stratum. So at least the share q
-   passes everywhere.
-3. The token clip is the smaller budget of the finest stratum of the chain, so that on tokens that move alike it acts
+   sampled; at earlier steps fewer cells exceed it.
+2. C- is at most NEG_TO_POS of C+, and a budget is at least that of every coarser stratum of the chain. If the drifts
+   are ordered differently, C+ or the finer stratum's budget is widened, so that at least the share q passes everywhere.
+3. The token clip is the smaller budget of the finest stratum of the chain, so that on tokens that drift alike it acts
    no later than that stratum's gates.
 
-A named cell gets a budget of its own by the same rule, from its own drift, where the run gave it one or `cells` asks.
+A named cell gets its own budget by the same rule, if it had one in the run or with `cells`.
 """
 
 from __future__ import annotations
@@ -41,18 +40,18 @@ NEG_TO_POS = 0.75
 class Proposal:
     """Budgets that a run suggests.
 
-    budgets     by stratum; those of strata that are switched off, or without a cell in the metrics, are left out
-    cells       by stratum and name of a cell, of all cells that have a name
+    budgets     by stratum; without disabled strata and those that have no cell in the metrics
+    cells       by stratum and cell, for all named cells
     token_clip  in nats, as the budgets
     passing     the parameter q of the rule
     positions   optimizer steps of a rollout that have figures, counted from 0
-    gated       (stratum, channel) -> share of its cells beyond the proposed budget, by position
+    gated       (stratum, channel) -> share of its cells that exceed the proposed budget, by position
     before      by stratum, the budget in the run
     token_clip_before  in the run
     cut         share of the tokens that the run's token clip, or its objective, cut at the last optimizer step
-    rollouts    whose last optimizer step was measured
+    rollouts    number of rollouts whose last optimizer step was measured
     widened     what step 2 of the rule widened, a line each
-    hierarchy   the `hierarchy` section with these budgets, as `load_hierarchy` reads it
+    hierarchy   the `hierarchy` section with these budgets, for `load_hierarchy`
     """
 
     budgets: Mapping[str, Budget]
@@ -69,7 +68,7 @@ class Proposal:
     hierarchy: Mapping[str, Any]
 
     def written(self, stratum: str) -> Mapping[str, Any]:
-        """The cells of a stratum that have budgets of their own in `hierarchy`."""
+        """The cells of a stratum that have their own budgets in `hierarchy`."""
         entry: Mapping[str, Any] = {**self.hierarchy["strata"], **self.hierarchy.get("branches", {})}[stratum]
         return entry.get("budgets", {})
 

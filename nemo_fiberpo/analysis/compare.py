@@ -2,8 +2,8 @@
 
     fiberpo compare RUN [RUN ...]
 
-Runs whose configurations differ in no more than their seed and folder are a group. Runs without metrics.jsonl or
-run.json are left out; unfinished ones are compared by what they have.
+Runs whose configurations differ only in seed and folder form a group. Runs without metrics.jsonl or run.json are left
+out; unfinished ones are compared as they are.
 """
 
 from __future__ import annotations

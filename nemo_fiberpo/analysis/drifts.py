@@ -1,8 +1,8 @@
-"""How far the cells of every stratum drifted in a run, by position in the rollout.
+"""The drift of every stratum's cells in a run, by position in the rollout.
 
-A drift is |X|, the drift of a cell beyond that of its parent in one channel, in nats per token, as the gates see it. It
-is measured before any gate acts, so a run with another objective has it too. The position counts the optimizer steps
-of a rollout from 0; where the first one is on-policy nothing has drifted yet, and it has no figures.
+A drift is |X|, the drift of a cell relative to its parent in one channel, in nats per token, before any gate, so runs
+with other objectives have it too. The position counts the optimizer steps of a rollout from 0; an on-policy first step
+has no drift and no figures.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Values = NDArray[np.float64]
 
 @dataclass
 class Drifts:
-    """One channel of one stratum: position -> drifts of all its cells, and of each cell with a name; all RL steps."""
+    """One channel of one stratum: position -> drifts of all its cells, and of each named cell, over all RL steps."""
 
     cells: dict[int, Values] = field(default_factory=dict)
     named: dict[str, dict[int, Values]] = field(default_factory=dict)
 
 
 def drifts_of(steps: Iterable[OptimizerStep], strata: Iterable[str]) -> dict[tuple[str, str], Drifts]:
-    """(stratum, channel) -> its drifts, for the strata that the metrics have."""
+    """(stratum, channel) -> its drifts, for the strata in the metrics."""
     cells: dict[tuple[str, str], dict[int, list[Values]]] = defaultdict(lambda: defaultdict(list))
     named: dict[tuple[str, str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     strata = list(strata)

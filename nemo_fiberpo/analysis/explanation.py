@@ -1,4 +1,4 @@
-"""A proposal of budgets, in words and as YAML."""
+"""Proposed budgets, in words and as YAML."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs by what differs in their configurations, seeds and folders aside."""
+"""Groups of runs whose configurations agree, except for seeds and folders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_fiberpo.analysis.runs import Run
 # A run with another seed has other data; layouts and digests are looked at on their own.
 _NOT_COMPARED = ("seed", "model.seed", "data.train.sha256", "data.heldout.sha256")
 _FIRST = ("algorithm.objective", "algorithm.gating", "algorithm", "hierarchy", "model.optim")
-"""Where a label looks first for what tells groups apart."""
+"""Keys that are preferred in a group's label."""
 
 
 def settings_of(run: Run) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One HTML file that opens without anything beside it: the picture is inside."""
+"""A self-contained HTML page with the picture inside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables, made once and written as text, HTML and CSV."""
+"""Tables, written as text, HTML and CSV."""
 
 from __future__ import annotations
 

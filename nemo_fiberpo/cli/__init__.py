@@ -1,7 +1,7 @@
-"""`fiberpo`: trains, tells what a run will need before it starts and what runs did, and converts models.
+"""The command `fiberpo`.
 
-Its exit status is 0, 1 where a run failed or cannot run, 2 where what it was given cannot be read, and 75 where a run
-is not finished, which the same command resumes.
+Its exit status is 0; 1 if a run failed or cannot run; 2 if the input cannot be read; 75 if a run is unfinished, which
+the same command resumes.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     parser, of_runs = _parsers()
-    # argparse ends a list of arguments at the first option; what follows it are overrides too.
+    # argparse ends a list of arguments at the first option; arguments after it are overrides too.
     given, more = parser.parse_known_args(arguments)
     if given.command not in of_runs or any(argument.startswith("-") for argument in more):
         given = parser.parse_args(arguments)
     if given.command in of_runs:
-        if given.config_name is not None and given.config is not None:  # as the script has it: what follows overrides
+        if given.config_name is not None and given.config is not None:  # as in the training script
             given.overrides.insert(0, given.config)
         given.config = given.config_name or given.config
         if given.config is None:
@@ -86,7 +86,7 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """Of `fiberpo`, and of its commands that take a config and overrides."""
+    """The parser of `fiberpo`, and those of its commands that take a config and overrides."""
     raw = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
     description = "Multi-scale trust regions for reinforcement learning of language models."
     parser = argparse.ArgumentParser(
@@ -97,7 +97,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         formatter_class=raw,
         allow_abbrev=False,
     )
-    # argparse measures this name alone when it places the help of the commands.
+    # The metavar, whose width places the commands' help.
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND ...", prog="fiberpo")
     of_runs: dict[str, argparse.ArgumentParser] = {}
 
@@ -152,7 +152,7 @@ def _convert(command: str, source: Path, target: Path) -> int:
 
 
 def _say(text: str, stream: TextIO) -> None:
-    """Print; a reader that has left, as `head` does, changes nothing."""
+    """Print; a closed pipe, as after `head`, is ignored."""
     try:
         stream.write(text)
         stream.flush()

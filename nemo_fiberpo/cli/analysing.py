@@ -1,4 +1,4 @@
-"""`fiberpo compare` and `fiberpo calibrate`: their arguments, and what they print."""
+"""The commands `fiberpo compare` and `fiberpo calibrate`."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def add_commands(commands: Any, formatter: Any) -> None:
         metavar="Q",
         help="share of cells within their budget at the last optimizer step of a rollout; default: 0.95",
     )
-    calibrate.add_argument("--cells", action="store_true", help="budgets of their own for all cells that have a name")
+    calibrate.add_argument("--cells", action="store_true", help="also propose budgets for all named cells")
     calibrate.add_argument("--out", type=Path, metavar="FILE.yaml", help="write the hierarchy there")
 
 
 def run(given: argparse.Namespace, say: Callable[[str], None], warn: Callable[[str], None]) -> None:
-    """What was asked for; ValueError or OSError where it cannot be answered."""
+    """Run the command; ValueError or OSError if the runs cannot be read."""
     (_compare if given.command == "compare" else _calibrate)(given, say, warn)
 
 

@@ -1,4 +1,4 @@
-"""A configuration by its name or path, composed as the training script composes it."""
+"""A configuration by name or path, composed as in the training script."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHIPPED = Path(__file__).resolve().parents[2] / "conf"
 
 @dataclass(frozen=True)
 class Source:
-    """A configuration: its name in `folder`, and the tree that has its defaults where `folder` is none."""
+    """A configuration: its name in `folder`, and the tree with its defaults if that is not `folder`."""
 
     folder: Path
     name: str
@@ -34,7 +34,7 @@ def folders() -> list[Path]:
 
 
 def known() -> list[str]:
-    """Names of the configurations that can be planned without a path."""
+    """Names of the configurations that can be given without a path."""
     found = []
     for pattern in ("*.yaml", "cluster/*.yaml"):
         files = (path.relative_to(folder) for folder in folders() for path in sorted(folder.glob(pattern)))
@@ -43,7 +43,7 @@ def known() -> list[str]:
 
 
 def find(config: str) -> Source:
-    """The configuration of that name, else at that path. ValueError naming what there is instead."""
+    """The configuration of that name, else at that path. ValueError with suggestions."""
     if not config.endswith((".yaml", ".yml")):
         for folder in folders():
             if (folder / f"{config}.yaml").is_file():
@@ -52,28 +52,28 @@ def find(config: str) -> Source:
     if not path.is_file():
         raise ValueError(_unknown(config, path))
     if path.suffix != ".yaml":
-        raise ValueError(f"{config}: Hydra reads .yaml alone; rename it to {path.with_suffix('.yaml').name}")
+        raise ValueError(f"{config}: Hydra reads only .yaml; rename it to {path.with_suffix('.yaml').name}")
     return _at(Path(os.path.abspath(path)), config)
 
 
 def _at(path: Path, config: str) -> Source:
-    """A file inside a tree of configurations has its defaults there; any other has them in a shipped one."""
+    """A file inside a tree of configurations has its defaults there; any other in a shipped tree."""
     tree = next((above for above in path.parents if _is_tree(above)), None)
     if tree is not None:
         return Source(tree, str(path.relative_to(tree).with_suffix("")))
     shipped = next((folder for folder in folders() if _is_tree(folder)), None)
     if shipped is None:
         raise ValueError(
-            f"{config}: there is no conf/ of nemo_fiberpo to take its defaults from: not in {Path.cwd()}, and not in "
-            f"{SHIPPED.parent}; call fiberpo in a clone of the repository, or install the package from one with pip -e"
+            f"{config}: no conf/ of nemo_fiberpo with its defaults in {Path.cwd()} or "
+            f"{SHIPPED.parent}; run fiberpo in a clone of the repository, or install the package from one with pip -e"
         )
     _check_names(path.parent, shipped, [path.stem])
     return Source(path.parent, path.stem, shipped)
 
 
 def _check_names(folder: Path, shipped: Path, names: Iterable[str]) -> None:
-    """ValueError where one of these configurations of `folder` is not what the training script would take: it searches
-    its own conf/ first, and its --config-dir after it."""
+    """ValueError if the training script would load another file of the same name: it searches its own conf/ before its
+    --config-dir."""
     for name in names:
         file, hidden_by = folder / f"{name}.yaml", shipped / f"{name}.yaml"
         if file.is_file() and hidden_by.is_file():
@@ -90,7 +90,7 @@ def _unknown(config: str, path: Path) -> str:
         beside = {file.name for file in path.parent.glob("*.yaml")}
         near = [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, sorted(beside), 3, 0.5)]
         return f"{config}: there is no such file" + (f"; did you mean {' or '.join(near)}?" if near else "")
-    # A layout by its own name is as near as can be: mixtral_8x7b, for cluster/mixtral_8x7b.
+    # A layout also matches without its folder: mixtral_8x7b for cluster/mixtral_8x7b.
     likeness = {name: max(_likeness(config, name), _likeness(config, name.split("/")[-1])) for name in names}
     near = sorted((name for name in names if likeness[name] > 0.6), key=lambda name: -likeness[name])[:3]
     hint = f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(names) or 'none'}"
@@ -103,7 +103,7 @@ def _likeness(one: str, other: str) -> float:
 
 
 def compose(config: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """The configuration as the training script composes it. ValueError, of one line, where that fails."""
+    """The configuration, composed as in the training script. ValueError of one line if that fails."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -136,7 +136,7 @@ def compose(config: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def _search_path(source: Source) -> list[str]:
-    """What the file itself searches, and its tree: quoted for Hydra."""
+    """The file's own search path and its tree, quoted for Hydra."""
     own = OmegaConf.load(source.folder / f"{source.name}.yaml")
     if not isinstance(own, DictConfig):
         raise ValueError(f"{source.folder / source.name}.yaml: must be a mapping of sections")
@@ -145,10 +145,10 @@ def _search_path(source: Source) -> list[str]:
 
 
 def _one_line(error: Exception) -> str:
-    """What a parser says, without where it searched and where its grammar is documented; of options, the nearest."""
-    said = str(error).split("Config search path:")[0]
-    said, _, options = said.partition("Available options in ")
-    lines = [line.strip() for line in said.splitlines()]
+    """A parser's message without its search path and links; for an unknown option, with the nearest one."""
+    message = str(error).split("Config search path:")[0]
+    message, _, options = message.partition("Available options in ")
+    lines = [line.strip() for line in message.splitlines()]
     tail = ""
     if options and isinstance(missing := getattr(error, "missing_cfg_file", None), str):
         tail = nearest(missing.split("/")[-1], options.split()[1:])

@@ -1,4 +1,4 @@
-"""The reference of a run's config: every section, its keys, their defaults, bounds and meanings, from where they stand.
+"""The keys of a run's config by section, with defaults, bounds and meanings.
 
 Defaults are those of a run that inherits conf/base.yaml and an algorithm of conf/algorithm/.
 """
@@ -27,9 +27,9 @@ from nemo_fiberpo.objective import OBJECTIVES, ExpertPartitions, Hierarchy, Stra
 from nemo_fiberpo.plan.assumptions import Assumptions
 
 TOP_LEVEL = ""
-"""Name of the section of keys that stand in none."""
+"""Name of the section of the top-level keys."""
 UNSET = ""
-"""Default of a key that the base files leave to NeMo or the checkpoint."""
+"""Default of a key that is left to NeMo or the checkpoint."""
 
 _SHIPPED = {"": "base.yaml", "algorithm.": "algorithm/base.yaml", "model.": "model/policy.yaml"}
 _HIERARCHY = "Strata and their budgets. conf/hierarchy/ has ready ones; docs/hierarchy.md explains the choice."
@@ -62,7 +62,7 @@ _BESIDE_STRATA = (
 class Block:
     """Keys of one class."""
 
-    title: str  # where it applies, "" for everywhere
+    title: str  # when it applies, "" for always
     text: str
     keys: tuple[Key, ...]
 
@@ -74,16 +74,16 @@ class Section:
     name: str  # as a user types it
     summary: str
     blocks: tuple[Block, ...]
-    named: bool = False  # its keys stand below a name of the user's
+    named: bool = False  # its keys are below a name chosen by the user
 
     @property
     def prefix(self) -> str:
-        """What comes before the keys."""
+        """The prefix of the keys."""
         return f"{self.name}." if self.name else ""
 
 
 def sections(conf: Path) -> dict[str, Section]:
-    """All sections by name; `conf` is the folder whose base files hold defaults."""
+    """All sections by name; `conf` is the folder with the base files."""
     shipped = _shipped(conf)
 
     def of(name: str, kind: type, text: str = "", more: Iterable[Key] = ()) -> Section:
@@ -116,8 +116,7 @@ _CLASSES: dict[str, type] = {
 
 
 def find(path: str, every: Mapping[str, Section]) -> Section:
-    """The section at a dotted path, or that part of one which has the key at it or the keys below it. ValueError with
-    the nearest name where there is none."""
+    """The section at a dotted path, or its part with the key or keys at that path. ValueError with the nearest name."""
     if path in every and path != TOP_LEVEL:
         return every[path]
     around = [section for section in every.values() if path.startswith(section.prefix)]
@@ -136,7 +135,7 @@ def find(path: str, every: Mapping[str, Section]) -> Section:
 
 
 def _at(path: str, found: tuple[Key, ...]) -> tuple[Key, ...]:
-    """The keys at or below `path`, else the one that it lies in."""
+    """The keys at or below `path`, else the one that contains it."""
     below = tuple(key for key in found if key.name == path or key.name.startswith(f"{path}."))
     return below or tuple(key for key in found if path.startswith(f"{key.name}."))
 
@@ -152,7 +151,7 @@ def _nearest(path: str, every: Mapping[str, Section]) -> str:
 
 
 def _shipped(conf: Path) -> dict[str, Any]:
-    """Dotted key -> value as the base files have it, references unresolved."""
+    """Dotted key -> value in the base files, references unresolved."""
     found: dict[str, Any] = {}
     for prefix, file in _SHIPPED.items():
         if (conf / file).is_file():
@@ -161,7 +160,7 @@ def _shipped(conf: Path) -> dict[str, Any]:
 
 
 def _leaves(prefix: str, value: Any) -> dict[str, Any]:
-    """Values by dotted key, of mappings too."""
+    """Values by dotted key, including mappings."""
     found: dict[str, Any] = {}
     for key, entry in value.items():
         found[f"{prefix}{key}"] = entry
@@ -184,7 +183,7 @@ def _token_labels() -> Section:
 
 
 def _gating(conf: Path) -> Section:
-    """The parameters of each objective, and their values in the files of conf/algorithm/."""
+    """The parameters of each objective, with their values in conf/algorithm/."""
     files: dict[str, dict[str, Any]] = {}
     for path in sorted((conf / "algorithm").glob("*.yaml")):
         files[path.stem] = OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # type: ignore[assignment]
@@ -211,7 +210,7 @@ def _gating(conf: Path) -> Section:
 
 
 def _objective(name: str, files: Mapping[str, Mapping[str, Any]]) -> str:
-    """The objective of a file of conf/algorithm/, its own or that of the file that it starts from."""
+    """The objective of a file of conf/algorithm/, possibly inherited."""
     while "objective" not in files[name]:
         before = [entry for entry in files[name].get("defaults", ()) if entry in files]
         if not before:

@@ -1,7 +1,6 @@
 """The ranks of a run on one machine: how many, started, watched and ended together.
 
-torchrun would do, but for two things: below an error it prints a report of its own, and 30 seconds after Ctrl-C it
-kills ranks that are saving.
+torchrun prints a report of its own below an error, and 30 seconds after Ctrl-C it kills ranks that are saving.
 """
 
 from __future__ import annotations
@@ -26,22 +25,22 @@ from nemo_fiberpo.aligner.lifecycle.first_rank import SECRET
 from nemo_fiberpo.aligner.lifecycle.preemption import CTRL_C, LAUNCHED, NOT_FINISHED
 from nemo_fiberpo.plan.layout import Layout
 
-# Seconds that the other ranks have to end by themselves after one has failed: they may have the same to report.
+# Seconds that the other ranks have to end by themselves after one has failed; they may report the same error.
 GRACE = 20.0
 _MAY_END = (0, NOT_FINISHED)
 _BY_CTRL_C = 128 + signal.SIGINT
 
 
 def is_rank(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether a launcher has made this process a rank: torchrun, this module, or a script that sets what they set."""
+    """Whether this process is a rank: started by torchrun, this module, or a script that sets the same variables."""
     return "RANK" in environment and "WORLD_SIZE" in environment
 
 
 def ranks_for(cfg: DictConfig) -> int:
-    """How many ranks a run has on this machine: `trainer.devices` where it is a number, else all GPUs, else as many as
-    there are cores for and the layout and the batch sizes allow, one copy of the model at least.
+    """The number of ranks on this machine: `trainer.devices` if it is a number, else all GPUs, else as many as the
+    cores, the layout and the batch sizes allow, at least one copy of the model.
 
-    Raises ValueError naming the field where this machine cannot run it.
+    Raises ValueError naming the field if this machine cannot run it.
     """
     if cfg.trainer.get("num_nodes", 1) != 1:
         raise ValueError(
@@ -50,7 +49,7 @@ def ranks_for(cfg: DictConfig) -> int:
         )
     gpus = torch.cuda.device_count()
     if not on_cpu(cfg) and gpus == 0:
-        raise ValueError("trainer.accelerator: gpu, but there is none; set it to cpu, and cpu to true")
+        raise ValueError("trainer.accelerator: gpu, but this machine has none; set it to cpu, and cpu to true")
     if not OmegaConf.is_interpolation(cfg.trainer, "devices"):
         return int(cfg.trainer.devices)
     if not on_cpu(cfg):
@@ -66,10 +65,9 @@ def ranks_for(cfg: DictConfig) -> int:
 
 
 def adopt_srun(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What torch.distributed reads, from the variables of a task of srun; {} where this is none of several.
+    """torch.distributed's variables from those of an srun task; {} unless it is one of several.
 
-    MASTER_ADDR and MASTER_PORT are taken over where they are set. Raises ValueError if the first node's name is not
-    known.
+    MASTER_ADDR and MASTER_PORT are kept if set. Raises ValueError if the first node's name is unknown.
     """
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS") or 1)
     if "SLURM_PROCID" not in environment or tasks == 1:
@@ -95,10 +93,10 @@ def adopt_srun(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 def run_ranks(command: Sequence[str], number: int) -> int:
-    """Start `number` ranks of a command and wait for all of them. Returns the exit status of the first that failed,
-    else `NOT_FINISHED` if one is not finished, else 0.
+    """Run a command as `number` ranks. Returns the exit status of the first that failed, else `NOT_FINISHED` if one is
+    unfinished, else 0.
 
-    Ctrl-C asks the ranks to save and stop, a second one ends them at once. SIGTERM and SIGUSR1 are passed on. Ranks are
+    Ctrl-C asks the ranks to save and stop, a second one ends them at once. SIGTERM and SIGUSR1 are forwarded. Ranks are
     ended GRACE seconds after one has failed, and by the kernel if this process is killed.
     """
     folder = tempfile.TemporaryDirectory(prefix="fiberpo-")
@@ -119,7 +117,7 @@ def run_ranks(command: Sequence[str], number: int) -> int:
     try:
         for place in map(str, range(number)):
             own = {"RANK": place, "LOCAL_RANK": place}
-            # In a session of their own, so that Ctrl-C comes to this process only.
+            # In their own session, so that only this process gets Ctrl-C.
             ranks.append(subprocess.Popen(command, env=os.environ | shared | own, start_new_session=True))
         status = _wait(ranks)
         return _BY_CTRL_C if watch.at_once else status
@@ -135,7 +133,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     failed: int | None = None
     until = float("inf")
     while True:
-        statuses = [rank.poll() for rank in ranks]  # all of them: a rank may wait for one that has failed
+        statuses = [rank.poll() for rank in ranks]  # poll all: a rank may wait for one that has failed
         if failed is None:
             failed = next((status for status in statuses if status not in (None, *_MAY_END)), None)
             if failed is not None:
@@ -150,13 +148,13 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
 
 
 def _kill(rank: subprocess.Popen[bytes]) -> None:
-    """With the processes that it started: a rank leads its group."""
+    """With its child processes: a rank leads its process group."""
     with suppress(ProcessLookupError):
         os.killpg(rank.pid, signal.SIGKILL)
 
 
 class _Signals:
-    """What this process does with signals while its ranks run."""
+    """Signal handling while the ranks run."""
 
     def __init__(self, ranks: Sequence[subprocess.Popen[bytes]]):
         self._ranks, self._interrupted = ranks, False

@@ -1,4 +1,4 @@
-"""From a composed configuration to its plan: every check of the training script, then the arithmetic of `plan/`."""
+"""The plan of a composed configuration: all checks of the training script, then the arithmetic of `plan/`."""
 
 from __future__ import annotations
 
@@ -27,19 +27,18 @@ from nemo_fiberpo.prompts.records import load_prompts
 from nemo_fiberpo.storage.policy_file import read_config as config_of
 
 SECTIONS = ("model", "trainer", "algorithm", "hierarchy", "data", "rewards", "pretrained_checkpoint")
-"""What a configuration must have for anything to be said about it."""
+"""The sections that a plan needs."""
 
 
 def plan_of(cfg: DictConfig, name: str) -> Plan:
-    """The plan of a composed configuration, with all that is wrong with it. ValueError where whole sections are
-    missing."""
+    """The plan of a composed configuration, with all its problems. ValueError if whole sections are missing."""
     lacking = [section for section in SECTIONS if not isinstance(cfg.get(section), DictConfig)]
     if lacking:
         raise ValueError(
             f"{name}: has no section {', '.join(lacking)}; a run begins with defaults: [base, hierarchy: domain, "
             "algorithm: fiberpo, model: policy, _self_], or with a layout, defaults: [cluster/mixtral_8x7b, _self_]"
         )
-    cfg = cfg.copy()  # the checkpoint's own model config joins it below, and is not what the user wrote
+    cfg = cfg.copy()  # the checkpoint's own model config is merged into it below
     problems: list[str] = []
     filled = _filled(cfg)
 
@@ -76,7 +75,7 @@ def plan_of(cfg: DictConfig, name: str) -> Plan:
 
 
 def _not_there(cfg: DictConfig) -> Iterator[str]:
-    """A line for each file that the configuration names and that is not there."""
+    """A line for each file that the configuration names and that does not exist."""
     for section, key in (("data", "train"), ("data", "heldout"), ("pretrained_checkpoint", "restore_from_path")):
         if OmegaConf.is_missing(cfg[section], key):
             continue
@@ -91,7 +90,7 @@ def _key_and_line(error: OmegaConfBaseException) -> str:
 
 
 def _follows(cfg: DictConfig, key: str | None, problems: list[str]) -> bool:
-    """Whether that key has a problem already, or one that it refers to, directly or through others."""
+    """Whether `key`, or a key that it refers to directly or indirectly, already has a problem."""
     plain = OmegaConf.to_container(cfg, resolve=False)
     seen: set[str] = set()
     left = [key] if key else []
@@ -108,7 +107,7 @@ def _follows(cfg: DictConfig, key: str | None, problems: list[str]) -> bool:
 
 
 def _filled(cfg: DictConfig) -> DictConfig:
-    """With something in the place of the prompts and the policy, which a layout that ships does not name."""
+    """With placeholders for the prompts and the policy, which the shipped layouts do not name."""
     cfg = cfg.copy()
     for section, key in (("data", "train"), ("pretrained_checkpoint", "restore_from_path")):
         if OmegaConf.is_missing(cfg[section], key):
@@ -117,7 +116,7 @@ def _filled(cfg: DictConfig) -> DictConfig:
 
 
 def _fallback(cfg: DictConfig) -> Assumptions:
-    """Where the section has an error: what decides whether other problems are real, if that is right."""
+    """For a faulty section: the valid values among those that decide whether other problems are real."""
     section = cfg.get("cluster") or {}
     kept = {name: section[name] for name in ("host", "vocab_size") if section.get(name) is not None}
     try:
@@ -135,7 +134,7 @@ def _request(
 ) -> Request:
     settings, data, partitions = config.algorithm, config.data, config.partitions
     hierarchy: Hierarchy | None = config.hierarchy
-    _try_references(cfg.model, tried)  # what follows ends at the first that cannot be resolved
+    _try_references(cfg.model, tried)  # the code below stops at the first unresolved one
     model = OmegaConf.to_container(cfg.model, resolve=True)
     trainer = {key: cfg.trainer.get(key) for key in ("num_nodes", "devices", "precision")}
     assert isinstance(model, dict)
@@ -179,7 +178,7 @@ def _partitions(partitions: ExpertPartitions, model: DictConfig) -> Partitions:
 
 
 def _of_tokens(labels: TokenLabels | None, assumptions: Assumptions) -> dict[str, list[str]]:
-    """Names of the labels of `token_labels` by column; as many as are assumed where a rollout decides them."""
+    """Names of the labels of `token_labels` by column; assumed ones if only a rollout determines them."""
     cells = labels.cells if labels is not None else {}
     return {
         name: list(known or (f"{name} {number}" for number in range(assumptions.labels.get(name, 8))))
@@ -190,7 +189,7 @@ def _of_tokens(labels: TokenLabels | None, assumptions: Assumptions) -> dict[str
 def _labels(
     cfg: DictConfig, hierarchy: Hierarchy, assumptions: Assumptions, prompts: int, of_tokens: Collection[str]
 ) -> PromptLabels:
-    """Labels of data.train, where it is there; else assumed ones."""
+    """Labels of data.train if it exists, else assumed ones."""
     path = None if OmegaConf.is_missing(cfg.data, "train") else Path(cfg.data.train)
     if path is None or not path.exists():
         return PromptLabels.assumed(hierarchy, prompts, assumptions.labels, of_tokens)
@@ -209,7 +208,7 @@ def _labels(
 
 
 def _add_checkpoint(cfg: DictConfig) -> None:
-    """Lay `cfg.model` over the model config of the checkpoint it starts from, where that is there, as loading does."""
+    """Merge `cfg.model` over the model config of its checkpoint, if that exists, as loading does."""
     if OmegaConf.is_missing(cfg.pretrained_checkpoint, "restore_from_path"):
         return
     path = Path(cfg.pretrained_checkpoint.restore_from_path)

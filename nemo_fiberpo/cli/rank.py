@@ -1,6 +1,6 @@
 """A rank of `fiberpo train`: python -m nemo_fiberpo.cli.rank CONFIG [KEY=VALUE ...]
 
-A module of its own, since multiprocessing reads the main module again in every process that a rank starts.
+A separate module, since multiprocessing imports the main module again in every child process of a rank.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ preemption.install(__name__)
 
 
 def train(config: str, overrides: Sequence[str]) -> None:
-    """The run that the config describes, on this rank."""
+    """Run this rank of the config's run."""
     from nemo_fiberpo.aligner.run import Run
     from nemo_fiberpo.cli.compose import compose
 
@@ -27,6 +27,6 @@ def train(config: str, overrides: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from nemo_fiberpo.aligner.lifecycle.ending import explain
+    from nemo_fiberpo.aligner.lifecycle.ending import run_main
 
-    explain(lambda: train(sys.argv[1], sys.argv[2:]))
+    run_main(lambda: train(sys.argv[1], sys.argv[2:]))

@@ -1,4 +1,4 @@
-"""`fiberpo config`: the reference of the config's keys, for the terminal and for docs/config.md."""
+"""`fiberpo config`: the reference of the config's keys, for the terminal and docs/config.md."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ This file is written by `python -m nemo_fiberpo.cli config --markdown > docs/con
 
 
 def config(path: str | None, markdown: bool) -> str:
-    """What `fiberpo config [SECTION]` prints. ValueError for a name that there is not, with the nearest."""
+    """The output of `fiberpo config [SECTION]`. ValueError for an unknown name."""
     every = sections(SHIPPED)
     if markdown:
         return as_markdown(every)
@@ -46,7 +46,7 @@ def config(path: str | None, markdown: bool) -> str:
 
 
 def overview(every: Mapping[str, Section], width: int) -> str:
-    """A line for every section, and for every key that stands in none."""
+    """A line for every section and top-level key."""
     groups = {
         "Keys at the top level": [(key.name, key.meaning) for key in every[TOP_LEVEL].blocks[0].keys],
         "Sections": [(section.name, section.summary) for section in every.values() if section.name],
@@ -66,7 +66,7 @@ def overview(every: Mapping[str, Section], width: int) -> str:
 
 
 def as_text(section: Section, width: int) -> str:
-    """A section for a terminal: for each key its default, what it may hold, and below that its meaning."""
+    """A section for a terminal: each key with default, values and meaning."""
     lines = _wrapped(f"{section.name}: {section.summary}" if section.name else section.summary, width)
     for block in section.blocks:
         if block.title:
@@ -102,7 +102,7 @@ def _meaning(key: Key) -> str:
 
 
 def _default(key: Key) -> str:
-    """As YAML has it."""
+    """In YAML."""
     if key.default is MISSING:
         return "???"
     if isinstance(key.default, str):

@@ -1,5 +1,4 @@
-"""The config.json of the families that can be imported: complete, with one spelling of positions, or refused by its
-field."""
+"""The config.json of the model families that can be imported: complete and normalized, or refused by field."""
 
 from __future__ import annotations
 
@@ -112,10 +111,10 @@ def _refuse(config: Mapping[str, Any], family: str) -> None:
         found = config.get(name, value)
         windowed = name == "sliding_window" and not config.get("use_sliding_window", True)
         if found != value and not windowed:
-            raise ValueError(f"{name}: {found!r}; this conversion knows {value!r} alone")
+            raise ValueError(f"{name}: {found!r}; this conversion supports only {value!r}")
     for kind in config.get("layer_types") or ():
         if kind != "full_attention":
-            raise ValueError(f"layer_types: {kind!r}; this conversion knows 'full_attention' alone")
+            raise ValueError(f"layer_types: {kind!r}; this conversion supports only 'full_attention'")
 
 
 def _check_heads(config: Mapping[str, Any], width: int | None) -> None:

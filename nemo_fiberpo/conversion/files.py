@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nemo_fiberpo.config import mapping
 from nemo_fiberpo.conversion import tokenizer
-from nemo_fiberpo.conversion.gpt import build_gpt, load, load_into, megatron_alone, save, stored
+from nemo_fiberpo.conversion.gpt import build_gpt, load, load_into, save, single_process_megatron, stored
 from nemo_fiberpo.conversion.tensors import (
     huggingface_config,
     model_config,
@@ -42,21 +42,21 @@ SHARD_BYTES = 5 * 2**30
 def import_huggingface(source: Path, target: Path) -> list[str]:
     """Write the model in the folder `source` (config.json, *.safetensors, tokenizer) as the `.nemo` folder `target`.
 
-    Returns a line for all that a user has to know about the result. ValueError for a model of another family, a field
-    that NeMo cannot follow, a missing or superfluous tensor, one of another shape, weights that are no safetensors, a
-    tokenizer with more tokens than the embedding has rows, and a `target` that exists.
+    Returns warnings for the user. ValueError for another model family, a field that NeMo does not support, a missing,
+    superfluous or misshapen tensor, weights that are not safetensors, a tokenizer larger than the embedding, and an
+    existing `target`.
     """
     if target.exists():
         raise ValueError(f"{target}: exists already")
     model, weights = model_config(read_json(source / "config.json")), Weights(source)
     _check_tensors(source, model, weights)
     end = model["huggingface_tokens"]["eos_token_id"]
-    said = tokenizer.check(source, model["override_vocab_size"], end)
+    warnings = tokenizer.check(source, model["override_vocab_size"], end)
     precisions = precisions_of(weights.precision, model)
     scratch = target.with_name(target.name + ".partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    with megatron_alone():
+    with single_process_megatron():
         gpt = build_gpt(model, weights.precision("model.embed_tokens.weight"))
         load_into(gpt, ((name, tensor.to(precisions[name])) for name, tensor in to_megatron(weights.read, model)))
         save(gpt, scratch / policy_file.WEIGHTS)
@@ -65,11 +65,11 @@ def import_huggingface(source: Path, target: Path) -> list[str]:
     OmegaConf.save(OmegaConf.create(model | {"tokenizer": chosen}), scratch / policy_file.CONFIG)
     manifest.write(scratch, Manifest(manifest.entries(scratch, manifest.files_of(scratch)), {}))
     os.replace(scratch, target)
-    return said
+    return warnings
 
 
 def _prevailing(gpt: Any) -> torch.dtype:
-    """The precision of most parameters: what transformers loads all in where it is asked for the model's own."""
+    """The precision of most parameters, which transformers uses for the whole model."""
     sizes: Counter[torch.dtype] = Counter()
     for parameter in gpt.parameters():
         sizes[parameter.dtype] += parameter.numel()
@@ -104,8 +104,8 @@ def export_huggingface(source: Path, target: Path) -> list[str]:
         raise ValueError(f"{target}: exists already")
     if not source.exists():
         raise ValueError(f"{source}: is no .nemo file or folder")
-    said = policy_file.check(source)
-    with _unpacked(source) as folder, megatron_alone(), pickles.named(source):
+    warnings = policy_file.check(source)
+    with _unpacked(source) as folder, single_process_megatron(), pickles.named(source):
         model = mapping(OmegaConf.to_container(policy_file.read_config(folder)), policy_file.CONFIG)
         config = huggingface_config(model)
         dtype, vocabulary = stored(folder / policy_file.WEIGHTS, model)
@@ -119,7 +119,7 @@ def export_huggingface(source: Path, target: Path) -> list[str]:
         (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         lacking = tokenizer.complete(scratch, model, tokenizer.folder_of(model, folder))
         os.replace(scratch, target)
-    return lacking if policy_file.seal_of(source).exists() else [said, *lacking]
+    return lacking if policy_file.seal_of(source).exists() else [warnings, *lacking]
 
 
 @contextlib.contextmanager

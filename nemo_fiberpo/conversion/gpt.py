@@ -1,4 +1,4 @@
-"""The Megatron GPT of a policy on the CPU, in this process alone, and its distributed checkpoint."""
+"""The Megatron GPT of a policy on the CPU, in one process, and its distributed checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NORM_BESIDE_EXPERTS = "decoder.layers.pre_mlp_layernorm.weight", "decoder.layer
 
 
 @contextlib.contextmanager
-def megatron_alone() -> Iterator[None]:
+def single_process_megatron() -> Iterator[None]:
     """Megatron-core on the CPU in this process alone, in the CPU mode of the actor."""
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
@@ -86,7 +86,7 @@ def build_gpt(model: Mapping[str, Any], dtype: torch.dtype) -> Any:
         rotary_base=model.get("rotary_base", 10000),
         share_embeddings_and_output_weights=bool(model.get("share_embeddings_and_output_weights", True)),
     ).to(dtype)
-    if (scaling := scaling_of(model)) is not None:  # Megatron-core 0.11 takes the factor alone; NeMo scales so too
+    if (scaling := scaling_of(model)) is not None:  # Megatron-core 0.11 supports only the factor; NeMo scales likewise
         frequencies = gpt.rotary_pos_emb.inv_freq
         gpt.rotary_pos_emb.inv_freq = apply_rope_scaling(frequencies, *(scaling[name] for name in LLAMA3_KEYS))
     return gpt

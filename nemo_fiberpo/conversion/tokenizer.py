@@ -1,5 +1,5 @@
-"""The tokenizer that goes with a model on its way from and to Hugging Face: its files, and the tokens that begin, end
-and fill a text, by their ids in config.json and generation_config.json."""
+"""The tokenizer of a model converted from or to Hugging Face: its files, and the ids of its BOS, EOS and padding tokens
+in config.json and generation_config.json."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ VOCABULARY = (
 )
 FILES = (
     *(*VOCABULARY, "special_tokens_map.json", "added_tokens.json", "merges.txt"),
-    *("chat_template.json", "chat_template.jinja"),  # how a conversation is written
+    *("chat_template.json", "chat_template.jinja"),  # chat template
     "generation_config.json",  # which tokens end a response
 )
 _UNLOADABLE = (ValueError, OSError, KeyError, ImportError)
 
 
 def copy_files(source: Path, target: Path) -> None:
-    """What belongs to a tokenizer, and nothing else that lies beside it, such as the weights of another model, or that
-    a link out of the folder leads to. ValueError for a *.json that is none."""
+    """Copy only a tokenizer's own files, not other models' weights or targets of links out of the folder. ValueError
+    for an invalid *.json."""
     for file in _matching(source, FILES):
         if file.suffix == ".json":
             read_json(file)
@@ -35,13 +35,12 @@ def copy_files(source: Path, target: Path) -> None:
 
 
 def check(folder: Path, rows: int, model_end: Any) -> list[str]:
-    """What a user has to know about the tokenizer in `folder` before training: how prompts and responses differ from
-    what transformers makes of the model.
+    """Warnings about the tokenizer in `folder`: how prompts and responses of a run will differ from transformers'.
 
     model_end  `eos_token_id` of config.json
 
-    ValueError where it has a token that the `rows` of the model's embedding do not reach. A folder without one, or with
-    one that cannot be loaded here, is said; the actor looks again before training.
+    ValueError if it has a token beyond the `rows` of the embedding. A missing or unloadable tokenizer is a warning; the
+    actor checks again before training.
     """
     if not _matching(folder, VOCABULARY):
         return ["no tokenizer there; a run needs one: model.tokenizer.type"]
@@ -58,7 +57,7 @@ def check(folder: Path, rows: int, model_end: Any) -> list[str]:
 
 
 def _other_ends(folder: Path, tokenizer: Any, model_end: Any) -> Iterator[str]:
-    """Where the model's responses end at other tokens than the policy's will."""
+    """Warnings if the model's responses end with other tokens than the policy's will."""
     generation = folder / "generation_config.json"
     ends = _listed(read_json(generation).get("eos_token_id") if belongs(generation) else model_end)
     end = tokenizer.eos_token_id
@@ -66,13 +65,13 @@ def _other_ends(folder: Path, tokenizer: Any, model_end: Any) -> Iterator[str]:
         yield "the tokenizer has no token that ends a text, so a run would refuse it"
     elif end not in ends:
         yield (
-            f"the model's responses end with {_words(tokenizer, ends)}, those of the policy with the tokenizer's "
-            f"{_words(tokenizer, [end])}: take another eos_token in tokenizer_config.json if that is not meant"
+            f"the model's responses end with {_describe(tokenizer, ends)}, those of the policy with the tokenizer's "
+            f"{_describe(tokenizer, [end])}: change eos_token in tokenizer_config.json if that is not intended"
         )
     elif others := [token for token in ends if token != end]:
         yield (
-            f"the model's responses also end with {_words(tokenizer, others)}, those of the policy with "
-            f"{_words(tokenizer, [end])} alone, unless model.ppo.sampling_params.end_strings has the others"
+            f"the model's responses also end with {_describe(tokenizer, others)}, those of the policy only with "
+            f"{_describe(tokenizer, [end])}, unless model.ppo.sampling_params.end_strings has the others"
         )
 
 
@@ -80,12 +79,12 @@ def _first_token(tokenizer: Any) -> Iterator[str]:
     begins, ids = tokenizer.bos_token_id, tokenizer("a").input_ids
     if begins is not None and ids[:1] == [begins]:
         yield (
-            f"the tokenizer begins every text with {_words(tokenizer, [begins])}; prompts of a run begin with it where "
+            f"the tokenizer begins every text with {_describe(tokenizer, [begins])}; prompts of a run do only if "
             "model.ppo.sampling_params.add_BOS is true"
         )
 
 
-def _words(tokenizer: Any, ids: Iterable[int]) -> str:
+def _describe(tokenizer: Any, ids: Iterable[int]) -> str:
     return ", ".join(f"{number} ({tokenizer.convert_ids_to_tokens(number)!r})" for number in ids) or "none"
 
 
@@ -94,26 +93,27 @@ def _listed(ids: Any) -> list[int]:
 
 
 def folder_of(model: Mapping[str, Any], nemo: Path) -> Path | None:
-    """The tokenizer of NeMo's `model` section: where it is named, else in the `.nemo` folder; None if it is in
-    neither."""
+    """The tokenizer of NeMo's `model` section: as named, else in the `.nemo` folder; None if it is in neither."""
     named = (model.get("tokenizer") or {}).get("type")
     folders = [*([Path(named)] if named else []), nemo / "tokenizer"]
     return next((folder for folder in folders if _matching(folder, FILES)), None)
 
 
 def complete(folder: Path, model: Mapping[str, Any], tokenizer: Path | None) -> list[str]:
-    """Put the tokenizer's files and the ids of its tokens into the Hugging Face model in `folder`.
+    """Add the tokenizer's files and token ids to the Hugging Face model in `folder`. Returns warnings.
 
-    Ids are those of the model that was imported, else the tokenizer's, else null: the defaults of the family, which
-    transformers takes where nothing stands, are other models' tokens. Returns what the user has to know about them.
+    Ids are those of the imported model, else the tokenizer's, else null: without any, transformers would use the
+    family's defaults, which are other models' tokens.
     """
     if tokenizer is not None:
         copy_files(tokenizer, folder)
     config = json.loads((folder / "config.json").read_text())
-    own, said = _ids(folder) if _matching(folder, VOCABULARY) else ({}, [_no_tokenizer(model)])
+    own, warnings = _ids(folder) if _matching(folder, VOCABULARY) else ({}, [_no_tokenizer(model)])
     if not own and model.get("huggingface_tokens") is None:
         own = dict.fromkeys(SPECIAL_TOKENS)
-        said.append("bos_token_id, eos_token_id and pad_token_id are null in config.json: write the tokenizer's there")
+        warnings.append(
+            "bos_token_id, eos_token_id and pad_token_id are null in config.json: write the tokenizer's there"
+        )
     config = own | config
     _write(folder / "config.json", config)
     generation = folder / "generation_config.json"
@@ -122,11 +122,11 @@ def complete(folder: Path, model: Mapping[str, Any], tokenizer: Path | None) -> 
         _write(generation, {"_from_model_config": True} | ids)
     ends, end = json.loads(generation.read_text()).get("eos_token_id"), own.get("eos_token_id")
     if end is not None and end not in _listed(ends):
-        said.append(
+        warnings.append(
             f"eos_token_id in generation_config.json is {ends}, but responses of the policy end with the tokenizer's "
             f"{end}: add it there"
         )
-    return said
+    return warnings
 
 
 def _matching(folder: Path, names: Iterable[str]) -> list[Path]:
@@ -152,9 +152,7 @@ def _ids(folder: Path) -> tuple[dict[str, int | None], list[str]]:
 
 def _no_tokenizer(model: Mapping[str, Any]) -> str:
     given = {name: value for name, value in (model.get("tokenizer") or {}).items() if value}
-    return (
-        f"no tokenizer: model.tokenizer = {given} is no folder of a Hugging Face tokenizer that is here; add its files"
-    )
+    return f"no tokenizer: model.tokenizer = {given} is not a local folder of a Hugging Face tokenizer; add its files"
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

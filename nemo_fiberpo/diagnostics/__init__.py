@@ -1,1 +1,1 @@
-"""What a batch tells of a policy's drift, beyond what a training step reports."""
+"""Diagnostics of a policy's drift beyond the report of a training step."""

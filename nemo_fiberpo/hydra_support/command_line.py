@@ -1,4 +1,4 @@
-"""How Hydra composes a run's config, for the scripts and for `fiberpo` alike."""
+"""Hydra's composition of a run's config, for the scripts and `fiberpo`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _NEMO = ("model", "trainer", "exp_manager", "hydra")  # sections whose unknown k
 
 
 def prepare_hydra() -> None:
-    """Install the resolvers of conf/, and strata by name wherever a file has them in a list."""
+    """Install the resolvers of conf/, and strata by name also in files that list them."""
     register_resolvers()
     named_strata.install()
 
 
 def register_resolvers() -> None:
-    """The arithmetic that conf/ uses, by the names NeMo-Aligner's scripts give it, and whether a precision is bf16."""
+    """The resolvers of conf/: arithmetic, named as in NeMo-Aligner's scripts, and whether a precision is bf16."""
     OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
     OmegaConf.register_new_resolver("plus", lambda x, y: x + y, replace=True)
     OmegaConf.register_new_resolver("int_div", lambda x, y: x // y, replace=True)
@@ -28,10 +28,10 @@ def register_resolvers() -> None:
 
 
 def overrides(arguments: Iterable[str]) -> list[str]:
-    """The command line's overrides as Hydra takes them, so that anything can be overridden and a typo is explained.
+    """The command line's overrides for Hydra.
 
-    Keys of the sections that are checked key by key are passed even if they are unknown: the check names the nearest
-    valid one, Hydra would not.
+    Unknown keys of the sections that this package checks are passed on: the check suggests the nearest key, Hydra does
+    not.
     """
     checked = rf"(?!({'|'.join(_NEMO)})\.)\w+\.[^=]+="
     return [f"++{argument}" if re.match(checked, argument) else argument for argument in arguments]
@@ -42,8 +42,8 @@ _WITH_VALUE = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "
 
 
 def command_line(arguments: Iterable[str]) -> list[str]:
-    """The arguments of a script as Hydra takes them: its options first, since it takes no option after an override,
-    then `overrides`. Ends the script with one line where a group of files is overridden by nothing or by force."""
+    """A script's arguments for Hydra: options first, since Hydra accepts none after an override, then `overrides`.
+    Exits with one line if a config group is overridden by nothing or with `++`."""
     options: list[str] = []
     given: list[str] = []
     left = list(arguments)
@@ -64,12 +64,12 @@ def command_line(arguments: Iterable[str]) -> list[str]:
 
 
 def find_modules_in(folders: Iterable[str]) -> None:
-    """Have Python find modules of the user's (graders, gates, token labels) in the folders of the run's config."""
+    """Let Python find the user's modules (graders, gates, token labels) in the folders of the run's config."""
     sys.path += [folder for folder in folders if folder not in sys.path]
 
 
 def folders_of_config() -> list[str]:
-    """Where Hydra's own command line found the config."""
+    """The folders in which Hydra's command line found the config."""
     from hydra.core.hydra_config import HydraConfig
 
     return [source.path for source in HydraConfig.get().runtime.config_sources if source.schema == "file"]

@@ -1,8 +1,8 @@
-"""What Hydra composes: strata by name whichever form a file has them in, and files as `yaml_text` wants them.
+"""Patches of Hydra: strata by name whichever form a file has, and files checked by `yaml_text`.
 
-A hierarchy's `strata` and `branches` are mappings, which Hydra merges, or lists. Hydra cannot override an entry of a
-list by its name, nor lay a list over a mapping. Here a list becomes a mapping before anything is laid over it, and it
-replaces what was there before it, as Hydra does with lists: in a file, and in an override on the command line.
+A hierarchy's `strata` and `branches` are mappings, which Hydra merges, or lists, whose entries Hydra cannot override by
+name. Here a list becomes a mapping that replaces what came before it, as a list does in Hydra: in files and in
+overrides on the command line.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _installed = False
 
 
 def install() -> None:
-    """Have Hydra do so in this process. Raises ImportError naming what this version of Hydra does not have."""
+    """Patch Hydra in this process. Raises ImportError naming a symbol that this version of Hydra lacks."""
     global _installed
     if not _installed:
         reason = "strata that a file lists are overridden by name"
@@ -38,7 +38,7 @@ def install() -> None:
 
 
 def _load(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Of a file: refused as `check_yaml` does, in Hydra's words for a file that it cannot load."""
+    """Loading a file: check it first, with Hydra's exception for a file that it cannot load."""
     from hydra.errors import ConfigCompositionException
 
     def load(self: Any, config_path: str) -> Any:
@@ -54,7 +54,7 @@ def _load(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _compose(original: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
-    """Of files: Hydra loads them in the order of the defaults lists and merges each into those before it."""
+    """Composing files: Hydra merges them in the order of the defaults lists."""
 
     def compose(self: Any, defaults: Any, repo: Any) -> DictConfig:
         loaded = [self._load_single_config(default=default, repo=repo) for default in defaults]
@@ -70,7 +70,7 @@ def _compose(original: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
 
 
 def _override(original: Callable[..., None]) -> Any:
-    """Of overrides: Hydra applies them in the order of the command line."""
+    """Applying overrides: Hydra does so in the order of the command line."""
 
     def override(overrides: Any, cfg: DictConfig) -> None:
         for given in overrides:
@@ -84,8 +84,8 @@ def _override(original: Callable[..., None]) -> Any:
 
 
 def lists_replace(configs: list[Any]) -> None:
-    """In each of `configs`, which are merged in this order, lists of strata become mappings, and what the last list
-    replaces is removed from those before it."""
+    """In `configs`, which are merged in this order, turn lists of strata into mappings, and remove what the last list
+    replaces."""
     for key in NAMED:
         holders = [held for config in configs if (held := _held(config, "hierarchy", DictConfig)) is not None]
         lists = [place for place, holder in enumerate(holders) if _held(holder, key, ListConfig) is not None]
@@ -100,7 +100,7 @@ def lists_replace(configs: list[Any]) -> None:
 
 
 def _held(config: Any, key: str, kind: type) -> Any:
-    """What `config` has at `key` if that is of this kind, else None. References are not followed."""
+    """The value at `key` if it is of this kind, else None. References are not followed."""
     if not isinstance(config, DictConfig) or key not in config or OmegaConf.is_interpolation(config, key):
         return None
     value = config.get(key)

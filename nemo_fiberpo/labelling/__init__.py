@@ -1,1 +1,1 @@
-"""Labels of tokens that come from a rollout: the partition of experts, the prefix, the place within the response."""
+"""Labels of tokens that a rollout determines: expert partition, prefix, position or segment within the response."""

@@ -133,8 +133,8 @@ def _table_of_map(by: Mapping[str, Sequence[int]], num_experts: int) -> Tensor:
             table[expert] = number
     missing = (table < 0).nonzero().flatten().tolist()
     if missing:
-        told = f"expert {missing[0]} is" if len(missing) == 1 else f"experts {', '.join(map(str, missing))} are"
-        raise ValueError(f"expert_partitions.by: {told} in no partition; every expert of the model belongs to one")
+        which = f"expert {missing[0]} is" if len(missing) == 1 else f"experts {', '.join(map(str, missing))} are"
+        raise ValueError(f"expert_partitions.by: {which} in no partition; every expert of the model belongs to one")
     return table
 
 

@@ -1,4 +1,4 @@
-"""Segments of a response between markers, such as <think> and </think>; and where markers stand in sampled tokens."""
+"""Segments of a response between markers, such as <think> and </think>; and positions of markers in sampled tokens."""
 
 from __future__ import annotations
 

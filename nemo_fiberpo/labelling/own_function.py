@@ -1,4 +1,4 @@
-"""Labels by a function of the user's."""
+"""Labels by a user's function."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_CELLS = 1000
 
 @dataclass(frozen=True)
 class OwnFunction:
-    """A function of your own: (token ids, text, prompt record) -> (labels, names), of one response.
+    """A custom function: (token ids, text, prompt record) -> (labels, names), of one response.
 
     labels  an integer per token id; label v is called names[v], names without . / = or space
 
@@ -28,8 +28,8 @@ class OwnFunction:
     """Function that labels the tokens of a response, see docs/hierarchy.md."""
 
     names: tuple[str, ...] = setting((), form="list of names")
-    """Names that the function may give, in order. Without them the cells are those that the responses of a rollout
-    name, and budgets cannot be set by name."""
+    """Names that the function may return, in order. Without them the cells are those of each rollout, and budgets
+    cannot be set by name."""
     _call: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Parts of a response that match regular expressions, such as the calls of tools."""
+"""Parts of a response that match regular expressions, such as tool calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text of sampled tokens, and which of them each character belongs to."""
+"""The text of sampled tokens, and the characters of each token."""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ class TokenLabels:
 
     @classmethod
     def parse(cls, sources: Any, ignore: Any) -> TokenLabels | None:
-        """From the values of `token_labels` and `ignore` in a hierarchy, None where neither is given. ValueError naming
-        the field."""
+        """From the values of `token_labels` and `ignore` in a hierarchy, None if it has neither. ValueError naming the
+        field."""
         if sources is None and ignore is None:
             return None
         if not isinstance(sources, Mapping | None):
@@ -72,7 +72,7 @@ class TokenLabels:
         return cls(made, None if ignore is None else _ignored(ignore))
 
     def written(self) -> dict[str, Any]:
-        """`token_labels` and `ignore` as plain values that `parse` makes the same of, those that there are."""
+        """`token_labels` and `ignore` as plain values, the inverse of `parse`."""
         out: dict[str, Any] = {}
         if self.sources:
             out["token_labels"] = {name: _fields(source) for name, source in self.sources.items()}
@@ -86,12 +86,12 @@ class TokenLabels:
         return {name: source.cells for name, source in self.sources.items()}
 
     def check_columns(self, columns: Collection[str]) -> None:
-        """ValueError for a column that none of the hierarchy's strata, switched on or off, is made of."""
+        """ValueError for a column that no stratum of the hierarchy uses, enabled or not."""
         for name in self.sources:
             if name not in columns:
                 raise ValueError(
                     f"token_labels.{name}: no stratum is called {name!r} or joins it, so nothing would use the labels"
-                    f"{nearest(name, columns)}; add one, or leave the source out"
+                    f"{nearest(name, columns)}; add one, or remove the source"
                 )
 
     def check(self, speller: Speller, record: Any) -> None:
@@ -130,7 +130,7 @@ class TokenLabels:
             known = self.sources[name].cells
             if known is None:
                 names[name] = sorted({label for of in labels for label in of})
-                check_number(name, names[name])
+                check_number_of_cells(name, names[name])
             number = {called: place for place, called in enumerate(names.get(name, known or ()))}
             numbers = [[number.get(label, label) for label in of] for of in labels]
             columns[PREFIX + name] = _placed(numbers, starts, tokens)
@@ -139,8 +139,8 @@ class TokenLabels:
         return columns, names
 
 
-def check_number(column: str, names: Collection[str]) -> None:
-    """ValueError for more cells than metrics and reductions are meant for."""
+def check_number_of_cells(column: str, names: Collection[str]) -> None:
+    """ValueError for more cells than metrics and reductions are designed for."""
     if len(names) > MOST_CELLS:
         raise ValueError(
             f"token_labels.{column}: the responses of a rollout name {len(names)} cells, more than {MOST_CELLS}; name "
@@ -149,14 +149,14 @@ def check_number(column: str, names: Collection[str]) -> None:
 
 
 def merged(column: str, names: Sequence[Sequence[str]]) -> list[str]:
-    """The names of a column over all ranks, in an order that does not depend on the ranks."""
+    """The names of a column over all ranks, in an order that is independent of the ranks."""
     out = sorted({name for of in names for name in of})
-    check_number(column, out)
+    check_number_of_cells(column, out)
     return out
 
 
 def renumbered(labels: Tensor, names: Sequence[str], into: Sequence[str]) -> Tensor:
-    """Labels of `names` as those of `into`, which has them all."""
+    """Labels of `names` as labels of `into`, a superset."""
     if not names:
         return labels
     place = {name: number for number, name in enumerate(into)}
@@ -166,7 +166,7 @@ def renumbered(labels: Tensor, names: Sequence[str], into: Sequence[str]) -> Ten
 def _source(name: Any, given: Any) -> Source:
     where = f"token_labels.{cell_name(name, 'token_labels', 'a column')}"
     if name in TAKEN:
-        raise ValueError(f"{where}: {name!r} has labels of its own; take another name")
+        raise ValueError(f"{where}: {name!r} has its own labels; use another name")
     block = {"function": given} if isinstance(given, str) else given
     if not isinstance(block, Mapping):
         raise ValueError(f"{where}: must be a source, such as {{bins: [0, 64]}}, or package.module:function")

@@ -1,4 +1,4 @@
-"""What `fiberpo plan` cannot see in a run's configuration: the machine, and figures that data decide."""
+"""What `fiberpo plan` cannot derive from a run's configuration: the machine, and figures that depend on data."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ..values import whole_number
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Machine and data, for `fiberpo plan`. Training reads `host` only."""
+    """Machine and data, for `fiberpo plan`. Training reads only `host`."""
 
     host: str = setting("nemo_aligner", choices=("nemo_aligner", "megatron"))
-    """Who trains. `nemo_aligner`: this package's actor. `megatron`: a trainer of your own on `nemo_fiberpo.megatron`,
+    """Who trains. `nemo_aligner`: this package's actor. `megatron`: a custom trainer on `nemo_fiberpo.megatron`,
     which the training script refuses."""
 
     gpu_memory_gib: float = setting(79.6, above=0)
@@ -45,7 +45,7 @@ class Assumptions:
     """Vocabulary of the tokenizer; null where `model.override_vocab_size` has it."""
 
     labels: Mapping[str, int] = setting(default_factory=lambda: {"domain": 8}, form="{stratum: whole number}")
-    """Number of labels of each stratum of prompts, where `data.train` is not there to be counted."""
+    """Number of labels of each stratum of prompts, if `data.train` does not exist."""
 
     def __post_init__(self) -> None:
         check(self)

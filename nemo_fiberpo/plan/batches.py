@@ -1,4 +1,4 @@
-"""How the batch sizes of a run must fit together."""
+"""The constraints on a run's batch sizes."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Batches:
         return max(1, self.per_step // (self.micro * data_parallel_size))
 
     def problems(self, data_parallel_size: int, context_parallel_size: int = 1) -> Iterator[str]:
-        """One message per batch size that does not fit, by the field's name. Context-parallel ranks generate responses
-        of their own, and train on those of the data-parallel rank that they share."""
+        """A message per batch size that does not fit, naming the field. Context-parallel ranks generate their own
+        responses, and train on those of their data-parallel rank."""
         generating = data_parallel_size * context_parallel_size
         sizes = (
             ("model.micro_batch_size", self.micro),

@@ -1,8 +1,8 @@
 """The cells of an optimizer step and the bytes of its reductions, by running the objective on stand-in tokens.
 
-Every sample is one token (or one for each combination of a partition of experts and labels of `token_labels`, or each
-position where states are a stratum) on every context-parallel rank. That is enough for cells, censuses and the sizes of
-buffers to be those of a run; how many cells there are is the most that there can be, where data decide.
+Every sample is one token on every context-parallel rank (or one for each combination of an expert partition and labels
+of `token_labels`, or for each position if states are a stratum). Cells, censuses and buffer sizes are then those of a
+run; where the number of cells depends on data, it is the maximum.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nemo_fiberpo.objective import Cells, Hierarchy, RatioGating, SharedCells, b
 from nemo_fiberpo.objective.report import empty_fields, pack
 
 AGREEMENT = 4
-"""Numbers of `megatron.agreement` that ride in the first reduction of a step."""
+"""Numbers of `megatron.agreement` in the first reduction of a step."""
 OF_ROLLOUT = ("prompt_group", "trajectory", "state")
 
 
@@ -37,9 +37,9 @@ class PromptLabels:
     def assumed(
         cls, hierarchy: Hierarchy, prompts: int, counts: Mapping[str, int], of_tokens: Collection[str] = ()
     ) -> PromptLabels:
-        """Of `prompts` prompts with `counts` label values per column, 8 where it says nothing: every column of the
-        chain nests in the one before it, and those of joins and branches meet every combination there is room for.
-        `of_tokens` are columns that prompts have no label in."""
+        """For `prompts` prompts with `counts` label values per column (default 8): every column of the chain nests in
+        the one before it, and those of joins and branches meet every combination that fits. `of_tokens` are columns
+        without labels of prompts."""
         own = [name for name in hierarchy.columns if name not in (*OF_ROLLOUT, COLUMN, *of_tokens)]
         chain = [stratum.name for stratum in hierarchy.active if not stratum.join and stratum not in hierarchy.branches]
         labels: dict[str, list[int]] = {}
@@ -58,7 +58,7 @@ class PromptLabels:
         return cls(labels, names, counted=False)
 
     def most_varied(self, prompts: int) -> list[int]:
-        """`prompts` prompts of the data set with as many combinations of labels as there are."""
+        """`prompts` prompts of the data set with as many label combinations as possible."""
         columns = list(self.labels.values())
         total = len(columns[0]) if columns else prompts
         first: dict[tuple[int, ...], int] = {}
@@ -177,7 +177,7 @@ def _cells(
             labels[name] = known[name]
         else:
             labels[name] = torch.tensor(prompts.labels[name])[torch.tensor(chosen)[prompt]]
-    # Without an active stratum there are no labels, and the mask tells the number of tokens.
+    # Without an active stratum there are no labels; the mask gives the number of tokens.
     live = torch.ones(len(sample), dtype=torch.bool)
     return hierarchy.cells(labels, live, names={name: names[name] for name in labels if name in names})
 

@@ -18,20 +18,21 @@ from .shape import ModelShape
 GIB = 2**30
 MIB = 2**20
 LOGIT_CHUNK = 3 * 4 * 2**24  # what `logprobs.vocab_parallel_log_probs` works on at a time, in float32
-GUARD_ROWS = 2  # rows that keep expert-parallel ranks in lockstep while responses are generated
+GUARD_ROWS = 2  # rows that keep expert-parallel ranks in lockstep during generation
 
 
 @dataclass(frozen=True)
 class Run:
-    """What memory depends on beside shape and layout.
+    """The inputs of memory besides shape and layout.
 
-    prompt, response   lengths in tokens, at most;  rows: samples per micro-batch;  forward: per micro-batch of old
-                       log-probs;  generated: per generation batch, 0 where another program generates
+    prompt, response   maximum lengths in tokens
+    rows, forward      samples per micro-batch, of training and of old log-probs
+    generated          samples per generation batch; 0 if another program generates
     microbatches       per optimizer step and data-parallel rank
-    weight_bytes       of one parameter;  gradient_bytes, optimizer_bytes: likewise
-    recompute          layers of a stage whose activations are computed again; -1 for all
+    weight_bytes, gradient_bytes, optimizer_bytes   of one parameter
+    recompute          layers of a stage whose activations are recomputed; -1 for all
     checkpoint_every   layers per checkpoint
-    flash              attention never holds [s, s] scores
+    flash              attention never materializes [s, s] scores
     allgather          the dispatcher of tokens to experts gathers all of them
     """
 

@@ -1,4 +1,4 @@
-"""All that `fiberpo plan` says about a run, and everything that is wrong with it."""
+"""The content of `fiberpo plan`: what a run needs, and everything that is wrong with it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from .shape import ModelShape
 
 @dataclass(frozen=True)
 class Request:
-    """The parts of a run's configuration, resolved; what could not be read is None and said in the problems already.
+    """The parts of a run's configuration, resolved; None where they could not be read, which `problems` reports.
 
     of_tokens  names of the labels of `token_labels` by column
-    kl  whether the initial policy is needed;  epochs: passes over a rollout;  passes: forward passes of a step
-    cpu  a run without GPUs: neither its memory nor its network is what `assumptions` say, so that the one is compared
-         with nothing and no times are estimated
+    kl         whether the initial policy is needed
+    epochs     passes over a rollout
+    passes     forward passes of a step
+    cpu        a run without GPUs: no times are estimated, and memory is not compared with `assumptions`
     """
 
     name: str
@@ -48,14 +49,14 @@ class Request:
 
     @property
     def response_length(self) -> int:
-        """Longest response in tokens. ValueError if that is no number of tokens."""
+        """Longest response in tokens. ValueError unless it is a positive whole number."""
         return response_length(self.model)
 
 
 @dataclass
 class Plan:
-    """What is known, None where a problem kept it from being computed; problems refuse the run, warnings do not.
-    `unchecked` are the files that the configuration names and that are not there."""
+    """The results, None where a problem prevented them. Problems refuse the run, warnings do not; `unchecked` lists
+    files that the configuration names and that do not exist."""
 
     name: str
     assumptions: Assumptions
@@ -75,13 +76,13 @@ class Plan:
     unchecked: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the fields, and what follows from them."""
+        """For JSON: the fields and derived values."""
         out: dict[str, Any] = {"name": self.name, "runs": not self.problems, "cpu": self.cpu}
         out |= {"problems": self.problems, "warnings": self.warnings, "unchecked": self.unchecked}
         for name in ("layout", "shape", "batches", "memory", "cells", "times", "assumptions"):
             value = getattr(self, name)
             out[name] = None if value is None else dataclasses.asdict(value)
-        if self.cpu:  # none of them was used but these
+        if self.cpu:  # the only ones used
             out["assumptions"] = {name: out["assumptions"][name] for name in ("host", "vocab_size", "labels")}
         if self.layout is not None:
             out["layout"] |= {"world": self.layout.world, "dp": self.layout.dp, "expert_dp": self.layout.expert_dp}
@@ -97,7 +98,7 @@ class Plan:
 
 
 def make_plan(request: Request, problems: list[str]) -> Plan:
-    """The plan of a run; `problems` of its configuration are known already and come first."""
+    """The plan of a run, after the known `problems` of its configuration."""
     plan = Plan(request.name, request.assumptions, request.cpu, problems=list(problems))
     layout = _tried(plan, lambda: Layout.from_config(request.model, request.trainer))
     if layout is None:

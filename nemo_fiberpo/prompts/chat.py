@@ -1,4 +1,4 @@
-"""Prompts as chat messages: what a line may hold, and the tokens that the policy's own chat template makes of them."""
+"""Prompts as chat messages: their format, and their tokens by the policy's own chat template."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_messages(messages: Any) -> None:
                 raise ValueError(f"{where}.{key}: expected a string, found {type(message[key]).__name__}")
         if message["role"] not in ROLES:
             raise ValueError(f"{where}.role: {short(message['role'])} is unknown{nearest(message['role'], ROLES)}")
-        # An empty system message switches off the one that a template adds by itself.
+        # An empty system message disables the template's default one.
         if not message["content"].strip() and message["role"] != "system":
             raise ValueError(f"{where}.content: is empty")
     if messages[-1]["role"] not in ("user", "tool"):
@@ -40,12 +40,12 @@ def check_messages(messages: Any) -> None:
 
 
 def chat_ids(messages: Sequence[dict[str, str]], tokenizer: Any) -> list[int]:
-    """The tokens of a conversation by the tokenizer's chat template, with its generation prompt.
+    """The tokens of a conversation by the tokenizer's chat template, with the generation prompt.
 
-    They are those of transformers' `apply_chat_template(messages, add_generation_prompt=True, tokenize=True)`: they
-    begin with the BOS token if the template writes one, and not otherwise.
+    They are those of transformers' `apply_chat_template(messages, add_generation_prompt=True, tokenize=True)`, with a
+    BOS token only if the template writes one.
 
-    tokenizer  NeMo's. ValueError if it does not wrap one of transformers with a template, or if the template fails.
+    tokenizer  NeMo's. ValueError unless it wraps one of transformers with a template, or if the template fails.
     """
     wrapped = getattr(tokenizer, "tokenizer", None)
     if getattr(wrapped, "chat_template", None) is None:

@@ -1,4 +1,4 @@
-"""Lines of JSON that somebody wrote by hand or by a script: read once, and strictly."""
+"""Strict reading of JSON lines."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def lines_of(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; ValueError for a name that stands in it twice, of which Python would take the last."""
+    """A JSON object; ValueError for a duplicate name."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice}: stands twice in an object")
+        raise ValueError(f"{twice}: duplicate name in an object")
     return found
 
 
 def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no number of JSON")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def parse_line(line: bytes) -> Any:
-    """A line as JSON has it: UTF-8, names once in an object, finite numbers, and text that can be written as UTF-8
-    again, without half of a surrogate pair. ValueError for anything else."""
+    """A line of JSON: UTF-8, unique names in objects, finite numbers, and text without half of a surrogate pair.
+    ValueError otherwise."""
     try:
         text = line.decode().strip()
         data = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
@@ -48,7 +48,7 @@ def parse_line(line: bytes) -> Any:
         raise ValueError(f"not UTF-8: {error}") from None
     except UnicodeEncodeError as error:
         around = error.object[max(0, error.start - 20) : error.start]
-        raise ValueError(f"half of a surrogate pair ({error.object[error.start]!a}) behind {around!r}") from None
+        raise ValueError(f"half of a surrogate pair ({error.object[error.start]!a}) after {around!r}") from None
     except RecursionError:
         raise ValueError("nested too deep") from None
     except ValueError as error:

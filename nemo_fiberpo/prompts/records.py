@@ -1,22 +1,21 @@
-"""Prompts in JSONL files, line by line.
+"""Prompts in JSONL files.
 
 One JSON object a line:
-    prompt     text, not empty: the policy reads it as it stands
-    messages   in place of prompt, a conversation to be answered: [{"role": "user", "content": "2+5="}], with the roles
-               system, user, assistant and tool. The tokenizer's own chat template writes it out and adds the beginning
-               of the answer (the generation prompt). The policy reads the tokens that transformers'
-               `apply_chat_template` makes; `add_BOS` does not apply, the template decides about BOS. A template that
-               writes today's date makes another prompt each day
-    domain     name of the domain; the strata `domain` and `prompt_group` are made of this and of the prompt's index
+    prompt     text, not empty, passed to the policy unchanged
+    messages   instead of prompt, a conversation: [{"role": "user", "content": "2+5="}], with the roles system, user,
+               assistant and tool. The tokenizer's chat template formats it and adds the generation prompt, as
+               transformers' `apply_chat_template` does; `add_BOS` does not apply. A template that writes today's date
+               makes another prompt each day
+    domain     name of the domain, the label of the stratum `domain`
     grader     "reasoning_gym" (with `task`, `entry`), "math_verify" (with `answer`), both with an optional
-               `answer_form`, or one of the config's own, whose fields are free
+               `answer_form`, or a custom one of the config, with any fields
     id         optional, unique in the file
     response   optional reference answer, for a supervised warm start
-    strata     optional {stratum: label} for strata of the hierarchy's own beside domain, prompt_group and trajectory,
-               such as {"language": "en"}; labels are text
-    meta       optional, anything: where the rest of a public data set can stay; nothing reads it
-Blank lines and a byte-order mark are skipped. Every refusal is a ValueError that names file, line and field, of the
-first ten lines that are wrong.
+    strata     optional {stratum: label} for strata other than domain, prompt_group and trajectory, such as
+               {"language": "en"}; labels are text
+    meta       optional, anything; not read
+Blank lines and a byte-order mark are skipped. Errors are ValueErrors that name file, line and field of the first ten
+faulty lines.
 """
 
 from __future__ import annotations
@@ -39,15 +38,15 @@ _OPTIONAL = ("id", "response")
 _STRATA, _META = "strata", "meta"
 _OF_ROLLOUT = ("domain", "prompt_group", "trajectory", "state", COLUMN)  # strata whose labels are not for `strata`
 _ALL = "all"  # in metrics and tables, the mean over all domains
-_TOLD = 10  # lines that are wrong of which a message tells
+_TOLD = 10  # faulty lines that a message lists
 _JSON_NAMES: dict[type, str] = {str: "a string", dict: "an object"}
 
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """One prompt. `fields` is what its grader gets; `where` is "file:line", for messages of errors.
+    """One prompt. `fields` is what its grader gets; `where` is "file:line", for error messages.
 
-    `prompt` is the text; where there are `messages`, it is the content of the last one, which the policy answers.
+    `prompt` is the text; with `messages`, the content of the last one.
     """
 
     prompt: str
@@ -67,15 +66,14 @@ class PromptRecord:
 
     @property
     def prompt_field(self) -> str:
-        """The field of the line that the prompt is made of."""
+        """The field of the line with the prompt."""
         return _PROMPT if self.messages is None else _MESSAGES
 
 
 def load_prompts(path: str | Path, own_graders: Collection[str] = ()) -> list[PromptRecord]:
     """Read and check a JSONL file of prompts (format at the top of this module).
 
-    `own_graders` names the graders that the config adds to the ones that ship. ValueError names file, line and field,
-    for a file that cannot be read the file.
+    `own_graders` are the names of the config's custom graders. ValueError naming file, line and field.
     """
     records: list[PromptRecord] = []
     wrong: list[str] = []
@@ -119,7 +117,7 @@ def _record(where: str, line: bytes, own_graders: Collection[str]) -> PromptReco
     strata = data.get(_STRATA, {})
     _check_names(where, "domain", [data["domain"]])
     if data["domain"] == _ALL:
-        raise ValueError(f"{where}: domain: {_ALL!r} is what the mean over all domains is called; take another name")
+        raise ValueError(f"{where}: domain: {_ALL!r} is the name of the mean over all domains; use another name")
     _check_strata(where, strata)
     known = (_PROMPT, _MESSAGES, *_REQUIRED, *_OPTIONAL, _STRATA, _META)
     rest = {name: value for name, value in data.items() if name not in known}
@@ -131,7 +129,7 @@ def _record(where: str, line: bytes, own_graders: Collection[str]) -> PromptReco
 
 
 def _messages(where: str, data: dict[str, Any]) -> tuple[dict[str, str], ...] | None:
-    """The checked `messages` of a line, None if it has a `prompt` in their place."""
+    """The checked `messages` of a line, None if it has a `prompt` instead."""
     if _MESSAGES not in data:
         if isinstance(data.get(_PROMPT), list):
             raise ValueError(f"{where}: {_PROMPT}: expected a string, found list; chat messages go into {_MESSAGES}")
@@ -139,7 +137,7 @@ def _messages(where: str, data: dict[str, Any]) -> tuple[dict[str, str], ...] | 
             raise ValueError(f"{where}: {_MESSAGES}: missing{hint}")
         return None
     if _PROMPT in data:
-        raise ValueError(f"{where}: {_MESSAGES}: stands beside {_PROMPT}; a line has one of the two")
+        raise ValueError(f"{where}: {_MESSAGES}: given beside {_PROMPT}; a line has one of the two")
     with at(f"{where}: "):
         check_messages(data[_MESSAGES])
     return tuple(data[_MESSAGES])
@@ -151,16 +149,16 @@ def _check_strata(where: str, strata: Any) -> None:
     for name in strata:
         if name in _OF_ROLLOUT:
             raise ValueError(
-                f"{where}: {_STRATA}.{name}: {name!r} has labels of its own, these would not be read; take another name"
+                f"{where}: {_STRATA}.{name}: {name!r} has its own labels, these would not be read; use another name"
             )
     _check_names(where, _STRATA, [*strata, *strata.values()])
 
 
 def _check_names(where: str, field: str, names: Iterable[str]) -> None:
-    """They stand in the keys of metrics and in tables."""
+    """They are used in the keys of metrics and in tables."""
     for name in names:
         if not name.strip() or not name.isprintable():
-            raise ValueError(f"{where}: {field}: {short(name)} is no name: it is empty, or has control characters")
+            raise ValueError(f"{where}: {field}: {short(name)} is no valid name: empty, or with control characters")
 
 
 def _check_fields(where: str, grader: str, fields: dict[str, Any]) -> None:

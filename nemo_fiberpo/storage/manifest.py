@@ -35,7 +35,7 @@ class Manifest:
     run: str | None = None
 
     def text(self) -> str:
-        """The file: JSON that ends with the digest of the rest, so that damage of the manifest itself shows."""
+        """The file: JSON that ends with the digest of the rest, which reveals damage of the manifest itself."""
         body: dict[str, Any] = {"format": FORMAT} | ({} if self.run is None else {"run": self.run})
         body |= {"state": dict(self.state), "files": dict(self.files)}
         seal = hashlib.sha256(json.dumps(body).encode()).hexdigest()
@@ -43,13 +43,13 @@ class Manifest:
 
 
 def files_of(checkpoint: Path) -> list[str]:
-    """Every file of a checkpoint but its manifest, sorted."""
+    """All files of a checkpoint except its manifest, sorted."""
     found = (path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_file())
     return sorted(path.as_posix() for path in found if path.as_posix() not in (NAME, NAME + ".tmp"))
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """After a crash at any moment `path` holds its old text or this one, on the disk too."""
+    """Write `text` to `path` so that a crash leaves the old text or the new, also on disk."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w") as file:
         file.write(text)
@@ -60,7 +60,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file or directory."""
+    """Flush a file or directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -87,20 +87,20 @@ def _threads() -> int:
 
 
 def write(checkpoint: Path, manifest: Manifest) -> None:
-    """Declare a checkpoint whole. Its folders are on the disk before its manifest."""
+    """Mark a checkpoint as whole. Its folders are flushed to disk before its manifest."""
     for folder in {(checkpoint / name).parent for name in manifest.files} | {checkpoint}:
         sync(folder)
     write_atomically(checkpoint / NAME, manifest.text())
 
 
 def read(checkpoint: Path) -> Manifest | None:
-    """The manifest, None without one. ValueError if it is damaged, of another format or no regular file, OSError if it
-    is unreadable."""
+    """The manifest, None without one. ValueError if it is damaged, of another format or not a regular file, OSError if
+    it is unreadable."""
     return read_file(checkpoint / NAME)
 
 
 def read_file(seal: Path) -> Manifest | None:
-    """As `read`, of a manifest that may stand beside its files."""
+    """As `read`, for a manifest that may be beside its files."""
     try:
         raw = reading.read_bytes(seal)
     except OSError as error:
@@ -111,7 +111,7 @@ def read_file(seal: Path) -> Manifest | None:
 
 
 def parse(raw: bytes) -> Manifest:
-    """ValueError if a manifest is damaged or of another format, or what it lists is no file of a checkpoint."""
+    """ValueError if a manifest is damaged or of another format, or lists anything but files of a checkpoint."""
     try:
         text = raw.decode()
         values = json.loads(text)
@@ -145,8 +145,8 @@ def _count(value: Any) -> bool:
 
 
 def problems(checkpoint: Path, manifest: Manifest, names: Iterable[str] | None = None) -> list[str]:
-    """What is wrong with files (default: all of the manifest), one line each that begins with the file: missing, of
-    another size, altered. OSError if one cannot be read, which says nothing about what it holds."""
+    """What is wrong with files (default: all of the manifest), one line each that begins with the file: missing, wrong
+    size, altered. OSError if one cannot be read: it may still be whole."""
 
     def problem(name: str) -> str | None:
         wanted = manifest.files[name]
@@ -171,7 +171,7 @@ def problems(checkpoint: Path, manifest: Manifest, names: Iterable[str] | None =
 
 
 def _digest(file: BinaryIO, size: int) -> str | None:
-    """SHA-256 of a file of that many bytes; None for one that goes on behind them, as files of the kernel may."""
+    """SHA-256 of a file of that many bytes; None if it is longer, as kernel files can be."""
     digest, left = hashlib.sha256(), size
     while left > 0 and (block := file.read(min(left, _BLOCK))):
         digest.update(block)
@@ -180,8 +180,8 @@ def _digest(file: BinaryIO, size: int) -> str | None:
 
 
 def holds(seal: Path, state: Mapping[str, int]) -> bool:
-    """Whether a manifest that stands beside its files is of this state of the trainer, and they are as it says. False
-    too where one of them is missing, damaged or cannot be read: what it seals is then made again."""
+    """Whether a manifest beside its files has this trainer state, and they match it. False too if a file is missing,
+    damaged or unreadable."""
     try:
         found = read_file(seal)
         return found is not None and found.state == dict(state) and not problems(seal.parent, found)

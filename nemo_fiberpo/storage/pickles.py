@@ -44,7 +44,7 @@ class _Metadata(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong into the metadata of a checkpoint: not loaded")
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in the metadata of a checkpoint: not loaded")
 
 
 class _Restricted:
@@ -66,9 +66,8 @@ _restricted: Patches | None = None
 
 
 def restrict() -> None:
-    """From now on torch.load takes tensors, plain values and `_safe_classes` alone, also where it is told otherwise,
-    and the metadata of distributed checkpoints its own classes. Anything else is an error that names it, see `named`.
-    """
+    """From now on torch.load accepts only tensors, plain values and `_safe_classes`, whatever its arguments, and the
+    metadata of distributed checkpoints only its own classes. Anything else is an error that names it, see `named`."""
     global _restricted
     if _restricted is not None:
         return
@@ -84,17 +83,17 @@ def restrict() -> None:
 
 @contextlib.contextmanager
 def named(where: object) -> Iterator[None]:
-    """ValueError that names `where` and the class or function, where something is refused."""
+    """Turn a refusal into a ValueError that names `where` and the class or function."""
     try:
         yield
-    except BaseException as error:  # torch's CheckpointException is no Exception
+    except BaseException as error:  # torch's CheckpointException is not an Exception
         found = _REFUSED.search(str(error))
         if found is None:
             raise
         name = next(filter(None, found.groups()))
         raise ValueError(
-            f"{where}: a pickle in it names {name}, which is not loaded; tensors, plain values and what checkpoints of "
-            "Megatron-core consist of are"
+            f"{where}: a pickle in it names {name}, which is not loaded; only tensors, plain values and the "
+            "classes of Megatron-core's checkpoints are"
         ) from error
 
 
@@ -113,7 +112,7 @@ def lift() -> None:
 
 
 def _safe_classes() -> list[Any]:
-    """Of Lightning's part of a checkpoint: the configuration as OmegaConf keeps it, counters, empty extra states."""
+    """The classes of Lightning's part of a checkpoint: OmegaConf's configuration, counters, empty extra states."""
     from collections import OrderedDict, defaultdict
     from io import BytesIO
     from pathlib import PosixPath

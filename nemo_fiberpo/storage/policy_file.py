@@ -1,8 +1,8 @@
-"""A `.nemo` file or folder before anything of it is loaded: whole by its manifest, plain files within bounds, and a
-configuration that runs no code.
+"""A `.nemo` file or folder, checked before anything of it is loaded: whole by its manifest, only plain files within
+bounds, and a configuration that runs no code.
 
-Its configuration comes from whoever made it. NeMo imports what `target` and `_target_` name, transformers runs the code
-of a tokenizer that is trusted, and some kinds of tokenizer unpickle their vocabulary; none of that is read from here.
+Its configuration is untrusted. NeMo imports what `target` and `_target_` name, transformers runs the code of a trusted
+tokenizer, and some kinds of tokenizer unpickle their vocabulary; none of that is read from here.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from nemo_fiberpo.storage.manifest import Manifest
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights"
 TOKENIZERS = ("huggingface", "sentencepiece", "megatron", "tiktoken", "byte-level")
-_OWN = ("target", "nemo_version", "optim")  # what NeMo writes at the top and nothing here reads: all is the run's
+_OWN = ("target", "nemo_version", "optim")  # written by NeMo, unused here
 _NAMES_CODE = ("_target_", "target", "cls")
 _RESOLVER = re.compile(r"\$\{[^}]*:")
 _LARGEST_CONFIG = 2**20
-_EXPANSION = 16  # an archive may hold this many times its own size; weights hardly compress
+_EXPANSION = 16  # largest ratio of content to archive size; weights hardly compress
 
 
 def check(policy: Path, verify: Callable[[Path, Manifest], list[str]] = manifest.problems) -> str:
-    """A line that says whether the policy was verified against a manifest, or had none.
+    """Check a policy; returns a line that tells whether it was verified against a manifest.
 
-    ValueError naming the file where it is not what its manifest says, where it holds what is no plain file, pickled
-    weights of an older NeMo or a checkpoint of NeMo 2, and as `read_config`. OSError if a file cannot be read.
+    ValueError naming the file if it does not match its manifest, is not a plain file, has pickled weights of an older
+    NeMo or is a checkpoint of NeMo 2, and as `read_config`. OSError if a file cannot be read.
     """
     said = _verified(policy, verify)
     names = _names(policy)
@@ -47,14 +47,14 @@ def check(policy: Path, verify: Callable[[Path, Manifest], list[str]] = manifest
         if name.parts[0] == "context":
             raise ValueError(
                 f"{policy}: is a checkpoint of NeMo 2, whose {name} names functions to call; export it to Hugging Face "
-                "with NeMo and take `fiberpo import-hf`"
+                "with NeMo and use `fiberpo import-hf`"
             )
     read_config(policy)
     return said
 
 
 def seal_of(policy: Path) -> Path:
-    """Where the manifest of a policy is: in the folder, or beside the file."""
+    """Path of a policy's manifest: in the folder, or beside the file."""
     return policy / manifest.NAME if policy.is_dir() else policy.with_name(policy.name + "." + manifest.NAME)
 
 
@@ -70,7 +70,7 @@ def _verified(policy: Path, verify: Callable[[Path, Manifest], list[str]]) -> st
         root, added = policy, sorted(set(manifest.files_of(policy)) - set(found.files))
     else:
         root, added = policy.parent, [policy.name] if len(found.files) != 1 else []
-        # Of one file, whatever its name was when it was written.
+        # A single file may have been renamed.
         found = Manifest(dict(zip([policy.name], found.files.values(), strict=False)), found.state)
     if added:
         raise _damaged(policy, f"{added[0]} is not in the manifest", seal)
@@ -81,7 +81,7 @@ def _verified(policy: Path, verify: Callable[[Path, Manifest], list[str]]) -> st
 
 def _damaged(policy: Path, what: str, seal: Path) -> ValueError:
     return ValueError(
-        f"{policy}: damaged: {what}. Put an intact copy there; or remove {seal}, if it was changed on purpose"
+        f"{policy}: damaged: {what}. Restore an intact copy; or remove {seal}, if it was changed on purpose"
     )
 
 
@@ -94,7 +94,7 @@ def _names(policy: Path) -> list[PurePosixPath]:
 
 @contextlib.contextmanager
 def open_archive(policy: Path) -> Iterator[tarfile.TarFile]:
-    """The archive. ValueError for what is none."""
+    """The archive; ValueError if it is not one."""
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(reading.open_regular(policy))
@@ -105,8 +105,8 @@ def open_archive(policy: Path) -> Iterator[tarfile.TarFile]:
 
 
 def members(archive: tarfile.TarFile, policy: Path) -> Iterator[tuple[tarfile.TarInfo, PurePosixPath]]:
-    """The files and folders of an archive and their names in it. ValueError for anything else that it holds, for a name
-    that leads out of it or stands twice, and where they are far larger than the archive."""
+    """The files and folders of an archive and their names in it. ValueError for anything else, for a name that leads
+    out of it or is duplicate, and if they are far larger than the archive."""
     most = _EXPANSION * policy.stat().st_size
     seen: set[PurePosixPath] = set()
     try:
@@ -127,16 +127,15 @@ def members(archive: tarfile.TarFile, policy: Path) -> Iterator[tuple[tarfile.Ta
 
 
 def read_config(policy: Path) -> DictConfig:
-    """The `model` section in a policy, without what is the run's: the class, NeMo's version and the optimizer.
+    """The `model` section of a policy, without the run's part: the class, NeMo's version and the optimizer.
 
-    ValueError naming the file and the key where it names code to run, trusts a tokenizer's, has a kind of tokenizer
-    that is not in TOKENIZERS, or calls a resolver; where it has aliases, which can grow without end; and where it is no
-    mapping.
+    ValueError naming the file and the key if it names code to run, trusts a tokenizer's code, has a kind of tokenizer
+    not in TOKENIZERS, calls a resolver, has aliases (which can grow without bound), or is not a mapping.
     """
     where, text = f"{policy}/{CONFIG}", _text(policy)
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError(f"{where}: has YAML aliases; write out what they stand for")
+            raise ValueError(f"{where}: has YAML aliases; write out their values")
         config = OmegaConf.create(text)
     except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise ValueError(f"{where}: cannot be read: {str(error) or type(error).__name__}") from error

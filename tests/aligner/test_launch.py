@@ -7,7 +7,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from nemo_fiberpo.aligner.config.sections import data_settings
-from nemo_fiberpo.aligner.lifecycle.ending import explain
+from nemo_fiberpo.aligner.lifecycle.ending import run_main
 from nemo_fiberpo.hydra_support.command_line import command_line
 
 
@@ -16,25 +16,25 @@ def test_a_script_that_ends_well_leaves_no_process_group():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         dist.new_group([0])
 
-    explain(main)
+    run_main(main)
     assert not dist.is_initialized()
 
 
 def test_an_error_about_the_input_is_one_line():
     cfg = OmegaConf.create({"data": {"trian": "x.jsonl"}})
     with pytest.raises(SystemExit, match=r"^error: data.trian: unknown"):
-        explain(lambda: data_settings(cfg))
+        run_main(lambda: data_settings(cfg))
 
 
 def test_an_error_from_elsewhere_keeps_its_traceback():
     with pytest.raises(ValueError, match="invalid literal"):
-        explain(lambda: int("x"))
+        run_main(lambda: int("x"))
 
 
 def test_torchrun_is_told_an_error_about_the_input(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     with pytest.raises(SystemExit):
-        explain(lambda: data_settings(OmegaConf.create({"data": {"trian": "x.jsonl"}})))
+        run_main(lambda: data_settings(OmegaConf.create({"data": {"trian": "x.jsonl"}})))
     assert json.loads((tmp_path / "error.json").read_text())["message"]["message"].startswith("error: data.trian")
 
 
@@ -43,7 +43,7 @@ def test_ctrl_c_leaves_no_traceback():
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as left:
-        explain(main)
+        run_main(main)
     assert left.value.code == 130
 
 

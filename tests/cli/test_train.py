@@ -123,7 +123,7 @@ def test_as_many_ranks_as_the_config_and_the_machine_call_for(overrides, cores, 
 
 def test_a_machine_that_cannot_run_it_is_told_so():
     cfg = compose("quickstart", ["cpu=false", "trainer.accelerator=gpu"])
-    with pytest.raises(ValueError, match=r"trainer\.accelerator: gpu, but there is none"):
+    with pytest.raises(ValueError, match=r"trainer\.accelerator: gpu, but this machine has none"):
         launcher.ranks_for(cfg)
     with pytest.raises(ValueError, match=r"trainer\.num_nodes: 2.*train\.sbatch"):
         launcher.ranks_for(compose("quickstart", ["trainer.num_nodes=2"]))

@@ -37,7 +37,7 @@ def test_logits_are_those_of_transformers(name: str):
 def logits(config: dict[str, Any], model: Any, tokens: torch.Tensor) -> torch.Tensor:
     """Of Megatron's GPT with the weights of a transformers model."""
     length = tokens.shape[1]
-    with gpt.megatron_alone(), torch.no_grad():
+    with gpt.single_process_megatron(), torch.no_grad():
         built = gpt.build_gpt(config, torch.float32).eval()
         gpt.load_into(built, to_megatron(dict(model.state_dict()).__getitem__, config))
         causal = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]

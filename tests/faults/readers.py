@@ -51,7 +51,7 @@ def read_bytes_of_shards(folder: Path, found: Any) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    with gpt.megatron_alone():
+    with gpt.single_process_megatron():
         dist_checkpointing.save({"x": ShardedObject("x", found, (1,), (0,))}, str(folder))
         dist_checkpointing.load({"x": ShardedObject("x", None, (1,), (0,))}, str(folder))
 

@@ -125,7 +125,7 @@ BUDGET = {"pos": 0.2, "neg": 0.1}
         ),
         (
             {"a": {"budget": BUDGET, "budgets": {1: BUDGET, "1": BUDGET}}},
-            r"strata\.a\.budgets\.1: stands there twice",
+            r"strata\.a\.budgets\.1: is given twice",
         ),
     ],
 )

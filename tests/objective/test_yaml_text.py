@@ -22,8 +22,8 @@ BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         ("token_clip: 1:30.5\n", "line 1: 1:30.5 is 90.5 to YAML"),
         ("token_clip: 010\n", "line 1: 010 is 8 to YAML"),
         ("a: [0.5, 10:01]\n", "line 1: 10:01 is 601 to YAML"),
-        (BOMB, "line 4: aliases stand for more than 1000 values"),
-        ("a: &a\n  b: *a\n", r"line 2: \*a stands inside what it stands for"),
+        (BOMB, "line 4: aliases expand to more than 1000 values"),
+        ("a: &a\n  b: *a\n", r"line 2: \*a is inside its own anchor"),
         ("a: " + 200 * "[", "line 1: nested more than 100 deep"),
     ],
 )

@@ -98,7 +98,7 @@ def test_a_name_is_looked_up_in_conf_here_too(tmp_path: Path, run: Run, monkeypa
         ({"mine.yaml": "a: [1"}, "expected ',' or ']'"),
         ({"mine.yaml": "- 1"}, "must be a mapping"),
         ({"mine.yaml": ""}, "has no section model"),
-        ({"mine.yml": OWN}, "Hydra reads .yaml alone; rename it to mine.yaml"),
+        ({"mine.yml": OWN}, "Hydra reads only .yaml; rename it to mine.yaml"),
     ],
 )
 def test_a_file_outside_of_conf_that_cannot_be_taken_is_one_line(

@@ -76,7 +76,7 @@ def test_byte_items_of_shards_run_nothing(policy: Path, tmp_path: Path):
     folder = tmp_path / "weights"
     folder.mkdir()
     item = ShardedObject("x", Touch(tmp_path / "ran"), (1,), (0,))
-    with gpt.megatron_alone():
+    with gpt.single_process_megatron():
         dist_checkpointing.save({"x": item}, str(folder))
         with pytest.raises(ValueError, match="a: a pickle in it names posix.system"), pickles.named("a"):
             dist_checkpointing.load({"x": ShardedObject("x", None, (1,), (0,))}, str(folder))

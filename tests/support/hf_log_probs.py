@@ -35,7 +35,7 @@ def main() -> None:
     build.initialise(cfg, trainer, actor, list(range(cfg.model.global_batch_size)), 1)
     torch.save(actor.log_probs_of(TOKENS, torch.full((2,), 10)), out)
     actor.save_to(out.removesuffix(".pt") + "/again.nemo")
-    ending.leave()
+    ending.destroy_process_groups()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,31 @@ def wait_for(condition: Callable[[], object], seconds: float, what: str, every: 
             raise TimeoutError(f"{what}: not within {seconds:.0f} s")
         time.sleep(every)
     return time.monotonic() - begun
+
+
+CHECK = """
+import contextlib, io, runpy, sys
+script, *commands = sys.argv[1:]
+for command in commands:
+    sys.argv = [script, "--check", *command.split("\\n")]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # what was checked
+            runpy.run_path(script, run_name="__main__")
+        print("fine")
+    except SystemExit as leaving:
+        print(leaving.code)
+"""
+
+
+def check_each(commands: Sequence[Sequence[str]]) -> tuple[list[str], str]:
+    """`--check` of the training script with each of these arguments, in one process: "fine" or the error for each, and
+    standard error."""
+    script = str(ROOT / "examples" / "train_gpt_fiberpo.py")
+    given = [sys.executable, "-c", CHECK, script, *("\n".join(command) for command in commands)]
+    done = subprocess.run(given, env=environment(), text=True, capture_output=True, timeout=300)
+    lines = [line for line in done.stdout.splitlines() if line == "fine" or line.startswith("error: ")]
+    assert len(lines) == len(commands), done.stdout + done.stderr
+    return lines, done.stderr
 
 
 def arguments(run_dir: Path, *overrides: str) -> list[str]:

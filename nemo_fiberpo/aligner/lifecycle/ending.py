@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from nemo_fiberpo.aligner.lifecycle.first_rank import SaidByFirstRank
+from nemo_fiberpo.aligner.lifecycle.first_rank import FirstRankError
 from nemo_fiberpo.aligner.lifecycle.preemption import LAUNCHED, NOT_FINISHED, Stopped, finish
 
 
-def leave() -> None:
+def destroy_process_groups() -> None:
     """Destroy the process groups.
 
     A process that leaves this to interpreter shutdown can abort: a gloo thread may still hold the last tensor of a
@@ -27,7 +27,7 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def explain(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], None]) -> None:
     """Run a script's main, destroy its process groups, and exit: 75 if the run can be resumed, 1 if it failed.
 
     A ValueError raised by this package is about the user's input: it is printed as one line, once for all ranks, and
@@ -36,12 +36,12 @@ def explain(main: Callable[[], None]) -> None:
     try:
         main()
     except Stopped as stopped:
-        leave()
+        destroy_process_groups()
         finish()
-        sys.exit(NOT_FINISHED if stopped.can_go_on else 1)
+        sys.exit(NOT_FINISHED if stopped.resumable else 1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except SaidByFirstRank:
+    except FirstRankError:
         sys.exit(1)
     except ValueError as error:
         trace = error.__traceback__
@@ -50,12 +50,12 @@ def explain(main: Callable[[], None]) -> None:
         raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
         if os.environ.get("FIBERPO_TRACEBACK") or not raised_in.startswith("nemo_fiberpo"):
             raise
-        _tell_torchrun(f"error: {error}")
-        sys.exit(1 if _was_said(text := f"error: {error}") else text)
-    leave()
+        _report_to_torchrun(f"error: {error}")
+        sys.exit(1 if _was_printed(text := f"error: {error}") else text)
+    destroy_process_groups()
 
 
-def _was_said(text: str) -> bool:
+def _was_printed(text: str) -> bool:
     """Whether another rank of the same launcher has already printed this."""
     folder = os.environ.get(LAUNCHED)
     if folder is None:
@@ -67,9 +67,9 @@ def _was_said(text: str) -> bool:
     return False
 
 
-def _tell_torchrun(message: str) -> None:
+def _report_to_torchrun(message: str) -> None:
     """End torchrun's report, which comes after the output of all ranks, with this message."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        told = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
-        Path(path).write_text(json.dumps({"message": told}))
+        report = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
+        Path(path).write_text(json.dumps({"message": report}))

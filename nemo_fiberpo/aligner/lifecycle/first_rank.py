@@ -21,21 +21,21 @@ from torch.distributed.rendezvous import rendezvous
 from nemo_fiberpo.aligner.lifecycle.preemption import Stopped
 
 # Seconds that the first rank, whose process may serve the store, waits for the others to receive its decision.
-HEARD = 10.0
+ACK_TIMEOUT = 10.0
 SECRET = "FIBERPO_JOB_SECRET"
 Message = dict[str, Any]  # JSON
 _SIGNED = 64  # length of the signature before a message
 _stores: list[Any] = []  # kept open: the first rank's serves the others until process groups exist
 
 
-class SaidByFirstRank(ValueError):
+class FirstRankError(ValueError):
     """An error of the first rank, raised on another rank; the first rank prints it."""
 
 
 class Ranks:
     """The ranks of a run, seen from one of them: the first leads, the others follow.
 
-    Errors of the store are ValueErrors that name what was waited for; SaidByFirstRank on another rank where the store
+    Errors of the store are ValueErrors that name what was waited for; FirstRankError on another rank where the store
     ended with the first.
 
     timeout  seconds without an answer after which a rank gives up (`collective_timeout`)
@@ -52,44 +52,44 @@ class Ranks:
         try:
             decision = decide()
         except BaseException as error:
-            said = {"stopped": True} if isinstance(error, Stopped) else {"error": str(error) or repr(error)}
+            message = {"stopped": True} if isinstance(error, Stopped) else {"error": str(error) or repr(error)}
             with suppress(ValueError):  # the original error matters more
-                self._tell_the_end(said)
+                self._send_last(message)
             raise
-        self._tell_the_end({"decision": decision})
+        self._send_last({"decision": decision})
         return decision
 
     def follow(self, answer: Callable[[Message], Message]) -> Message | None:
-        """Another rank: answer the first rank's questions and return its decision. Raises Stopped, or SaidByFirstRank
+        """Another rank: answer the first rank's questions and return its decision. Raises Stopped, or FirstRankError
         for its error."""
         while True:
-            said = self._wait_for(f"said/{self._round}", "the first rank, or a rank that it waits for,")
-            if "question" in said:
-                self._set(f"answer/{self._round}/{self.rank}", answer(said["question"]))
+            message = self._wait_for(f"message/{self._round}", "the first rank, or a rank that it waits for,")
+            if "question" in message:
+                self._set(f"answer/{self._round}/{self.rank}", answer(message["question"]))
                 self._round += 1
                 continue
-            with suppress(SaidByFirstRank):  # it no longer waits
-                self._set(f"heard/{self.rank}", {})
-            if "decision" not in said:
-                raise Stopped if "stopped" in said else SaidByFirstRank(said["error"])
-            decision: Message | None = said["decision"]
+            with suppress(FirstRankError):  # it no longer waits
+                self._set(f"ack/{self.rank}", {})
+            if "decision" not in message:
+                raise Stopped if "stopped" in message else FirstRankError(message["error"])
+            decision: Message | None = message["decision"]
             return decision
 
     def ask(self, question: Message, answer: Callable[[Message], Message]) -> list[Message]:
         """First rank: the answers of all ranks, its own first; it computes its own while waiting."""
         number = self._round
-        self._tell({"question": question})
+        self._send({"question": question})
         keys = (f"answer/{number}/{rank}" for rank in range(1, self.number))
         return [answer(question), *(self._wait_for(key, f"rank {key.rpartition('/')[2]}") for key in keys)]
 
-    def _tell(self, message: Message) -> None:
-        self._set(f"said/{self._round}", message)
+    def _send(self, message: Message) -> None:
+        self._set(f"message/{self._round}", message)
         self._round += 1
 
-    def _tell_the_end(self, message: Message) -> None:
-        self._tell(message)
+    def _send_last(self, message: Message) -> None:
+        self._send(message)
         with suppress(dist.DistError):
-            self._store.wait([f"heard/{rank}" for rank in range(1, self.number)], timedelta(seconds=HEARD))
+            self._store.wait([f"ack/{rank}" for rank in range(1, self.number)], timedelta(seconds=ACK_TIMEOUT))
 
     def _set(self, key: str, message: Message) -> None:
         try:
@@ -122,7 +122,7 @@ class Ranks:
         return hmac.new(self._secret, f"{key}\n{text}".encode(), "sha256").hexdigest()
 
     def _lost(self, error: Exception) -> ValueError:
-        kind = SaidByFirstRank if self.rank > 0 else ValueError
+        kind = FirstRankError if self.rank > 0 else ValueError
         return kind(f"the launcher's store, which ranks use before training, does not answer: {_first_line(error)}")
 
 
@@ -152,7 +152,7 @@ def connect(timeout: float) -> Ranks | None:
     return ranks
 
 
-def decided(timeout: float, decide: Callable[[], Message | None]) -> Message | None:
+def decide_on_first_rank(timeout: float, decide: Callable[[], Message | None]) -> Message | None:
     """The result of `decide`, run on the first rank only, on every rank. Errors as `Ranks`."""
     ranks = connect(timeout)
     if ranks is None:

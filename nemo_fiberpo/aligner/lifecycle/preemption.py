@@ -35,9 +35,9 @@ class Stopped(Exception):
     """The run ends before its last RL step, or cannot start yet. Exit status `NOT_FINISHED` if it can be resumed, else
     1."""
 
-    def __init__(self, can_go_on: bool = True):
+    def __init__(self, resumable: bool = True):
         super().__init__()
-        self.can_go_on = can_go_on
+        self.resumable = resumable
 
 
 def install(main: str = "__main__") -> None:

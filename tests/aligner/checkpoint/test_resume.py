@@ -11,7 +11,7 @@ import torch.distributed as dist
 from nemo_fiberpo.aligner.checkpoint import resume
 from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
 from nemo_fiberpo.aligner.lifecycle import first_rank
-from nemo_fiberpo.aligner.lifecycle.first_rank import Ranks, SaidByFirstRank
+from nemo_fiberpo.aligner.lifecycle.first_rank import FirstRankError, Ranks
 from nemo_fiberpo.aligner.lifecycle.preemption import Stopped
 from nemo_fiberpo.storage import reading, run_lock
 from tests.aligner.checkpoint.test_changes import changed
@@ -40,7 +40,7 @@ def agree(cfg, directory, ranks: int) -> list:
         assert not thread.is_alive(), f"{thread.name} hangs"
     for rank, outcome in enumerate(found):
         if isinstance(outcome, ValueError):
-            assert isinstance(outcome, SaidByFirstRank) == (rank > 0), "an error is said once"
+            assert isinstance(outcome, FirstRankError) == (rank > 0), "an error is said once"
         elif isinstance(outcome, BaseException) and not isinstance(outcome, Stopped):
             raise outcome
     named = [str(outcome) if isinstance(outcome, ValueError) else outcome for outcome in found]
@@ -151,7 +151,7 @@ def test_a_rank_that_does_not_answer_is_named_and_nothing_is_moved(cfg, checkpoi
     """It may be reading a checkpoint that is whole."""
     before = sorted(checkpoints.rglob("*"))
     cfg.collective_timeout = 0.3
-    monkeypatch.setattr(first_rank, "HEARD", 0.1)
+    monkeypatch.setattr(first_rank, "ACK_TIMEOUT", 0.1)
     with pytest.raises(
         ValueError, match=r"^collective_timeout: rank 1 did not answer in 0\.3 s, .* raise collective_t"
     ):
@@ -160,7 +160,7 @@ def test_a_rank_that_does_not_answer_is_named_and_nothing_is_moved(cfg, checkpoi
 
 
 def test_all_ranks_have_answered_before_one_that_cannot_read_ends_the_run(cfg, checkpoints, monkeypatch):
-    answered, when_told, tell = [], [], Ranks._tell_the_end
+    answered, when_told, tell = [], [], Ranks._send_last
 
     def answer(_path, _wanted, rank, _ranks):
         time.sleep(0.2 * rank)
@@ -172,7 +172,7 @@ def test_all_ranks_have_answered_before_one_that_cannot_read_ends_the_run(cfg, c
         tell(self, message)
 
     monkeypatch.setattr(resume, "_read_share", answer)
-    monkeypatch.setattr(Ranks, "_tell_the_end", told)
+    monkeypatch.setattr(Ranks, "_send_last", told)
     assert all(said.startswith("file of rank 0: Input/output error") for said in agree(cfg, checkpoints, 3))
     assert sorted(when_told) == [0, 1, 2]
 

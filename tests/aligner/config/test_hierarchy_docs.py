@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ import pytest
 from nemo_fiberpo.aligner.config.checks import check_sections
 from nemo_fiberpo.cli.compose import compose
 from nemo_fiberpo.objective import Budget, Hierarchy, SlopeCap
-from tests.support.launching import ROOT, environment
+from tests.support.launching import ROOT, check_each
 
 README = (ROOT / "README.md").read_text().replace("\\\n", "")
 SECTION = re.search(
@@ -24,18 +22,6 @@ BLOCK = re.compile(r"```yaml\n# conf/(\S+\.yaml)[^\n]*\n(.*?)```", re.S)
 assert SECTION is not None
 OVERRIDES = {meaning: shlex.split(written)[0] for meaning, written in ROW.findall(SECTION[1])}
 FILES = dict(BLOCK.findall(SECTION[1]))
-CHECK = """
-import contextlib, io, runpy, sys
-script, *commands = sys.argv[1:]
-for command in commands:
-    sys.argv = [script, "--check", *command.split("\\n")]
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # what was checked
-            runpy.run_path(script, run_name="__main__")
-        print("fine")
-    except SystemExit as leaving:
-        print(leaving.code)
-"""
 
 
 def summary(hierarchy: Hierarchy) -> list[str]:
@@ -62,13 +48,11 @@ def test_the_training_script_takes_every_line_and_file(conf: Path):
     readme = re.findall(r"^bash examples/quickstart\.sh (.*hierarchy.*)$", README, re.M)
     commands += [["--config-name", "quickstart", *shlex.split(given)] for given in readme]
     assert len(OVERRIDES) == 8 and len(FILES) == 5 and len(readme) == 3
-    lines = [
-        "\n".join([*command[:2], "--config-dir", str(conf), f"run_dir={conf}", *command[2:]]) for command in commands
-    ]
-    script = [sys.executable, "-c", CHECK, str(ROOT / "examples" / "train_gpt_fiberpo.py"), *lines]
-    said = subprocess.run(script, env=environment(), text=True, capture_output=True, timeout=300)
-    assert said.stdout.splitlines().count("fine") == len(commands), said.stdout + said.stderr
-    assert not said.stderr, "none of them is warned about"
+    found, warnings = check_each(
+        [[*command[:2], "--config-dir", str(conf), f"run_dir={conf}", *command[2:]] for command in commands]
+    )
+    assert found == ["fine"] * len(commands), found
+    assert not warnings, "none of them is warned about"
 
 
 def test_the_overrides_do_what_is_said():

@@ -13,7 +13,7 @@ from nemo_fiberpo.aligner.config.sections import algorithm_settings, data_settin
 from nemo_fiberpo.hydra_support.command_line import overrides
 from nemo_fiberpo.objective import Budget, Stratum
 from nemo_fiberpo.storage import run_lock
-from tests.support.launching import environment
+from tests.support.launching import arguments, check_each, environment
 
 ALGORITHM = {"samples_per_prompt": 8, "prompts_per_rollout": 96, "optimizer_steps": 4}
 STRATA = {"domain": {"budget": {"pos": 0.02, "neg": 0.015}}, "trajectory": {"budget": {"pos": 1, "neg": 0.5}}}
@@ -159,31 +159,14 @@ CHECKED = {
     "trainer.precision=16-mixed": "error: trainer.precision: '16-mixed': float16",
     "": "fine",
 }
-CHECK = """
-import contextlib, io, runpy, sys
-from pathlib import Path
-from tests.support.launching import ROOT, arguments
-script = str(ROOT / "examples" / "train_gpt_fiberpo.py")
-given = sys.argv[1:]
-for wrong in given[1:]:
-    sys.argv = [script, *arguments(Path(given[0]), *wrong.split()), "--check"]
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # what was checked
-            runpy.run_path(script, run_name="__main__")
-        print("fine")
-    except SystemExit as leaving:
-        print(leaving.code)
-"""
 
 
 def test_check_refuses_by_the_name_of_the_field(tmp_path):
     (tmp_path / "data").mkdir()
     line = {"prompt": "1", "domain": "d", "grader": "math_verify", "answer": "1"}
     (tmp_path / "data" / "train.jsonl").write_text(8 * f"{json.dumps(line)}\n")
-    script = [sys.executable, "-c", CHECK, str(tmp_path), *CHECKED]
-    said = subprocess.check_output(script, env=environment(), text=True).splitlines()
-    said = [line for line in said if line == "fine" or line.startswith("error: ")]
-    assert [line[: len(words)] for line, words in zip(said, CHECKED.values(), strict=True)] == list(CHECKED.values())
+    found, _ = check_each([arguments(tmp_path, *wrong.split()) for wrong in CHECKED])
+    assert [line[: len(words)] for line, words in zip(found, CHECKED.values(), strict=True)] == list(CHECKED.values())
     assert not (tmp_path / run_lock.NAME).exists(), "looking at a config takes no lock"
 
 

@@ -103,7 +103,7 @@ USER = {"role": "user", "content": "2+5="}
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (line([USER], prompt="2+5="), "messages: stands beside prompt; a line has one of the two"),
+        (line([USER], prompt="2+5="), "messages: given beside prompt; a line has one of the two"),
         (line(None), "prompt: missing"),
         (line(None, mesages=[USER]), "messages: missing; did you mean 'mesages'?"),
         (line(None, prompt=[USER]), "prompt: expected a string, found list; chat messages go into messages"),

@@ -14,8 +14,8 @@ import pytest
 import torch.distributed as dist
 
 from nemo_fiberpo.aligner.lifecycle import first_rank
-from nemo_fiberpo.aligner.lifecycle.ending import explain
-from nemo_fiberpo.aligner.lifecycle.first_rank import Ranks, SaidByFirstRank
+from nemo_fiberpo.aligner.lifecycle.ending import run_main
+from nemo_fiberpo.aligner.lifecycle.first_rank import FirstRankError, Ranks
 from nemo_fiberpo.aligner.lifecycle.preemption import Stopped
 from tests.storage.test_run_lock import holder, start
 from tests.support.launching import ROOT, arguments, environment, free_ports
@@ -36,7 +36,7 @@ def nothing_to_do() -> None:
 
 @pytest.mark.parametrize(
     ("decide", "own", "others"),
-    [(fail, ValueError, SaidByFirstRank), (stop, Stopped, Stopped), (nothing_to_do, None, None)],
+    [(fail, ValueError, FirstRankError), (stop, Stopped, Stopped), (nothing_to_do, None, None)],
 )
 def test_the_first_rank_ends_when_the_others_have_heard_why(decide, own, others):
     """Its process may be the store: a rank that came late would hear nothing."""
@@ -54,7 +54,7 @@ def test_the_first_rank_ends_when_the_others_have_heard_why(decide, own, others)
         thread.start()
     with nullcontext() if own is None else pytest.raises(own):
         assert Ranks(store, 0, 3, 20.0).lead(decide) is None
-    assert store.check(["heard/1", "heard/2"])
+    assert store.check(["ack/1", "ack/2"])
     for thread in threads:
         thread.join(20)
     assert heard == [others, others]
@@ -65,7 +65,7 @@ def test_a_message_of_a_stranger_is_refused(theirs, monkeypatch):
     """Who reaches the store could tell a rank which checkpoint to load."""
     store = dist.HashStore()
     if theirs is None:
-        store.set("said/0", '{"decision": {"checkpoint": "/tmp/evil"}}')
+        store.set("message/0", '{"decision": {"checkpoint": "/tmp/evil"}}')
     else:
         monkeypatch.setenv(first_rank.SECRET, theirs)
         Ranks(store, 0, 1, 20.0).lead(lambda: {"checkpoint": "/tmp/evil"})
@@ -79,7 +79,7 @@ def test_a_message_counts_in_its_own_place_only(monkeypatch):
     monkeypatch.setenv(first_rank.SECRET, "of this job")
     store = dist.HashStore()
     Ranks(store, 0, 1, 20.0).lead(lambda: {"checkpoint": "a"})
-    store.set("said/1", store.get("said/0"))
+    store.set("message/1", store.get("message/0"))
     follower = Ranks(store, 1, 2, 20.0)
     assert follower.follow(lambda _: {}) == {"checkpoint": "a"}
     follower._round = 1
@@ -88,7 +88,7 @@ def test_a_message_counts_in_its_own_place_only(monkeypatch):
 
 
 def test_the_first_rank_ends_although_another_never_hears(monkeypatch):
-    monkeypatch.setattr(first_rank, "HEARD", 0.1)
+    monkeypatch.setattr(first_rank, "ACK_TIMEOUT", 0.1)
     with pytest.raises(ValueError, match="in use"):
         Ranks(dist.HashStore(), 0, 2, 600.0).lead(fail)
 
@@ -98,7 +98,7 @@ def test_a_rank_that_hears_nothing_names_the_limit():
         ValueError, match=r"^collective_timeout: the first rank, .* in 0\.2 s, .* raise collective"
     ) as end:
         Ranks(dist.HashStore(), 1, 2, 0.2).follow(lambda _: {})
-    assert not isinstance(end.value, SaidByFirstRank), "nobody else says it"
+    assert not isinstance(end.value, FirstRankError), "nobody else says it"
 
 
 def test_a_rank_whose_first_one_is_gone_says_nothing_more():
@@ -106,7 +106,7 @@ def test_a_rank_whose_first_one_is_gone_says_nothing_more():
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=wait)
     follower = Ranks(dist.TCPStore("127.0.0.1", server.port, wait_for_workers=False, timeout=wait), 1, 2, 20.0)
     del server
-    with pytest.raises(SaidByFirstRank, match="does not answer"):
+    with pytest.raises(FirstRankError, match="does not answer"):
         follower.follow(lambda _: {})
 
 
@@ -120,10 +120,10 @@ def test_ranks_that_do_not_come_together_are_an_error_with_the_address(monkeypat
 
 def test_what_the_first_rank_has_said_is_not_said_again(capsys):
     def main() -> None:
-        raise SaidByFirstRank("run_dir: in use")
+        raise FirstRankError("run_dir: in use")
 
     with pytest.raises(SystemExit) as leaving:
-        explain(main)
+        run_main(main)
     assert leaving.value.code == 1 and capsys.readouterr() == ("", "")
 
 

@@ -74,7 +74,7 @@ if os.fork() == 0:
         os._exit(0)
 def main():
     raise preemption.Stopped
-ending.explain(main)
+ending.run_main(main)
 """
 
 
@@ -166,7 +166,7 @@ def test_a_stopped_run_is_saved_whatever_its_save_interval(interval, expected, c
     trained = Trained()
     with pytest.raises(preemption.Stopped) as stopped:
         stop_in_training("SIGUSR1", trained, interval, trained.finish)
-    assert trained.done == expected and stopped.value.can_go_on
+    assert trained.done == expected and stopped.value.resumable
     assert "stopped by SIGUSR1 at RL step 7 of 60: checkpoint saved" in capsys.readouterr().out
 
 
@@ -176,7 +176,7 @@ def test_a_stopped_run_that_cannot_be_saved_is_not_one_to_start_again(monkeypatc
 
     monkeypatch.setattr(ending, "finish", lambda: None)
     with pytest.raises(SystemExit) as leaving:
-        ending.explain(main)
+        ending.run_main(main)
     assert leaving.value.code == 1 and "exp_manager.create_checkpoint_callback is false" in capsys.readouterr().out
 
 
