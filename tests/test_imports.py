@@ -151,7 +151,7 @@ def test_the_walk_sees_an_arrow_that_runs_back(tmp_path: Path, monkeypatch: pyte
     ]
 
 
-def test_import_needs_torch_and_omegaconf_alone():
+def test_import_needs_only_torch_and_omegaconf():
     # Every top-level module that torch and omegaconf bring along is theirs; anything first imported later is refused.
     code = """
 import sys, torch, omegaconf, omegaconf.errors
