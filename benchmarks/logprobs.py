@@ -75,7 +75,9 @@ def aligner() -> LogProbs | None:
     except ImportError:
         return None
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if ON_GPU else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(
+            "nccl" if ON_GPU else "gloo", store=dist.distributed_c10d.HashStore(), rank=0, world_size=1
+        )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
 
@@ -139,7 +141,11 @@ def measure(tokens: int, units: int, vocab: int, dtype: torch.dtype, repeats: in
     clock = time.thread_time if not ON_GPU and torch.get_num_threads() == 1 else time.perf_counter
 
     def finished(work: Work) -> Work:
-        return lambda: (work(), synchronize())
+        def run() -> None:
+            work()
+            synchronize()
+
+        return run
 
     times = timed({name: finished(work) for name, work in every.items()}, repeats, clock)
     table = {}

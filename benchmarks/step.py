@@ -1,6 +1,6 @@
 """What an optimizer step costs in processor time, as a multiple of plain forward and backward passes over its tokens.
 
-    OMP_NUM_THREADS=1 python benchmarks/step.py
+    OMP_NUM_THREADS=1 python -m benchmarks.step
 
 One CPU process, a mixture of experts in float32 under Megatron's schedule. Rows are the plain step (the first one after
 a rollout), two passes, one pass with a hierarchy whose cells lie in micro-batches, and optimistic steps in which the
@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
-from routing_capture import VOCABULARY, make_spec
 
+from benchmarks.routing_capture import VOCABULARY, make_spec
 from nemo_fiberpo.megatron import cpu
 from nemo_fiberpo.megatron.gpt import gpt_policy
 from nemo_fiberpo.megatron.groups import Reducer, TokenAxes

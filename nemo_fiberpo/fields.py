@@ -83,7 +83,8 @@ def check(settings: Any) -> None:
     Numbers become floats where the annotation is float. Checked are bool, int, float, str, sequences of str and
     mappings with str keys, each with or without None; other annotations are left to the class.
     """
-    for name, (kind, optional, bounds) in _checked(type(settings)).items():
+    of: type = type(settings)
+    for name, (kind, optional, bounds) in _checked(of).items():
         value = getattr(settings, name)
         if value is None and optional:
             continue

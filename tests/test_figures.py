@@ -173,7 +173,7 @@ def test_the_segments_of_the_demonstration_are_those_that_were_drawn(figure):
     assert [stratum.name for stratum in module.OFF.active] == ["trajectory"]
 
 
-def test_the_segment_that_is_trained_hard_is_held_and_the_other_goes_on_learning(figure):
+def test_the_segment_that_is_trained_hard_is_held_and_the_other_keeps_learning(figure):
     module = figure("segments")
     rollout = module.roll_out()
     on, off = (module.train(rollout, hierarchy) for hierarchy in (module.ON, module.OFF))

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..fields import check, setting
-from .fibration import checked
+from .inputs import checked
 from .sharing import Cells, Reduce, SharedCells, sum_nodes
 
 KINDS = ("none", "tis", "icepop", "sequence_mask")

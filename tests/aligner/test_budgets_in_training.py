@@ -13,7 +13,7 @@ from tests.support.launching import fresh, optimizer_steps
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("passes", [1, 2])
-def test_the_token_clip_alone_trains(start, tmp_path, passes: int):
+def test_only_a_token_clip_trains(start, tmp_path, passes: int):
     """Two optimizer steps, the second off-policy with a clip that cuts; no stratum is reported."""
     run_dir = fresh(start, tmp_path, "run")
     forked.launch(
@@ -29,7 +29,7 @@ def test_the_token_clip_alone_trains(start, tmp_path, passes: int):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_run_whose_gates_are_closed_at_once_tells_what_to_change(start, tmp_path):
+def test_a_run_whose_gates_close_at_once_warns_what_to_change(start, tmp_path):
     """Once, however many rollouts it is so."""
     run_dir = fresh(start, tmp_path, "run")
     said = forked.launch(

@@ -92,7 +92,7 @@ def test_weights_that_are_not_finite_are_never_saved_by_any_rank():
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_run_whose_gradient_overflows_says_so_and_keeps_its_checkpoints(start, tmp_path):
+def test_a_run_whose_gradient_overflows_fails_and_keeps_its_checkpoints(start, tmp_path):
     """On-policy the KL penalty has no gradient; at the second optimizer step it is beyond float32."""
     run_dir = fresh(start, tmp_path, "run")
     overrides = ["algorithm.rl_steps=2", "algorithm.save_interval=1", "algorithm.kl.coefficient=1e300"]

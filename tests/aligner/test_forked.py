@@ -73,7 +73,7 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
     return held
 
 
-def test_a_server_that_fails_says_why_and_the_next_run_has_one_of_its_own(light, tmp_path, monkeypatch):
+def test_a_failing_server_reports_why_and_the_next_run_has_its_own(light, tmp_path, monkeypatch):
     says = script(tmp_path, "print('done')")
     failing = "import sys; print('no module of that name', file=sys.stderr); sys.exit(3)"
     monkeypatch.setattr(forked, "COMMAND", [sys.executable, "-c", failing])
@@ -84,7 +84,7 @@ def test_a_server_that_fails_says_why_and_the_next_run_has_one_of_its_own(light,
     assert forked.launch(says, tmp_path, processes=1) == "done\n"
 
 
-def test_a_run_that_takes_too_long_says_what_it_wrote(light, tmp_path):
+def test_a_run_that_takes_too_long_reports_its_output(light, tmp_path):
     with pytest.raises(TimeoutError, match=r"goes on after 5.0 s; it wrote:\nrank 0 stays"):
         forked.launch(script(tmp_path, STAYS), tmp_path, processes=1, timeout=5.0)
 

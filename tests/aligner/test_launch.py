@@ -31,7 +31,7 @@ def test_an_error_from_elsewhere_keeps_its_traceback():
         run_main(lambda: int("x"))
 
 
-def test_torchrun_is_told_an_error_about_the_input(tmp_path, monkeypatch):
+def test_torchrun_reports_an_error_in_the_input(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     with pytest.raises(SystemExit):
         run_main(lambda: data_settings(OmegaConf.create({"data": {"trian": "x.jsonl"}})))

@@ -35,7 +35,7 @@ def test_rewind_drops_what_came_after_the_checkpoint_and_half_a_line(tmp_path):
     assert [row["rl_step"] for row in rows(path)] == [0, 1, 2]
 
 
-def test_damaged_lines_are_set_aside_and_said(tmp_path, capsys):
+def test_damaged_lines_are_set_aside_and_reported(tmp_path, capsys):
     """A byte that is no text, a key that was flipped, a line that became two, one nested without end."""
     path = tmp_path / "metrics.jsonl"
     good = [f'{{"rl_step": {step}, "step": {step}}}\n'.encode() for step in range(4)]

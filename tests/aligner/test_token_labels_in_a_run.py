@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.timeout(900), pytest.mark.slow, pytest.mark.distribute
 STEPS = ["trainer.max_steps=4", "algorithm.save_interval=1", "model.optim.lr=1e-3"]
 
 
-def test_a_run_goes_on_with_the_labels_that_it_would_have_had(start, tmp_path):
+def test_a_resumed_run_has_the_labels_of_an_uninterrupted_one(start, tmp_path):
     whole, stopped = (fresh(start, tmp_path, name) for name in ("whole", "stopped"))
     for run_dir, runs in ((whole, (2,)), (stopped, (1, 2))):
         graded_by_checksum(run_dir)

@@ -47,7 +47,7 @@ def test_docs_config_is_current(capsys):
 
 
 @pytest.mark.parametrize(("section", "key"), KEYS, ids=lambda value: getattr(value, "name", None))
-def test_every_key_says_what_it_means_and_may_hold(section, key):
+def test_every_key_has_a_meaning_and_its_values(section, key):
     assert key.meaning.endswith("."), "the text below the field"
     assert key.form or section.name in nemo.SECTIONS
 

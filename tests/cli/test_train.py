@@ -73,7 +73,7 @@ def test_nothing_is_left_of_ranks_that_are_ended_at_once(how: str, start: Path, 
         wait_for(lambda: not any(child.is_running() and child.status() != "zombie" for child in children), 120, "end")
 
 
-def test_an_error_is_said_once_and_is_the_last_line(start: Path, tmp_path: Path):
+def test_an_error_is_printed_once_as_the_last_line(start: Path, tmp_path: Path):
     run_dir, said = fresh(start, tmp_path, "run"), tmp_path / "said"
     data = run_dir / "data" / "train.jsonl"
     data.write_text(data.read_text() + '{"prompt": 3}\n')
@@ -85,7 +85,7 @@ def test_an_error_is_said_once_and_is_the_last_line(start: Path, tmp_path: Path)
     assert said.read_text().splitlines()[-1] == errors[0]
 
 
-def test_an_error_in_the_config_is_said_before_any_rank_starts(tmp_path: Path):
+def test_an_error_in_the_config_is_reported_before_any_rank_starts(tmp_path: Path):
     said = tmp_path / "said"
     with train(tmp_path / "run", "algorithm.optimizer_step=2", output=said) as run:
         assert run.wait(120) == 2
@@ -121,7 +121,7 @@ def test_as_many_ranks_as_the_config_and_the_machine_call_for(overrides, cores, 
     assert launcher.ranks_for(cfg) == number
 
 
-def test_a_machine_that_cannot_run_it_is_told_so():
+def test_a_machine_that_cannot_run_it_is_refused():
     cfg = compose("quickstart", ["cpu=false", "trainer.accelerator=gpu"])
     with pytest.raises(ValueError, match=r"trainer\.accelerator: gpu, but this machine has none"):
         launcher.ranks_for(cfg)

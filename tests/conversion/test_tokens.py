@@ -98,7 +98,7 @@ def test_weights_beside_the_tokenizer_do_not_replace_the_policys(tmp_path: Path,
         assert (tmp_path / f"back{number}" / "tokenizer.json").exists() == (given is not None)
 
 
-def test_a_tokenizer_whose_end_generation_does_not_know_is_said(tmp_path: Path):
+def test_a_tokenizer_with_an_eos_unknown_to_generation_is_reported(tmp_path: Path):
     make("llama").save_pretrained(tmp_path / "hf")
     write_tokenizer(tmp_path / "hf")
     said = exported(tmp_path / "hf", tmp_path)[2]
@@ -115,7 +115,7 @@ def test_a_tokenizer_with_a_token_that_has_no_row_is_refused(tmp_path: Path):
     files.import_huggingface(tmp_path / "hf", tmp_path / "policy.nemo")
 
 
-def test_an_import_says_where_responses_of_the_policy_end_and_begin_otherwise(tmp_path: Path):
+def test_an_import_warns_of_other_ends_and_beginnings_of_responses(tmp_path: Path):
     """As Llama 3's instruction models: several ends, one of them the tokenizer's, which begins every text."""
     source = tmp_path / "hf"
     model = make("llama")

@@ -159,7 +159,7 @@ def test_an_entry_without_an_answer_of_its_own_is_tried_with_the_canary():
     assert "cannot score with it" in gym("rubiks_cube", {"question": "", "answer": None})
 
 
-def test_digits_are_held_against_the_entrys_list():
+def test_digits_are_compared_with_the_entrys_list():
     entry = {"answer": "['1.0', '5.0', '9.0']", "metadata": {"direction": "ascending"}}
     assert gym("number_sorting", entry, "951<", "159", answer_form="digit_list") == ""
     wrong = gym("number_sorting", entry, "951<", "951", answer_form="digit_list")

@@ -38,7 +38,7 @@ KILLED = -signal.SIGKILL
         (FROM_4 + TRAINED, None, 0, 1, 0),
     ],
 )
-def test_a_run_that_goes_on_from_elsewhere_is_counted(said, expected, status, wrong, checked):
+def test_a_run_that_resumes_from_elsewhere_is_counted(said, expected, status, wrong, checked):
     counts = Counts()
     check_resumption(said, expected, status, counts)
     assert counts.resumed_from_another_than_the_newest_whole_checkpoint == wrong

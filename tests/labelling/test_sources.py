@@ -56,7 +56,7 @@ def test_characters_of_several_tokens_do_not_move_what_follows():
     assert "".join(found) == "r" * 6 + "t" * 9 + "r" * 4
 
 
-def test_markers_of_token_ids_are_found_by_ids_alone():
+def test_markers_of_token_ids_are_found_only_by_ids():
     tokenizer = Pieces(["<", "t>", "a"], special=["<t>", "</t>"])
     ids = [4, 2, 3, 0, 4, 2, 3, 1, 4]  # a <t> in letters, then the tokens <t> and </t>
     by_id, by_text = (Markers({"t": pair}, "r") for pair in (([0], [1]), ("<t>", "</t>")))

@@ -47,7 +47,7 @@ def test_a_configuration_that_cannot_be_read_is_one_line(arguments: list[str], s
     assert len(error.splitlines()) == 1 and error.startswith("error: ") and said in error
 
 
-def test_without_a_configuration_it_says_which_there_are(run: Run):
+def test_without_a_configuration_the_known_ones_are_listed(run: Run):
     status, printed, said = run()
     assert status == 2 and not printed and "usage: fiberpo plan" in said
     named = {line.strip() for line in said.splitlines()}
@@ -180,12 +180,12 @@ def test_what_the_training_script_refuses_is_refused_once(overrides: list[str], 
     assert len(problems) == 1 and problems[0].startswith(said), problems
 
 
-def test_files_that_are_not_there_are_not_checked_and_it_says_so(run: Run):
+def test_missing_files_are_reported_as_not_checked(run: Run):
     status, printed, _ = run("quickstart", "data.train=/nope.jsonl")
     assert status == 0 and "not checked: data.train: there is no /nope.jsonl" in printed
 
 
-def test_a_reference_that_leads_nowhere_is_said_whatever_else_is_wrong():
+def test_an_unresolved_reference_is_reported_whatever_else_is_wrong():
     lost = "model.hidden_size: Interpolation key 'nowhere' not found"
     given = "model.hidden_size=${nowhere}"
     assert plan_of("quickstart", given).problems == [lost]

@@ -88,7 +88,7 @@ def test_training_and_generation_alternate():
     assert found.peak == sum(found.static.values()) + max(parts)
 
 
-def test_a_model_that_does_not_fit_is_refused_and_told_what_would_help():
+def test_a_model_that_does_not_fit_is_refused_with_remedies():
     plan = plan_of("cluster/mixtral_8x7b", "model.expert_model_parallel_size=1", "trainer.num_nodes=1")
     assert len(plan.problems) == 1
     assert plan.problems[0].startswith("cluster.gpu_memory_gib: a rank of pipeline stage")

@@ -62,7 +62,7 @@ def test_a_layout_passes_the_training_scripts_own_check():
     assert done.returncode == 0, done.stderr
 
 
-def test_everything_that_is_wrong_is_said_at_once():
+def test_all_problems_are_reported_at_once():
     plan = plan_of(
         "cluster/mixtral_8x7b",
         "model.tensor_model_parallel_size=3",
@@ -178,7 +178,7 @@ def test_a_step_by_hand():
     assert found.reductions == pytest.approx(2 * 2 * math.log2(4) * 1.0 + 2.0)
 
 
-def test_the_plan_says_what_it_assumed_about_the_data():
+def test_the_plan_lists_what_it_assumed_about_the_data():
     assert "at most, with cluster.labels" in format_plan(plan_of("cluster/mixtral_8x7b"))
 
 

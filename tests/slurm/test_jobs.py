@@ -73,7 +73,7 @@ def test_a_job_outlives_the_death_of_each_of_its_nodes(cluster, job, uninterrupt
     [("srun", False, "USR1"), ("torchrun", True, "TERM")],
     ids=["srun-requeue", "torchrun-array"],
 )
-def test_a_warned_job_saves_and_goes_on(
+def test_a_warned_job_saves_and_resumes(
     cluster, job, uninterrupted, record_property, launcher: str, array: bool, signal: str
 ):
     """By requeue, or as the next task of an array. The signal comes as that of --signal=B:USR1@SECONDS does; SIGTERM is
@@ -114,7 +114,7 @@ def test_a_cancelled_job_ends_and_leaves_no_process(cluster, job):
 
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
-def test_a_job_whose_ranks_get_sigterm_goes_on(job, launcher: str):
+def test_a_job_whose_ranks_get_sigterm_resumes(job, launcher: str):
     """As SLURM sends it when the grace time of a preemption begins: to the ranks alone."""
     job.submit(env=ranks_that_end("wait wait/0 0") | {"LAUNCHER": launcher})
     job.wait_for_waiting_ranks(2)

@@ -64,7 +64,7 @@ def test_the_status_is_that_of_the_first_error_then_that_of_a_saved_run(tmp_path
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
-def test_a_signal_to_the_task_alone_reaches_its_ranks(tmp_path, launcher, number):
+def test_a_signal_to_only_the_task_reaches_its_ranks(tmp_path, launcher, number):
     """proctrack/cgroup, which most clusters have, signals no other process of a step."""
     output, ranks = tmp_path / "output", 1 if launcher == "srun" else 2
     with task(launcher, "wait wait", output) as process:

@@ -85,7 +85,7 @@ def test_what_is_no_regular_file_is_damaged_and_nothing_waits_for_it(checkpoints
     assert choice.lines == [f"{newest.name}: damaged: {name}: is no regular file"]
 
 
-def test_a_file_that_goes_on_behind_its_size_is_read_no_further():
+def test_a_file_longer_than_its_size_is_not_read_further():
     """A file of the kernel has the size 0 and content all the same."""
     version = Path("/proc/version")
     assert version.stat().st_size == 0 and version.read_bytes()
@@ -119,7 +119,7 @@ def test_a_file_that_cannot_be_read_is_an_error_and_no_reason_to_go_back(checkpo
 
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES, errno.ETIMEDOUT])
-def test_a_read_that_fails_for_a_moment_is_made_again(checkpoints, number, monkeypatch):
+def test_a_read_that_fails_briefly_is_retried(checkpoints, number, monkeypatch):
     failures = dict.fromkeys((manifest.NAME, "common.pt", "__0_1.distcp"), 2)
     really_opened = reading.open_listed
 

@@ -83,7 +83,7 @@ def test_byte_items_of_shards_run_nothing(policy: Path, tmp_path: Path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_torch_load_is_restricted_where_it_is_told_otherwise(tmp_path: Path):
+def test_torch_load_is_restricted_whatever_its_arguments(tmp_path: Path):
     file = io.BytesIO()
     torch.save({"weight": torch.ones(2), "bad": Touch(tmp_path / "ran")}, file)
     file.seek(0)

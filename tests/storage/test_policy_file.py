@@ -59,7 +59,7 @@ def refused(policy: Path) -> str:
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("name", [*FILES, manifest.NAME])
-def test_a_folder_is_what_its_manifest_says(tmp_path, name, damage):
+def test_a_folder_matches_its_manifest(tmp_path, name, damage):
     policy = seal(write(tmp_path / "p.nemo"))
     assert policy_file.check(policy) == f"policy {policy}: whole by its manifest"
     damage(policy / name)
@@ -73,7 +73,7 @@ def test_a_folder_is_what_its_manifest_says(tmp_path, name, damage):
 
 
 @pytest.mark.parametrize("damage", DAMAGES[:-1], ids=lambda damage: damage.__name__)
-def test_a_file_is_what_the_manifest_beside_it_says(tmp_path, damage):
+def test_a_file_matches_the_manifest_beside_it(tmp_path, damage):
     policy = packed(write(tmp_path / "p.nemo"))
     assert policy_file.check(policy) == f"policy {policy}: unverified, there is no packed.nemo.manifest.json"
     seal(policy)

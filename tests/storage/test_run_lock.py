@@ -204,7 +204,7 @@ def test_a_file_system_without_locks_is_one_warning(tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 3}'])
-def test_what_the_file_says_never_stops_a_run(tmp_path, text):
+def test_the_content_of_the_file_never_stops_a_run(tmp_path, text):
     (tmp_path / run_lock.NAME).write_text(text)
     run_lock.hold(tmp_path)
     assert (tmp_path / run_lock.NAME).read_text() != text, "the holder has written itself down"

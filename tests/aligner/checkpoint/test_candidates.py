@@ -95,7 +95,7 @@ def test_what_is_damaged_stays_on_the_file_system_of_the_checkpoints(checkpoints
     assert (real.parent / DAMAGED / name_of(4)).is_dir()
 
 
-def test_a_run_that_was_killed_in_its_first_save_begins_again(tmp_path):
+def test_a_run_killed_in_its_first_save_starts_over(tmp_path):
     path = save(tmp_path, 2, finished=False)
     candidates.marker_of(path).touch()
     choice = choose(tmp_path, None)
@@ -106,7 +106,7 @@ def test_a_run_that_was_killed_in_its_first_save_begins_again(tmp_path):
 
 
 @pytest.mark.parametrize("recorded", [None, {"step": 4, "name": name_of(4)}])
-def test_a_run_never_begins_again_silently_where_a_checkpoint_was_whole(checkpoints, recorded):
+def test_a_run_never_starts_over_silently_if_a_checkpoint_was_whole(checkpoints, recorded):
     for path in checkpoints.iterdir():
         truncate(path / "common.pt")
     before = sorted(checkpoints.parent.rglob("*"))
@@ -117,7 +117,7 @@ def test_a_run_never_begins_again_silently_where_a_checkpoint_was_whole(checkpoi
     assert sorted(checkpoints.parent.rglob("*")) == before
 
 
-def test_a_run_whose_checkpoints_are_gone_says_which_it_had(tmp_path):
+def test_a_run_whose_checkpoints_are_missing_names_the_last_one(tmp_path):
     with pytest.raises(ValueError, match=r"there is none\); the newest whole one was step-4, of RL step 4"):
         choose(tmp_path, {"step": 4, "name": "step-4"})
 
@@ -129,7 +129,7 @@ def test_a_checkpoint_that_has_neither_manifest_nor_marker_is_not_trusted(tmp_pa
     assert path.exists()
 
 
-def test_the_last_copy_of_nemo_stands_in_for_its_damaged_twin(checkpoints):
+def test_the_last_copy_replaces_its_damaged_twin(checkpoints):
     copy = save(checkpoints, 4, last=True)
     assert choose(checkpoints, None).checkpoint == checkpoints / name_of(4)
     flip_middle(checkpoints / name_of(4) / "__0_1.distcp")

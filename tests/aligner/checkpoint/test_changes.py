@@ -126,7 +126,7 @@ def test_how_long_and_how_fast_may_change(cfg, change):
 
 
 @pytest.mark.parametrize("allow", ["hierarchy", "hierarchy.strata.domain", "hierarchy.strata.domain.budget.pos"])
-def test_an_allowed_change_is_written_down_with_its_rl_step(cfg, tmp_path, allow):
+def test_an_allowed_change_is_recorded_with_its_rl_step(cfg, tmp_path, allow):
     RunRecord(cfg).remember(0)
     record = RunRecord(changed(budget(cfg, 0.05), f"resume.allow=[{allow}]"))
     record.check()
@@ -156,7 +156,7 @@ def test_a_resume_section_that_makes_no_sense_is_refused(cfg, value):
         check_resume(cfg)
 
 
-def test_another_layout_goes_on_and_is_written_down(cfg, monkeypatch):
+def test_another_layout_resumes_and_is_recorded(cfg, monkeypatch):
     RunRecord(cfg).remember(0)
     monkeypatch.setenv("WORLD_SIZE", "4")
     record = RunRecord(changed(cfg, "model.tensor_model_parallel_size=2"))

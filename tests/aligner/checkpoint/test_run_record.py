@@ -114,7 +114,7 @@ def test_a_change_since_such_a_record_is_named(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(900)
-def test_a_run_with_such_a_record_goes_on_to_the_same_metrics(uninterrupted, tmp_path):
+def test_a_run_with_such_a_record_resumes_to_the_same_metrics(uninterrupted, tmp_path):
     run_dir = tmp_path / "before"
     shutil.copytree(uninterrupted, run_dir)
     checkpoints = run_dir / "nemo" / "checkpoints"

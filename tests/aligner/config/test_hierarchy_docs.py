@@ -55,7 +55,7 @@ def test_the_training_script_takes_every_line_and_file(conf: Path):
     assert not warnings, "none of them is warned about"
 
 
-def test_the_overrides_do_what_is_said():
+def test_the_overrides_do_what_is_documented():
     start = ["domain 0.04 0.03", "prompt_group 0.08 0.06", "trajectory 0.24 0.12"]
     found = {meaning: loaded("quickstart", override) for meaning, override in OVERRIDES.items()}
     assert summary(loaded("quickstart")) == start
@@ -72,7 +72,7 @@ def test_the_overrides_do_what_is_said():
     assert len(found) == 8
 
 
-def test_the_files_do_what_is_said(conf: Path):
+def test_the_files_do_what_is_documented(conf: Path):
     found = {name: loaded(str(conf / name)) for name in FILES if "/" not in name}
     merged = found["my_run.yaml"]
     assert summary(merged) == ["domain 0.06 0.03", "prompt_group 0.08 0.06", "trajectory 0.24 0.12"]

@@ -90,7 +90,7 @@ def test_a_warm_start_learns_to_answer_conversations(write, tmp_path, monkeypatc
     assert examples == {"math": [(CHAT_IDS, [25, 1]), ([3, 21], [26, 1])]}
 
 
-def test_the_last_message_is_held_against_the_grader(write):
+def test_the_last_message_is_checked_against_the_grader(write):
     (record,) = load_prompts(write(line([{"role": "system", "content": "Add."}, {"role": "user", "content": "7"}])))
     assert record.prompt == "7" and record.fields == {"answer": "7"}
     with RuleRewards([record]) as rewards, pytest.raises(ValueError, match=r"jsonl:1: prompt: the text of the prompt"):

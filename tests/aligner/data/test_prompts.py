@@ -104,7 +104,7 @@ def test_a_refusal_names_file_line_and_field(write, bad, message):
     assert str(error.value).startswith(f"{path}:3: {message}")
 
 
-def test_ten_lines_that_are_wrong_are_told_and_how_many_there_are(write):
+def test_ten_faulty_lines_are_listed_with_their_total(write):
     path = write(*[line(answer=n) if n != 3 else line() for n in range(13)])
     with pytest.raises(ValueError) as error:
         load_prompts(path)
@@ -277,7 +277,7 @@ def test_quickstart_is_the_same_for_the_same_seed(quickstart, files, tmp_path):
     assert json.dumps(again) == json.dumps(files[1])
 
 
-def test_quickstart_says_when_a_task_has_too_few_prompts(quickstart):
+def test_quickstart_reports_a_task_with_too_few_prompts(quickstart):
     small = quickstart.Domain(
         "tiny",
         "chain_sum",

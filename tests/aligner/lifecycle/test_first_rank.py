@@ -101,7 +101,7 @@ def test_a_rank_that_hears_nothing_names_the_limit():
     assert not isinstance(end.value, FirstRankError), "nobody else says it"
 
 
-def test_a_rank_whose_first_one_is_gone_says_nothing_more():
+def test_a_rank_whose_first_rank_is_gone_prints_nothing_more():
     wait = timedelta(seconds=20)
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=wait)
     follower = Ranks(dist.TCPStore("127.0.0.1", server.port, wait_for_workers=False, timeout=wait), 1, 2, 20.0)
@@ -118,7 +118,7 @@ def test_ranks_that_do_not_come_together_are_an_error_with_the_address(monkeypat
         first_rank.connect(1.0)
 
 
-def test_what_the_first_rank_has_said_is_not_said_again(capsys):
+def test_an_error_of_the_first_rank_is_not_printed_again(capsys):
     def main() -> None:
         raise FirstRankError("run_dir: in use")
 

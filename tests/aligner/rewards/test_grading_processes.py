@@ -115,7 +115,7 @@ def test_deaths_of_idle_workers_are_not_added_up():
             assert pool.grade([("bad", {"answer": "7"}, "7")])[0].score == 1.0
 
 
-def test_a_message_that_is_not_the_workers_own_is_left_alone():
+def test_a_message_that_is_not_the_workers_own_is_ignored():
     with GraderPool(BAD, [], time_limit=LIMIT) as pool:
         pool.wait_until_ready()
         slot = pool._slots[0]

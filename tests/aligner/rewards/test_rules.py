@@ -89,7 +89,7 @@ def test_on_failure_error_names_prompt_and_answer():
         rewards_of("7", "raise", on_failure="error")
 
 
-def test_every_line_is_held_against_its_grader_before_training():
+def test_every_line_is_checked_against_its_grader_before_training():
     good = [math("5"), gym("chain_sum", sum_entry()), gym("graph_color", {"answer": None, "metadata": {}})][:2]
     with RuleRewards(good) as rewards:
         rewards.check_records()
@@ -123,7 +123,7 @@ def test_a_task_that_evaluates_answers_is_refused_unless_it_is_named(task):
         RuleRewards([record], unsafe_tasks=[name for name in UNSAFE_TASKS if name != task])
 
 
-def test_an_answer_that_a_task_runs_costs_itself_alone(tmp_path):
+def test_a_response_that_a_task_runs_affects_only_itself(tmp_path):
     """`countdown` gives the answer to sympy's parse_expr, which runs it."""
     entry = {"answer": "1 + 2", "metadata": {"numbers": [1, 2], "target": 3}}
     poison = "setattr(__import__('numpy'), 'isclose', __import__('unittest.mock').mock.Mock(return_value=True))"
@@ -167,7 +167,7 @@ def test_an_option_out_of_range_is_named(options, field):
         RuleRewards([bad()], graders=BAD, **options)
 
 
-def test_a_memory_limit_too_small_to_start_says_so():
+def test_a_memory_limit_too_small_to_start_is_an_error():
     with pytest.raises(RuntimeError, match="memory_limit_mib"), GraderPool(BAD, [], memory_limit_mib=1) as pool:
         pool.grade([("bad", {"answer": "7"}, "allocate 10")] * 3 + [("bad", {"answer": "7"}, "7")])
         raise RuntimeError("memory_limit_mib: the worker lived")  # a lean worker may; then there is nothing to test

@@ -150,7 +150,7 @@ def test_entropy_by_label_is_that_of_its_tokens():
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_run_goes_on_only_with_the_same_labels(name):
+def test_a_run_resumes_only_with_the_same_labels(name):
     identity = identity_of(compose("quickstart", ["run_dir=/nowhere", f"hierarchy={name}"]))
     assert any(key.startswith("hierarchy.token_labels.") for key in identity)
     assert identity_of_record(identity) == identity
