@@ -5,7 +5,8 @@
 #   bash tests/run.sh unit -- -k gates   what follows -- goes to pytest
 # unit is all of tests/ on the main environment; mcore is the Megatron seam again, on the newest megatron-core for Python
 # 3.11; mcore312 the same on the newest of all, where there is a Python 3.12 and a CPU build of torch for it (named, with
-# any build); verl is tests/verl on the real verl, and Liger. The last two make environments of their own (requirements/setup_*.sh).
+# any build); verl is tests/verl on the real verl, and Liger. The last two make environments of their own
+# (requirements/setup_*.sh).
 # slurm is tests/slurm/run.sh, which starts a SLURM where it is root on Debian. What could not be run is in the last lines.
 # Only where it is named: matrix compares every layout of up to 8 ranks with one process on both versions of megatron-core
 # (about an hour on two cores) and writes docs/layouts.md.

@@ -100,7 +100,10 @@ def test_a_model_that_does_not_fit_is_refused_with_remedies():
     [
         (("model.activations_checkpoint_granularity=null", "model.micro_batch_size=8"), "lower model.micro_batch_size"),
         (("model.ppo.rollout_micro_batch_size=256",), "lower model.ppo.rollout_micro_batch_size"),
-        (("model.ppo.forward_micro_batch_size=64",), "lower model.ppo.forward_micro_batch_size"),
+        (
+            ("model.ppo.forward_micro_batch_size=64", "model.logprobs=logits"),
+            "lower model.ppo.forward_micro_batch_size",
+        ),
     ],
 )
 def test_the_remedy_is_for_what_is_largest(changes: tuple[str, ...], remedy: str):
