@@ -76,7 +76,10 @@ def aligner() -> LogProbs | None:
         return None
     if not dist.is_initialized():
         dist.init_process_group(
-            "nccl" if ON_GPU else "gloo", store=dist.distributed_c10d.HashStore(), rank=0, world_size=1
+            "nccl" if ON_GPU else "gloo",
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,  # type: ignore[attr-defined]
         )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "nemo_fiberpo"
 # The rooms, lowest first: a room may import itself, and of those below it what ALLOWED has. Files that stand beside the
 # rooms of `aligner` are rooms of their own.
 ROOMS = [
-    "values", "fields", "labelling", "objective", "diagnostics", "budget_warnings", "yaml_text", "plain", "config",
+    "values", "fields", "logits", "labelling", "objective", "diagnostics", "budget_warnings", "yaml_text", "plain", "config",
     "__init__",
     "plan", "graders", "megatron", "verification", "storage", "prompts", "hydra_support",
     "nemo_cpu", "nemo_config",
@@ -25,10 +25,11 @@ ROOMS = [
     "analysis", "aligner.loggers", "aligner.actor", "aligner.trainer", "aligner.build", "aligner.run",
     "conversion", "integrations", "cli",
 ]  # fmt: skip
-BELOW = {"values", "fields", "labelling", "objective"}
+BELOW = {"values", "fields", "logits", "labelling", "objective"}
 ALLOWED = {
     "values": set(),
     "fields": {"values"},
+    "logits": {"values"},
     "labelling": {"values", "fields"},
     "objective": BELOW,
     "diagnostics": BELOW,
@@ -37,9 +38,9 @@ ALLOWED = {
     "plain": {"yaml_text"},
     "config": {"budget_warnings", "plain", *BELOW},
     "__init__": {"config", "objective"},
-    "plan": BELOW,
+    "plan": {"logits", *BELOW},
     "graders": set(),
-    "megatron": {"config", "objective", "labelling", "values", "__init__"},
+    "megatron": {"config", "logits", "objective", "labelling", "__init__"},
     "verification": {"megatron", "objective", "labelling"},
     "storage": {"megatron"},
     "prompts": {"graders", "storage", *BELOW},
@@ -55,7 +56,7 @@ ALLOWED = {
 PURE = {"megatron", "nemo", "nemo_aligner", "omegaconf", "hydra", "numpy", "torch.distributed"}
 # What no file of a room may import from outside; submodules included.
 FORBIDDEN = {
-    **dict.fromkeys(["values", "fields", "yaml_text", "labelling", "objective", "diagnostics"], PURE),
+    **dict.fromkeys(["values", "fields", "logits", "yaml_text", "labelling", "objective", "diagnostics"], PURE),
     "budget_warnings": {"megatron", "nemo", "nemo_aligner", "omegaconf", "hydra", "torch.distributed"},
     "config": {"megatron", "nemo", "nemo_aligner", "hydra", "torch.distributed"},
     "__init__": {"megatron", "nemo", "nemo_aligner", "hydra", "torch.distributed"},

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_fiberpo.aligner.config.checks import check_lengths
 from nemo_fiberpo.aligner.config.sections import data_settings
 from nemo_fiberpo.aligner.lifecycle.preemption import shield_resource_tracker
-from nemo_fiberpo.megatron.output_layer import chosen
+from nemo_fiberpo.logits import chosen
 from nemo_fiberpo.megatron.timeouts import limit_collectives
 from nemo_fiberpo.plan.lengths import response_length
 from nemo_fiberpo.storage import pickles

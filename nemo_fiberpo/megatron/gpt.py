@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_fiberpo.logits import check_choice
 from nemo_fiberpo.megatron.logprobs import vocab_parallel_log_probs
-from nemo_fiberpo.megatron.output_layer import check_choice, is_chunked, output_layer, returning_log_probs
+from nemo_fiberpo.megatron.output_layer import is_chunked, output_layer, returning_log_probs
 from nemo_fiberpo.megatron.schedule import Policy
 from nemo_fiberpo.megatron.sequences import Rows
 
@@ -30,7 +31,7 @@ def gpt_policy(
         tp_group    the tensor-parallel group, over which the vocabulary is sharded
         vocab_size  of the tokenizer, from which responses are sampled; None: all rows of the embedding
         logprobs    `logits`: from the model's logits. `chunked`: from its hidden states, without them; they agree to
-                    rounding. `auto`: chunked where a micro-batch's logits would take `output_layer.AUTO_BYTES` on a
+                    rounding. `auto`: chunked where a micro-batch's logits would take `logits.AUTO_BYTES` on a
                     rank. All passes whose log-probs are compared should have the same
 
     Its log-probs are [r, t] in rows: `Rows.put` brings them back to samples. Raises ValueError for rows of different

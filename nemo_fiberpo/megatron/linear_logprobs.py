@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_fiberpo.logits import BLOCKS, LEAST_COLUMNS
 from nemo_fiberpo.megatron.logprobs import (
     accumulate_dtype,
     own_columns,
@@ -27,10 +28,6 @@ from nemo_fiberpo.megatron.logprobs import (
     to_log_prob_gradient,
     vocabulary,
 )
-
-BLOCKS = 32
-"""In how many blocks the vocabulary is taken, unless they would have fewer than LEAST_COLUMNS columns."""
-LEAST_COLUMNS = 512
 
 
 def linear_log_probs(

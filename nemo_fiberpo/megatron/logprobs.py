@@ -16,10 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 24
-"""Logits that are worked on at a time, at most."""
-CHUNKS = 8
-"""In how many chunks the tokens are taken, at least: what is held beside the logits is a part of them."""
+from nemo_fiberpo.logits import CHUNK_ELEMENTS, CHUNKS
 
 
 def shift_labels(tokens: Tensor) -> Tensor:

@@ -15,36 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_fiberpo.logits import is_large
 from nemo_fiberpo.megatron.liger import liger_fits, liger_log_probs
 from nemo_fiberpo.megatron.linear_logprobs import linear_log_probs
-from nemo_fiberpo.values import nearest
-
-LOG_PROBS = ("chunked", "logits", "auto")
-AUTO_BYTES = 2**30
-"""Float32 logits of a micro-batch on a rank from which on `auto` is `chunked`: 2048 tokens of a vocabulary of 128k."""
-
-
-def check_choice(logprobs: object, field: str = "logprobs") -> None:
-    """ValueError naming the field for a value that is none of LOG_PROBS."""
-    if logprobs not in LOG_PROBS:
-        hint = nearest(logprobs, LOG_PROBS) if isinstance(logprobs, str) else f"; use one of: {', '.join(LOG_PROBS)}"
-        raise ValueError(f"{field}: {logprobs!r} is unknown{hint}")
-
-
-def is_large(tokens: int, columns: int) -> bool:
-    """Whether `auto` is `chunked`, for `tokens` of a micro-batch and `columns` of the vocabulary on a rank."""
-    return 4 * tokens * columns >= AUTO_BYTES
-
-
-def chosen(
-    logprobs: str, *, samples: int, length: int, vocabulary: int, tensor_parallel: int, context_parallel: int
-) -> str:
-    """`logprobs`, with `auto` decided for a run by its largest micro-batch: `samples` sequences of `length` tokens. So
-    every pass of a run computes log-probs in the same way, however long its rows are."""
-    if logprobs != "auto":
-        return logprobs
-    large = is_large(samples * length // context_parallel, vocabulary // tensor_parallel)
-    return "chunked" if large else "logits"
 
 
 def output_layer(module: Any) -> Any:

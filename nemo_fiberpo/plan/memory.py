@@ -12,9 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_fiberpo.megatron.linear_logprobs import BLOCKS, LEAST_COLUMNS
-from nemo_fiberpo.megatron.logprobs import CHUNK_ELEMENTS, CHUNKS
-from nemo_fiberpo.megatron.output_layer import chosen
+from nemo_fiberpo.logits import BLOCKS, CHUNK_ELEMENTS, CHUNKS, LEAST_COLUMNS, chosen
 
 from .layout import Layout
 from .shape import ModelShape

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_fiberpo import logits
 from nemo_fiberpo.megatron import output_layer
 from nemo_fiberpo.megatron.gpt import gpt_policy
 from tests.megatron import batches, comparison, tiny
@@ -62,9 +63,9 @@ def shapes_worker(rank: int, world: int) -> dict[str, Any]:
             output = policy.forward(given, model)
             found[choice] = tuple(output.shape), policy.log_probs(output, given).detach()
         assert "forward" not in vars(layer)  # as it was
-        large, output_layer.AUTO_BYTES = output_layer.AUTO_BYTES, 1
+        large, logits.AUTO_BYTES = logits.AUTO_BYTES, 1
         found["auto, large"] = tuple(gpt_policy(model, [rows], None, vocab).forward(given, model).shape)
-        output_layer.AUTO_BYTES = large
+        logits.AUTO_BYTES = large
         changes: dict[str, Callable[[], None]] = {
             "bias": lambda: setattr(layer, "bias", torch.nn.Parameter(torch.zeros(1))),
             "deferred": lambda: setattr(layer.config, "defer_embedding_wgrad_compute", True),

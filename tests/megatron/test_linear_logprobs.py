@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.token_coefficients import peak_bytes
+from nemo_fiberpo.logits import AUTO_BYTES, check_choice, is_large
 from nemo_fiberpo.megatron import linear_logprobs
 from nemo_fiberpo.megatron.liger import liger_fits, liger_installed, liger_log_probs
 from nemo_fiberpo.megatron.linear_logprobs import linear_log_probs
 from nemo_fiberpo.megatron.logprobs import vocab_parallel_log_probs
-from nemo_fiberpo.megatron.output_layer import AUTO_BYTES, check_choice, is_large
 from tests.support import distributed
 
 B, S, H, V = 3, 5, 6, 12

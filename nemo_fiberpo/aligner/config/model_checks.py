@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nemo_fiberpo.aligner.config.precision import check_precision
 from nemo_fiberpo.labelling.expert_partitions import COLUMN, ExpertPartitions
+from nemo_fiberpo.logits import check_choice
 from nemo_fiberpo.megatron import cpu
-from nemo_fiberpo.megatron.output_layer import check_choice
 from nemo_fiberpo.megatron.routing import chosen_layers
 from nemo_fiberpo.megatron.schedule import refuse_inexact
 from nemo_fiberpo.values import nearest
