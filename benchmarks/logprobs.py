@@ -77,9 +77,9 @@ def aligner() -> LogProbs | None:
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if ON_GPU else "gloo",
-            store=dist.HashStore(),
+            store=dist.HashStore(),  # type: ignore[attr-defined]
             rank=0,
-            world_size=1,  # type: ignore[attr-defined]
+            world_size=1,
         )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()

@@ -16,8 +16,8 @@ PACKAGE = ROOT / "nemo_fiberpo"
 # The rooms, lowest first: a room may import itself, and of those below it what ALLOWED has. Files that stand beside the
 # rooms of `aligner` are rooms of their own.
 ROOMS = [
-    "values", "fields", "logits", "labelling", "objective", "diagnostics", "budget_warnings", "yaml_text", "plain", "config",
-    "__init__",
+    "values", "fields", "logits", "labelling", "objective", "diagnostics", "budget_warnings", "yaml_text", "plain",
+    "config", "__init__",
     "plan", "graders", "megatron", "verification", "storage", "prompts", "hydra_support",
     "nemo_cpu", "nemo_config",
     "aligner.lifecycle", "aligner.config", "aligner.data", "aligner.generation", "aligner.rewards",

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_fiberpo.logits import is_large
+from nemo_fiberpo.logits import check_choice, is_large
 from nemo_fiberpo.megatron.liger import liger_fits, liger_log_probs
 from nemo_fiberpo.megatron.linear_logprobs import linear_log_probs
 
