@@ -72,7 +72,7 @@ def test_a_model_that_cannot_run_is_refused_by_field(change, words):
         ("sampling_params", "end_strings", "</s>", "must be a list of texts"),
         ("sampling_params", "temprature", 0.7, "unknown key; did you mean 'temperature'"),
         ("sampling_params", "min_p", 0.1, "unknown key"),
-        ("length_params", "min_length", 8, "must be 0: the token that ends a response"),
+        ("length_params", "min_length", 8, "must be 0: it masks the end-of-sequence token"),
         ("length_params", "min_length", 1, "must be 0"),
         ("length_params", "min_lenght", 1, "did you mean 'min_length'"),
     ],

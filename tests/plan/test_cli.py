@@ -165,7 +165,7 @@ def test_one_rank_sends_nothing(run: Run):
         (["resume.allow=[hierarcy]"], "resume.allow: 'hierarcy' is not a key that must stay the same"),
         (
             ["algorithm.val_check_interval=30", "data.heldout=null"],
-            "algorithm.val_check_interval: 30 evaluates data.heldout, which is not given",
+            "algorithm.val_check_interval: 30 evaluates data.heldout, which is not set",
         ),
         (["seed=x"], "seed: must be a whole number from 0 to 2147483647, got 'x'"),
         (["model.optim.lr='1e-6'"], "model.optim.lr: must be a finite number, got '1e-6'"),

@@ -47,8 +47,7 @@ class AlgorithmSettings:
     """Prompts per RL step, over all ranks."""
 
     objective: str = setting("fiberpo", choices=tuple(OBJECTIVES))
-    """`fiberpo` is gated by the hierarchy. The others are gated by `algorithm.gating`; the hierarchy is only reported.
-    """
+    """`fiberpo` is gated by the hierarchy. The others are gated by `algorithm.gating` and only report the hierarchy."""
 
     gating: RatioGating | HierarchyGating = setting(default_factory=HierarchyGating, form="mapping")
     """Parameters of the objective, see `fiberpo config algorithm.gating`."""

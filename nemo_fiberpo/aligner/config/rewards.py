@@ -47,8 +47,7 @@ class RewardSettings:
     """Custom graders, by the name that `grader` has in the data."""
 
     server: Mapping[str, Any] | None = setting(None, form="mapping", may_change=True)
-    """Configuration of NeMo-Aligner's client of the reward-model server. Required for `kind: server`, and only there.
-    """
+    """Configuration of NeMo-Aligner's client of the reward-model server. Required for `kind: server`, only there."""
 
     def __post_init__(self) -> None:
         check(self)

@@ -108,7 +108,7 @@ def test_algorithm_refusals(changes, words):
             reward_settings,
             "rewards",
             {"kind": "server", "server": {"ip": "h"}, "score": "raw"},
-            ["rewards.score: 'raw'", "kind: rules only"],
+            ["rewards.score: 'raw'", "only to kind: rules"],
         ),
         (reward_settings, "rewards", {"max_failed": 1.5}, ["rewards.max_failed", "from 0 to 1", "1.5"]),
         (reward_settings, "rewards", {"max_failed": "half"}, ["rewards.max_failed", "a number", "'half'"]),

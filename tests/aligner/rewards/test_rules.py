@@ -138,9 +138,9 @@ def test_a_response_that_a_task_runs_affects_only_itself(tmp_path):
 
 def test_more_failures_than_allowed_stop_the_run_with_the_first_reasons():
     check_failures(4, 8, 0.5, ["a"])
-    with pytest.raises(RuntimeError, match=r"^5 of 8 answers .* rewards\.max_failed = 0\.5: a; b; c$"):
+    with pytest.raises(RuntimeError, match=r"^5 of 8 responses .* rewards\.max_failed = 0\.5: a; b; c$"):
         check_failures(5, 8, 0.5, ["a", "b", "c", "d"])
-    with pytest.raises(RuntimeError, match="in the output of other ranks"):
+    with pytest.raises(RuntimeError, match="output of the other ranks"):
         check_failures(1, 8, 0.0, [])
     check_failures(0, 0, 0.0, [])
     check_failures(8, 8, 1.0, [])
