@@ -1,6 +1,6 @@
 """Replacing attributes of other people's modules: opt-in, reversible, and naming the symbol that is gone.
 
-Shared by `megatron.cpu`, `aligner.cpu` and `aligner.named_strata`, the places that patch anything.
+Shared by `megatron.cpu`, `nemo_cpu` and `hydra_support.named_strata`, the places that patch anything.
 """
 
 from __future__ import annotations
