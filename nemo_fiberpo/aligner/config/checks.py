@@ -39,7 +39,8 @@ from nemo_fiberpo.values import short
 Attempt = Callable[[Callable[[], Any]], Any]
 _REQUIRED = ("hierarchy", "algorithm", "data", "rewards", "model", "trainer", "exp_manager", "pretrained_checkpoint")
 _OPTIONAL = ("warm_start", "cluster", "resume")  # null is the same as absent
-_LOGGERS = ("wandb", "mlflow", "clearml", "neptune")  # each is also the name of its package
+# Logger, the name of its package, -> what pip installs. NeMo's protobuf is too old for later versions of wandb.
+_LOGGERS = {"wandb": "'wandb<0.20'", "mlflow": "mlflow", "clearml": "clearml", "neptune": "neptune"}
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,11 @@ def check_sections(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None,
 
 def check_loggers(cfg: DictConfig) -> None:
     """ValueError for a logger whose package is not installed."""
-    for name in _LOGGERS:
+    for name, requirement in _LOGGERS.items():
         key = f"create_{name}_logger"
         if cfg.exp_manager.get(key) and importlib.util.find_spec(name) is None:
             key = "wandb" if name == "wandb" and cfg.get("wandb") else f"exp_manager.{key}"
-            raise ValueError(f"{key}: needs the package {name}, which is not installed; pip install it")
+            raise ValueError(f"{key}: needs the package {name}, which is not installed; pip install {requirement}")
 
 
 def check_graders(graders: Mapping[str, str] | None) -> None:

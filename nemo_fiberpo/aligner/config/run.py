@@ -28,8 +28,8 @@ class RunSettings:
     """Whether to run without a GPU. Set `trainer.accelerator: cpu` too."""
 
     wandb: bool = setting(False)
-    """Whether to log to Weights & Biases too, into the project of `exp_manager.wandb_logger_kwargs`. Log in with `wandb
-    login`, or set WANDB_MODE=offline."""
+    """Whether to log to Weights & Biases too, into the project of `exp_manager.wandb_logger_kwargs`. First `pip install
+    'wandb<0.20'`, and log in with `wandb login` or set WANDB_MODE=offline."""
 
     collective_timeout: float = setting(1800.0, above=0)
     """Seconds before a rank gives up on the others, in every process group. Must exceed the longest time that a rank is
