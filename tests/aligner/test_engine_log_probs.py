@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import torch
 
-from nemo_fiberpo.aligner import cpu
+from nemo_fiberpo import nemo_cpu
 
-cpu.install()
+nemo_cpu.install()
 from nemo_fiberpo.aligner.generation import engine_log_probs  # noqa: E402
 from nemo_fiberpo.aligner.generation.engine_log_probs import RecordsLogProbs  # noqa: E402
 

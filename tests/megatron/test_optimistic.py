@@ -17,7 +17,8 @@ from nemo_fiberpo.megatron.compat import auxiliary_loss_log, fields_of
 from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.megatron.optimistic import optimistic_step
 from nemo_fiberpo.megatron.step import exact_step
-from tests.megatron import batches, comparison, shards, tiny
+from nemo_fiberpo.verification import shards
+from tests.megatron import batches, comparison, tiny
 from tests.megatron.batches import STRATA, Batch
 from tests.megatron.comparison import BOUND, CASES
 from tests.megatron.slow import same_metrics

@@ -74,7 +74,7 @@ def quiet_by_hand() -> tuple[Case, Tensor]:
     log_ratio = torch.where(trajectory == 0, 0.16, 0.0).double()
     chain = tuple(fpo.Stratum(name, fpo.Budget(size, size)) for name, size in (("domain", 1.0), ("trajectory", 0.09)))
     labels = {"domain": torch.zeros_like(trajectory), "trajectory": trajectory}
-    tokens = torch.ones_like(trajectory, dtype=torch.bool), log_ratio, torch.linspace(-1.0, 1.0, 21).double()
+    tokens = torch.ones_like(trajectory, dtype=torch.bool), log_ratio, torch.linspace(-1.0, 1.5, 21).double()
     return Case(labels, *tokens, fpo.Hierarchy(chain, 0.5)), trajectory // 2
 
 

@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 
 from nemo_fiberpo.aligner import build
 from nemo_fiberpo.aligner.config import checks
-from nemo_fiberpo.aligner.config import hydra as hydra_config
 from nemo_fiberpo.aligner.lifecycle import ending
+from nemo_fiberpo.hydra_support import command_line as hydra_config
 
 TOKENS = torch.arange(20).reshape(2, 10) % 45
 

@@ -253,7 +253,9 @@ def test_a_logger_whose_package_is_missing_is_refused(monkeypatch):
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^exp_manager\.create_wandb_logger: needs the package wandb"):
         checks.check_loggers(OmegaConf.create({"exp_manager": {"create_wandb_logger": True}}))
-    with pytest.raises(ValueError, match=r"^wandb: needs the package wandb, which is not installed; pip install 'wandb<0\.20'"):
+    with pytest.raises(
+        ValueError, match=r"^wandb: needs the package wandb, which is not installed; pip install 'wandb<0\.20'"
+    ):
         checks.check_loggers(OmegaConf.create({"wandb": True, "exp_manager": {"create_wandb_logger": True}}))
 
 
