@@ -109,7 +109,7 @@ def second_share(entry: dict[str, Any], hierarchy: Hierarchy, rows: Tensor, micr
 
 
 def print_table(path: str) -> None:
-    kept = torch.load(path)
+    kept = torch.load(path, weights_only=True)
     groups = min(len(entry["labels"]["prompt_group"].unique()) for entry in kept)
     counts = (2, 4, 8) if groups % 8 == 0 else (2, 3, 6)  # micro-batches of whole groups
     print(f"\n{path}: {len(kept)} steps of {len(kept[0]['mask'])} rows in {groups} prompt groups")

@@ -158,7 +158,8 @@ def picture(arms: Mapping[Arm, Mapping[int, Result]], path: Path) -> None:
     shown = panels(arms)
     figure, axes = plt.subplots(1, len(shown), figsize=(5.5 * len(shown), 4.2), squeeze=False, sharey=True)
     objectives = sorted({objective for _, objective, _ in arms})
-    colours = dict(zip(objectives, plt.get_cmap("tab20")(np.linspace(0, 1, 20)), strict=False))
+    shades = plt.get_cmap("tab10" if len(objectives) <= 10 else "tab20")
+    colours = {objective: shades(index) for index, objective in enumerate(objectives)}
     for axis, (title, here) in zip(axes[0], shown, strict=True):
         for (_, objective, _), of_seed in sorted(here.items()):
             curves = [result["curves"].get("train_rollouts/rewards", []) for result in of_seed.values()]
@@ -166,7 +167,13 @@ def picture(arms: Mapping[Arm, Mapping[int, Result]], path: Path) -> None:
             values = np.array([[*smooth(curve), *[np.nan] * (length - len(curve))] for curve in curves], dtype=float)
             steps = np.arange(1, length + 1)
             style = "-" if objective not in BASELINES else "--"
-            axis.plot(steps, np.nanmean(values, axis=0), style, color=colours[objective], label=objective)
+            axis.plot(
+                steps,
+                np.nanmean(values, axis=0),
+                style,
+                color=colours[objective],
+                label=f"{objective}, {count(of_seed)}",
+            )
             axis.fill_between(steps, np.nanmin(values, 0), np.nanmax(values, 0), color=colours[objective], alpha=0.1)
         axis.set(title=title, xlabel="RL step")
         axis.grid(alpha=0.3)
@@ -178,6 +185,10 @@ def picture(arms: Mapping[Arm, Mapping[int, Result]], path: Path) -> None:
     )
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
+
+
+def count(of_seed: Mapping[int, Result]) -> str:
+    return f"{len(of_seed)} seed" + "s" * (len(of_seed) > 1)
 
 
 def smooth(curve: Sequence[float | None], width: int = 5) -> list[float]:

@@ -114,7 +114,7 @@ def test_prompts_begin_with_the_tokenizers_first_token_where_asked_for():
     model = OmegaConf.create({"ppo": {"sampling_params": {"add_BOS": True}}})
     assert first_token(model, SimpleNamespace(bos_id=2, vocab_size=5)) == 2
     for bos_id in (None, -1, 5):
-        with pytest.raises(ValueError, match=r"^model\.ppo\.sampling_params\.add_BOS: true, but .* no token"):
+        with pytest.raises(ValueError, match=r"^model\.ppo\.sampling_params\.add_BOS: true, but .* no BOS token"):
             first_token(model, SimpleNamespace(bos_id=bos_id, vocab_size=5))
     model.ppo.sampling_params.add_BOS = False
     assert first_token(model, SimpleNamespace(bos_id=None, vocab_size=5)) is None

@@ -56,6 +56,8 @@ SECOND: dict[str, list[str]] = {
     "rewards.workers": ["=2"],
     "rewards.time_limit": ["=3"],
     "rewards.memory_limit_mib": ["=99"],
+    "algorithm.micro_batches": ["=whole_groups"],
+    "algorithm.rollout_correction": ["={kind: tis, high: 2.0}"],
     "rewards.score": ["=raw"],
     "rewards.on_failure": ["=zero"],
     "rewards.max_failed": ["=0.1"],
@@ -209,7 +211,7 @@ def test_the_configurations_that_ship_have_none(name):
     [
         ("cpu=no", "cpu: must be true or false, got 'no'"),
         ("data.heldout_greedy=no", "data.heldout_greedy: must be true or false"),
-        ("rewards.graders=typo", "rewards.graders: must be a mapping from names to texts"),
+        ("rewards.graders=typo", "rewards.graders: must be a mapping {name: package.module:function}"),
         ("rewards.graders={x: 3}", "rewards.graders.x: must be package.module:function, got 3"),
         ("++pretrained_checkpoint.restore_from_pat=x", "pretrained_checkpoint.restore_from_pat: unknown key; did you"),
         ("++exp_manager=3", "exp_manager: must be a mapping, got 3"),

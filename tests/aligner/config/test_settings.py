@@ -47,7 +47,7 @@ def test_whole_groups_fit_into_micro_batches_or_are_refused():
     whole = settings(micro_batches="whole_groups")
     assert whole.whole_groups and not settings().whole_groups
     whole.check_passes(chain, 24)
-    with pytest.raises(ValueError, match=r"algorithm.micro_batches: whole_groups, .* = 12 is no multiple"):
+    with pytest.raises(ValueError, match=r"algorithm.micro_batches: whole_groups, .* = 12 is not a multiple"):
         whole.check_passes(chain, 12)
     settings(micro_batches="whole_groups", packing=True, passes=1).check_passes(chain[1:], 8)
     with pytest.raises(ValueError, match="micro_batches: must be any or whole_groups"):
@@ -82,7 +82,7 @@ def test_sizes_follow():
         ({"fixed_length": 100}, ["algorithm.fixed_length", "only there"]),
         ({"truncated": "drop"}, ["algorithm.truncated", "keep", "mask"]),
         ({"packing": 1}, ["algorithm.packing", "true or false"]),
-        ({"passes": 3}, ["algorithm.passes", "1 or 2"]),
+        ({"passes": 3}, ["algorithm.passes", "1, 2 or auto"]),
         ({"kl": {"coefficient": -1}}, ["algorithm.kl.coefficient", "at least 0"]),
         ({"kl": {"coeficient": 1}}, ["algorithm.kl.coeficient", "did you mean 'coefficient'"]),
         ({"kl": 3}, ["algorithm.kl", "mapping"]),

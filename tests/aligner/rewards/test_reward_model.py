@@ -91,7 +91,7 @@ def test_two_ranks_get_the_first_ones_grades(case):
         assert first == "[1.0, 0.0, 0.0] [0, 0, 1] True"
         assert second == "[1.0, 0.0, 0.0] [0, 0, 1] False"
     else:
-        assert first.startswith("refused: 1 of 3 answers") and second.startswith("refused: grading failed on rank 0")
+        assert first.startswith("refused: 1 of 3 responses") and second.startswith("refused: grading failed on rank 0")
 
 
 def test_reward_metrics_leave_failures_out_of_the_mean_and_count_them():

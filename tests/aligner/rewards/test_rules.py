@@ -85,7 +85,7 @@ def test_a_formula_that_makes_sympy_hang_times_out():
 
 
 def test_on_failure_error_names_prompt_and_answer():
-    with pytest.raises(RuntimeError, match=r"1 of 2 answers.*made.jsonl:1: crash, ZeroDivisionError.*'raise'"):
+    with pytest.raises(RuntimeError, match=r"1 of 2 responses.*made.jsonl:1: crash, ZeroDivisionError.*'raise'"):
         rewards_of("7", "raise", on_failure="error")
 
 
