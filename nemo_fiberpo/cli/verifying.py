@@ -13,12 +13,12 @@ from omegaconf import OmegaConf
 from nemo_fiberpo.plan.layout import Layout
 from nemo_fiberpo.verification.plans import Sizes
 
-DESCRIPTION = """Takes steps of a small random model on a layout of ranks, and the same steps on one rank. Prints by how
-much the loss, the log-probs and the gradients of all parameters differ. The layout is that of a config, that of the
-options, or that of a config with options over it.
+DESCRIPTION = """Runs optimizer steps of a small random model on a layout of ranks and on one rank, and prints by how much
+the loss, the log-probs and the gradients of all parameters differ. The layout comes from a config, from the options, or
+from a config with options on top.
 
-Starts its ranks itself: one for each GPU, or on a CPU as many as the layout needs. Under torchrun or srun
-it is one of them. Exit status: 0 where all differences are within the tolerance, 1 where not.
+Starts its own ranks: one per GPU, or on a CPU as many as the layout needs. Under torchrun or srun it is one of them.
+Exit status: 0 if all differences are within the tolerance, 1 if not.
 
 examples:
   fiberpo verify --tp 2 --pp 2                          4 ranks, over gloo where there is no GPU
@@ -38,7 +38,7 @@ _AXES = {
 
 def add_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     """`verify`; `add` makes the parser of a command that takes a config and overrides."""
-    verify = add("verify", help="does a layout take the step of one rank?", description=DESCRIPTION)
+    verify = add("verify", help="whether the gradients of a layout are those of one rank", description=DESCRIPTION)
     for name, meaning in _AXES.items():
         verify.add_argument(f"--{name}", type=int, metavar="N", help=meaning)
     verify.add_argument("--ranks", type=int, metavar="N", help="processes to start; the rest is data parallelism")

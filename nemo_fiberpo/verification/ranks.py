@@ -143,5 +143,5 @@ def _line(errors: Errors, bounds: Tolerance) -> str:
 def _conclusion(found: Sequence[Errors], bounds: Tolerance) -> str:
     wrong = [errors.variant for errors in found if not errors.within(bounds)]
     if wrong:
-        return f"\nDIFFERENT: {'; '.join(wrong)}. This layout does not take the step of one rank.\n"
-    return "\nequal within the tolerance: this layout takes the step of one rank\n"
+        return f"\nDIFFERENT: {'; '.join(wrong)}. This layout does not compute what one rank does.\n"
+    return "\nequal within the tolerance: this layout computes what one rank does\n"

@@ -74,7 +74,7 @@ LAYOUTS = [
 def test_layouts_take_the_step_of_one_rank(world: int, sizes: Sizes, precision: str):
     passed, said = run(world, sizes, precision, "")
     assert passed, said
-    assert said.endswith("this layout takes the step of one rank\n")
+    assert said.endswith("this layout computes what one rank does\n")
 
 
 @pytest.mark.distributed
@@ -116,7 +116,7 @@ def test_the_command_starts_its_ranks_with_the_layout_of_a_config():
     command = [sys.executable, "-m", "nemo_fiberpo.cli", "verify", *config, "--cpu"]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "tp 2, pp 1, cp 1, dp 1" in done.stdout and "takes the step of one rank" in done.stdout.splitlines()[-1]
+    assert "tp 2, pp 1, cp 1, dp 1" in done.stdout and "computes what one rank does" in done.stdout.splitlines()[-1]
     assert "mixture of experts, padded rows" in done.stdout and "dense" not in done.stdout
 
 
