@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from nemo_fiberpo.plan.layout import Layout
 from nemo_fiberpo.verification.plans import Sizes
 
-DESCRIPTION = """Runs optimizer steps of a small random model on a layout of ranks and on one rank, and prints by how much
-the loss, the log-probs and the gradients of all parameters differ. The layout comes from a config, from the options, or
-from a config with options on top.
+DESCRIPTION = """Runs optimizer steps of a small random model on a layout of ranks and on one rank, and prints by how
+much the loss, the log-probs and the gradients of all parameters differ. The layout comes from a config, from the
+options, or from a config with options on top.
 
 Starts its own ranks: one per GPU, or on a CPU as many as the layout needs. Under torchrun or srun it is one of them.
 Exit status: 0 if all differences are within the tolerance, 1 if not.
