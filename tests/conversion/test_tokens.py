@@ -129,7 +129,7 @@ def test_an_import_warns_of_other_ends_and_beginnings_of_responses(tmp_path: Pat
         return lines
 
     others, other, begins = said("<1>"), said("<9>"), said("<1>", bos=True)
-    assert len(others) == 1 and "also end with 7 ('<7>'), those of the policy with 1 ('<1>') alone" in others[0]
+    assert len(others) == 1 and "also end with 7 ('<7>'), those of the policy only with 1 ('<1>')" in others[0]
     assert "end_strings" in others[0]
     assert len(other) == 1 and "end with 1 ('<1>'), 7 ('<7>'), those of the policy with the tokenizer's 9" in other[0]
     assert begins[:1] == others and "begins every text with 3 ('<3>')" in begins[1] and "add_BOS" in begins[1]
