@@ -21,8 +21,13 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from nemo_fiberpo.aligner.config.model_checks import check_model, check_vocabulary
-from nemo_fiberpo.aligner.generation.engine_log_probs import ENGINE, RecordsLogProbs
-from nemo_fiberpo.aligner.generation.inference_layout import whole_sequences
+from nemo_fiberpo.aligner.generation.engine_log_probs import (
+    ENGINE,
+    RecordingLockstep,
+    RecordingStrategy,
+    RecordsLogProbs,
+)
+from nemo_fiberpo.aligner.generation.inference_layout import config_without_sequence_parallel, whole_sequences
 from nemo_fiberpo.aligner.generation.lockstep import GUARD_ROWS, Lockstep, add_guard_rows, expert_group, generate_tokens
 from nemo_fiberpo.aligner.rollout.experts import ExpertLabels
 from nemo_fiberpo.aligner.rollout.minibatch import Minibatch
@@ -98,7 +103,7 @@ class FiberPOActor(MegatronGPTActorModel):
         if self._generating is None:
             self._generating = contextlib.ExitStack()
             self._generating.enter_context(whole_sequences(self.get_model_module_list()))
-            self._generating.enter_context(_config_without_sequence_parallel(self))
+            self._generating.enter_context(config_without_sequence_parallel(self))
 
     def _restore_sequence_parallelism_args(self) -> None:
         """Leave the generation layout."""
@@ -274,11 +279,11 @@ class FiberPOActor(MegatronGPTActorModel):
         group, new = expert_group(), self.max_new_tokens
         guards = 0 if group is None else GUARD_ROWS
         if group is None:
-            plain = _RecordingStrategy if self.records_log_probs else TrackLengthGPTModelTextGenerationStrategy
+            plain = RecordingStrategy if self.records_log_probs else TrackLengthGPTModelTextGenerationStrategy
             strategy = plain(model=self, context_lengths=lengths, max_length=new)
         else:
             tokens, lengths = add_guard_rows(tokens, lengths, self.tokenizer.eos_id, new, group)
-            strategy = (_RecordingLockstep if self.records_log_probs else Lockstep)(self, lengths, new, group)
+            strategy = (RecordingLockstep if self.records_log_probs else Lockstep)(self, lengths, new, group)
         output = generate_tokens(self, tokens, lengths, strategy, self._sampling_params, self._length_params)
         response_tokens = broadcast_2d_tensor_within_pp(output, dtype=torch.long)
         # NeMo generates until the longest prompt has max_length new tokens; the others end at theirs.
@@ -295,28 +300,6 @@ class FiberPOActor(MegatronGPTActorModel):
         if isinstance(strategy, RecordsLogProbs):
             columns[ENGINE] = strategy.log_probs(*response_tokens.shape)
         return {name: value[guards:] for name, value in columns.items()}
-
-
-class _RecordingStrategy(RecordsLogProbs, TrackLengthGPTModelTextGenerationStrategy):
-    pass
-
-
-class _RecordingLockstep(RecordsLogProbs, Lockstep):
-    pass
-
-
-@contextlib.contextmanager
-def _config_without_sequence_parallel(actor: FiberPOActor) -> Iterator[None]:
-    """Disable sequence parallelism in the configs that NeMo's generation reads beside the modules' own."""
-    holders = (actor.cfg, actor.model_parallel_config, actor.transformer_config)
-    before = [holder.sequence_parallel for holder in holders]
-    for holder in holders:
-        holder.sequence_parallel = False
-    try:
-        yield
-    finally:
-        for holder, value in zip(holders, before, strict=True):
-            holder.sequence_parallel = value
 
 
 def _watched(

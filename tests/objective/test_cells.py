@@ -128,6 +128,7 @@ def test_a_hierarchy_describes_itself():
         ),
         0.04,
     )
-    first, second, last = hierarchy.describe().splitlines()
+    first, second, token, gate = hierarchy.describe().splitlines()
     assert "C+ 0.02  C- 0.015  k min(token count, 32)  code: C+ 0.03 C- 0.02" in first
-    assert "k token count  (switched off)" in second and last.split() == ["token", "clip", "0.04"]
+    assert "k token count  (switched off)" in second and token.split() == ["token", "clip", "0.04"]
+    assert gate.split() == ["gate", "rollback"]

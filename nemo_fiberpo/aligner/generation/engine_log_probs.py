@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
+from nemo_aligner.utils.text_generation_utils import TrackLengthGPTModelTextGenerationStrategy
 from torch import Tensor
 
+from nemo_fiberpo.aligner.generation.lockstep import Lockstep
 from nemo_fiberpo.megatron.logprobs import vocab_parallel_log_probs
 
 ENGINE = "rollout_logprobs"
@@ -56,3 +58,11 @@ class RecordsLogProbs:
                 out[:, place - 1] = value
         torch.distributed.all_reduce(out, group=mpu.get_pipeline_model_parallel_group())
         return out
+
+
+class RecordingStrategy(RecordsLogProbs, TrackLengthGPTModelTextGenerationStrategy):
+    """NeMo-Aligner's own strategy."""
+
+
+class RecordingLockstep(RecordsLogProbs, Lockstep):
+    """The strategy of expert-parallel ranks."""

@@ -95,3 +95,17 @@ def _no_context_parallel(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
             module.set_context_parallel_group(group, ranks, stream, **more)  # type: ignore[operator]
         patches.undo()
         RotaryEmbedding.forward.cache_clear()
+
+
+@contextlib.contextmanager
+def config_without_sequence_parallel(actor: Any) -> Iterator[None]:
+    """Disable sequence parallelism in the configs that NeMo's generation reads beside the modules' own."""
+    holders = (actor.cfg, actor.model_parallel_config, actor.transformer_config)
+    before = [holder.sequence_parallel for holder in holders]
+    for holder in holders:
+        holder.sequence_parallel = False
+    try:
+        yield
+    finally:
+        for holder, value in zip(holders, before, strict=True):
+            holder.sequence_parallel = value
