@@ -22,7 +22,7 @@ EXAMPLES = """examples:
   fiberpo train my_run                              train on this machine
   fiberpo check my_run                              what is wrong with it?
   fiberpo plan cluster/mixtral_8x7b                 what will it need?
-  fiberpo verify --tp 2 --pp 2                      are its gradients those of one rank?
+  fiberpo verify --tp 2 --pp 2                      gradients as on one rank?
   fiberpo config algorithm                          what do its keys mean?
   fiberpo compare runs/seed0 runs/seed1 runs/grpo   what did they do?
   fiberpo calibrate runs/grpo                       budgets from its drift

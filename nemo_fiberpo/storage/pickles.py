@@ -20,7 +20,7 @@ import torch
 from nemo_fiberpo.megatron.patching import Patch, Patches
 
 _FORCE, _UNFORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-_REFUSED = re.compile(r"(?:unsupported|Unsupported global:) GLOBAL ([\w.]+)|([\w.]+) does not belong into the metadata")
+_REFUSED = re.compile(r"(?:unsupported|Unsupported global:) GLOBAL ([\w.]+)|([\w.]+) does not belong in the metadata")
 _DCP = "torch.distributed.checkpoint"
 _METADATA: dict[str, tuple[str, ...]] = {
     f"{_DCP}.metadata": (
