@@ -8,6 +8,7 @@ same version recorded of the sections `hierarchy` and `algorithm` of other runs,
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,9 @@ def test_a_run_with_such_a_record_resumes_to_the_same_metrics(uninterrupted, tmp
     stored = record_of(run_dir)
     assert stored["identity"] != json.loads((uninterrupted / "run.json").read_text())["identity"]
     (run_dir / "run.json").write_text(json.dumps(stored | {"checkpoint": {"name": first.name, "step": 2}}))
-    said = forked.launch("train_gpt_fiberpo.py", run_dir, *TWO_EPOCHS, GATE, "resume.allow=[hierarchy.gate]")
-    assert f"resuming from {first.name}: RL step 2" in said and "from RL step" not in said
+    said = forked.launch("train_gpt_fiberpo.py", run_dir, *TWO_EPOCHS, "resume.allow=[hierarchy.gate]")
+    assert f"resuming from {first.name}: RL step 2" in said
+    assert set(re.findall(r"from RL step 2 on: ([\w.]+) is ", said)) == {"hierarchy.gate", "model.logprobs"}
     assert metrics(run_dir) == metrics(uninterrupted)
 
 
