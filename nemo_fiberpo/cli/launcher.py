@@ -6,6 +6,7 @@ torchrun prints a report of its own below an error, and 30 seconds after Ctrl-C 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
 import socket
@@ -75,12 +76,12 @@ def adopt_srun(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     nodes = int(environment.get("SLURM_STEP_NUM_NODES") or 1)
     address = environment.get("MASTER_ADDR")
     if address is None:
-        names = subprocess.run(
-            ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]], capture_output=True, text=True
-        ).stdout.split()
+        names = _scontrol("hostnames", environment["SLURM_STEP_NODELIST"]).split()
         if not names:
             raise ValueError("MASTER_ADDR: scontrol does not name the first node; set it before srun")
-        address = names[0]
+        # The name of a node need not be one that resolves.
+        known = re.search(r" NodeAddr=(\S+)", _scontrol("node", "--oneliner", names[0]))
+        address = known[1] if known else names[0]
     port = 20000 + (int(environment["SLURM_JOB_ID"]) * 7 + int(environment["SLURM_STEP_ID"])) % 20000
     return {
         "RANK": environment["SLURM_PROCID"],
@@ -90,6 +91,10 @@ def adopt_srun(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
         "MASTER_ADDR": address,
         "MASTER_PORT": environment.get("MASTER_PORT") or str(port),
     }
+
+
+def _scontrol(*arguments: str) -> str:
+    return subprocess.run(["scontrol", "show", *arguments], capture_output=True, text=True).stdout
 
 
 def run_ranks(command: Sequence[str], number: int) -> int:
