@@ -48,19 +48,6 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def peak(work: Work) -> int:
-    """Most bytes alive at once during a call beyond those before it."""
-    if not ON_GPU:
-        return peak_bytes(work)
-    work()
-    synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    work()
-    synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def from_logits(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """As Megatron and its Float16Module hand logits on: in float32."""
     logits = (hidden @ weight.T).float()[None]
@@ -138,8 +125,8 @@ def measure(tokens: int, units: int, vocab: int, dtype: torch.dtype, repeats: in
         f"{name}, forward only": partial(values, function, hidden, weight, target) for name, function in found.items()
     }
     logits, kept = 4 * tokens * vocab, (hidden.numel() + weight.numel()) * hidden.element_size()
-    beyond = {name: (peak(work) - kept) / logits for name, work in works.items() if name != FLOOR}
-    beyond |= {name: peak(work) / logits for name, work in forward.items()}
+    beyond = {name: (peak_bytes(work, ON_GPU) - kept) / logits for name, work in works.items() if name != FLOOR}
+    beyond |= {name: peak_bytes(work, ON_GPU) / logits for name, work in forward.items()}
     every = works | forward
     clock = time.thread_time if not ON_GPU and torch.get_num_threads() == 1 else time.perf_counter
 

@@ -50,9 +50,16 @@ def grpo(log_ratio: torch.Tensor, advantage: torch.Tensor, mask: torch.Tensor | 
     return leaf.grad
 
 
-def peak_bytes(work: Callable[[], object]) -> int:
-    """Most bytes alive at once during `work`, its result included."""
+def peak_bytes(work: Callable[[], object], on_gpu: bool = False) -> int:
+    """Most bytes alive at once during `work`, its result included, beyond those before it."""
     work()
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         work()
     assert prof.profiler is not None and prof.profiler.kineto_results is not None

@@ -29,7 +29,7 @@ from nemo_fiberpo.aligner.generation.engine_log_probs import (
 )
 from nemo_fiberpo.aligner.generation.inference_layout import config_without_sequence_parallel, whole_sequences
 from nemo_fiberpo.aligner.generation.lockstep import GUARD_ROWS, Lockstep, add_guard_rows, expert_group, generate_tokens
-from nemo_fiberpo.aligner.rollout.experts import ExpertLabels
+from nemo_fiberpo.aligner.rollout.experts import ExpertLabels, watched
 from nemo_fiberpo.aligner.rollout.minibatch import Minibatch
 from nemo_fiberpo.megatron.choice import StepChoice
 from nemo_fiberpo.megatron.gpt import gpt_policy
@@ -156,8 +156,7 @@ class FiberPOActor(MegatronGPTActorModel):
         self.experts = ExpertLabels(partitions, self.cfg, self.get_model_module_list())
 
     def record_log_probs(self) -> None:
-        """From now on `infer` hands over the log-probs of the tokens it samples, by the passes that sampled them, as
-        the column ENGINE. ValueError where it cannot."""
+        """Have `infer` return the sampling passes' log-probs, in the column ENGINE. ValueError if it cannot."""
         if self.use_trtllm_generation:
             raise ValueError(
                 "algorithm.rollout_correction.kind: needs the log-probs of the engine that samples, and NeMo-Aligner's "
@@ -182,7 +181,7 @@ class FiberPOActor(MegatronGPTActorModel):
             rows = self.rows(tokens, lengths, self.forward_micro_batch_size, packed)
             rows = [entry.to(torch.cuda.current_device()) for entry in rows]
             microbatches = [{"rows": entry} for entry in rows]
-            with _watched(experts, self._policy(rows), microbatches) as policy:
+            with watched(experts, self._policy(rows), microbatches) as policy:
                 values = current_log_probs(policy, microbatches)
             out = torch.zeros(len(tokens), tokens.shape[1] - 1, device=torch.cuda.current_device())
             for entry, value in zip(rows, values, strict=False):
@@ -233,8 +232,7 @@ class FiberPOActor(MegatronGPTActorModel):
     ) -> StepResult:
         """Accumulate the gradient of one optimizer step: -J of the global minibatch, plus the KL penalty.
 
-        gating, use_min   as in `exact_step`
-        on_policy   as in `exact_step`; None: whether no optimizer step has begun since `old_policy`
+        gating, use_min, on_policy   as in `exact_step`; on_policy None: whether no step has begun since `old_policy`
 
         Call between `prepare_for_training_step` and `finish_training_step`. SPMD: every rank calls it.
         """
@@ -252,7 +250,7 @@ class FiberPOActor(MegatronGPTActorModel):
                 batch |= {"init_log_probs": init, "weights": weights, "mask": mask}
         tokens = StepTokens(minibatch.old_log_probs, minibatch.weighted_advantage, minibatch.mask, minibatch.cells)
         options: dict[str, Any] = {"gating": gating, "use_min": use_min, "extra_loss": penalty}
-        with _watched(self.experts if minibatch.expert_labels else None, self._policy(rows), microbatches) as policy:
+        with watched(self.experts if minibatch.expert_labels else None, self._policy(rows), microbatches) as policy:
             given = policy, microbatches, tokens
             if minibatch.microbatch_cells is not None:
                 return one_pass_step(*given, minibatch.microbatch_cells, hierarchy, self.reducer, **options)
@@ -300,9 +298,3 @@ class FiberPOActor(MegatronGPTActorModel):
         if isinstance(strategy, RecordsLogProbs):
             columns[ENGINE] = strategy.log_probs(*response_tokens.shape)
         return {name: value[guards:] for name, value in columns.items()}
-
-
-def _watched(
-    experts: ExpertLabels | None, policy: Policy, microbatches: Sequence[Any]
-) -> contextlib.AbstractContextManager[Policy]:
-    return contextlib.nullcontext(policy) if experts is None else experts.watch(policy, microbatches)

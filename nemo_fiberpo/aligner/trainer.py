@@ -28,8 +28,7 @@ from nemo_fiberpo.aligner.rollout.agreement import agreed_minibatches
 from nemo_fiberpo.aligner.rollout.dealing import grouped_rollout, repeated_prompts, response_mask
 from nemo_fiberpo.aligner.rollout.entropy import entropy_metrics
 from nemo_fiberpo.aligner.rollout.evaluation import evaluate, mean_rewards
-from nemo_fiberpo.aligner.rollout.experts import routing_metrics
-from nemo_fiberpo.aligner.rollout.metrics import first_sample, rollout_metrics
+from nemo_fiberpo.aligner.rollout.metrics import first_sample, rollout_metrics, step_metrics
 from nemo_fiberpo.aligner.rollout.minibatch import Minibatch
 from nemo_fiberpo.aligner.rollout.response_labels import ResponseLabels
 from nemo_fiberpo.aligner.rollout.strata import StrataLabels
@@ -242,7 +241,7 @@ class FiberPOTrainer(PPOTrainer):
         self.scheduler.step()
         metrics = {"grad_norm": grad_norm, "lr": lr, "on_policy": float(result.report is None)}
         metrics |= {"gate_all_reduces": float(self.model.reducer.calls - calls)}
-        metrics |= self._over_ranks(result, minibatch)
+        metrics |= step_metrics(result, minibatch, self.model, penalised=self.settings.kl.coefficient > 0)
         if result.second_share is not None:
             metrics["second_pass"] = result.second_share
         if minibatch.microbatch_cells is not None or result.second_share == 0.0:  # one pass has nothing to compare
@@ -252,26 +251,6 @@ class FiberPOTrainer(PPOTrainer):
         if result.report is not None:
             metrics |= {f"gates/{name}": value for name, value in result.report.metrics().items()}
         return metrics, result
-
-    def _over_ranks(self, result: StepResult, minibatch: Minibatch) -> dict[str, float]:
-        """Metrics over all ranks, by one exchange: the maximum recompute error, the KL penalty, and counts of tokens
-        that changed their experts."""
-        axes, experts = self.model.reducer.axes, self.model.experts
-        counts = torch.zeros(2, 0, dtype=torch.float64)
-        if minibatch.expert_labels is not None:
-            counts = experts.changed(minibatch)
-        sums = torch.cat([torch.tensor([result.extra_loss], dtype=torch.float64), counts.flatten()])
-        own = torch.cat([torch.tensor([result.recompute_error]).double(), sums * axes.represents])
-        own = own.to(torch.cuda.current_device())
-        gathered = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(axes.group))]
-        torch.distributed.all_gather(gathered, own, group=axes.group)
-        values = torch.stack(gathered).cpu()
-        metrics = {"recompute_error": values[:, 0].max().item()}
-        if self.settings.kl.coefficient > 0:
-            metrics["kl_penalty"] = values[:, 1].sum().item()
-        if minibatch.expert_labels is not None:
-            metrics |= routing_metrics(values[:, 2:].sum(0).view_as(counts), experts.names)
-        return metrics
 
     def compute_rollout_metrics(self, rollout_batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """Of the whole rollout: rewards, lengths, truncation and grader failures, overall and per domain.

@@ -31,7 +31,7 @@ class StepChoice:
         return known < FORWARD or self._visits[place] % RETRY == 0
 
     def note(self, place: int, share: float) -> None:
-        """Take in the share of an optimistic step."""
+        """Record the share of an optimistic step."""
         before = self._share.get(place, share)
         self._share[place] = before + RECENT * (share - before)
 

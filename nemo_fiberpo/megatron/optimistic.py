@@ -35,8 +35,6 @@ from nemo_fiberpo.megatron.step import (
 from nemo_fiberpo.objective import Hierarchy, RatioGating, surrogate
 from nemo_fiberpo.objective.optimistic import PartCells, differs, optimistic_coefficients
 
-SECOND_PASS = ("none", "part", "whole")
-
 
 def optimistic_step(
     policy: Policy,
@@ -81,14 +79,12 @@ def optimistic_step(
         error = torch.stack(gaps).amax() if gaps else error
     else:
         finalise()
-    word = SECOND_PASS[0 if not again else 1 + (len(again) == len(microbatches))]
     extra_sum, gap = torch.stack([extra.double(), error.double().to(extra.device)]).tolist()
-    share = len(again) / len(microbatches)
-    return StepResult(-result.value, result.report, extra_sum, gap, exact, word, share)
+    return StepResult(-result.value, result.report, extra_sum, gap, exact, len(again) / len(microbatches))
 
 
 class _Guesses:
-    """What the first pass finds out: log-probs and coefficients of the micro-batches."""
+    """Log-probs and coefficients of the micro-batches, as the first pass computes them."""
 
     def __init__(
         self,
@@ -107,7 +103,7 @@ class _Guesses:
     def coefficients_of(self, index: int, log_probs: Tensor) -> Tensor:
         old = self._tokens.old_log_probs[index]
         misfit = shape_problem(index, log_probs, old)
-        if misfit:  # told to the others by the first reduction, which comes after Megatron's schedule
+        if misfit:  # reported to the other ranks by the first reduction, after Megatron's schedule
             self.problem = self.problem or misfit
             return torch.zeros_like(log_probs)
         self._log_probs[index] = log_probs

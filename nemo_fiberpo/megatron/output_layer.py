@@ -18,6 +18,7 @@ from torch import Tensor
 from nemo_fiberpo.logits import check_choice, is_large
 from nemo_fiberpo.megatron.liger import liger_fits, liger_log_probs
 from nemo_fiberpo.megatron.linear_logprobs import linear_log_probs
+from nemo_fiberpo.megatron.logprobs import parallel
 
 
 def output_layer(module: Any) -> Any:
@@ -98,7 +99,7 @@ def _log_probs(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     target = target.to(hidden.device)
     liger = liger_fits(hidden, weight, tp_group, vocab_size)
-    summed = liger and tp_group is not None and dist.get_world_size(tp_group) > 1
+    summed = liger and parallel(tp_group)
     if sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=not summed)
     elif not summed:

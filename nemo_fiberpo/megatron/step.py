@@ -74,8 +74,7 @@ class StepResult:
                      A's, or the old ones on-policy) over this rank's live tokens; more than rounding means that the
                      passes are not the same function. 0 but on the last pipeline stage
     coefficients     c_j of this rank's tokens, one tensor per micro-batch; has a meaning on the last stage alone
-    second_pass      of an optimistic step: over which micro-batches its second pass ran, `optimistic.SECOND_PASS`
-    second_share     of an optimistic step: the share of a rank's micro-batches that this was
+    second_share     of an optimistic step: the share of a rank's micro-batches that its second pass ran over
     """
 
     loss: float | None
@@ -83,8 +82,12 @@ class StepResult:
     extra_loss: float
     recompute_error: float
     coefficients: list[Tensor] = field(repr=False)
-    second_pass: str | None = None
     second_share: float | None = None
+
+    @property
+    def second_pass(self) -> str | None:
+        """Of an optimistic step: "none", "part" or "whole", the micro-batches that its second pass ran over."""
+        return None if self.second_share is None else {0.0: "none", 1.0: "whole"}.get(self.second_share, "part")
 
 
 def exact_step(

@@ -135,7 +135,7 @@ def gate_cells(drift: Drift, cells: SharedCells, hierarchy: Hierarchy, quiet: Qu
         ]
         budget_2N, slope_N = (torch.cat(part, -1) for part in zip(*bounds, strict=True))
         gated = []
-        for gate, run in groupby(forest.slices, lambda index: hierarchy.active[index].gate or hierarchy.gate):
+        for gate, run in groupby(forest.slices, lambda index: hierarchy.gate_of(hierarchy.active[index])):
             nodes = [forest.slices[index] for index in run]
             at = slice(nodes[0].start, nodes[-1].stop)
             gated.append(gate(drift_2N[:, at], budget_2N[:, at], slope_N[at]))

@@ -56,6 +56,10 @@ class Hierarchy:
         if clips and not self._chain:
             raise ValueError("token_clips: go by the cells of the coarsest stratum, but every stratum is switched off")
 
+    def gate_of(self, stratum: Stratum) -> Gate:
+        """The gate of a stratum of this hierarchy."""
+        return stratum.gate or self.gate
+
     @cached_property
     def active(self) -> tuple[Stratum, ...]:
         """The strata that are switched on: the chain, coarsest first, then the branches."""

@@ -42,7 +42,7 @@ class PartCells:
 
 def gates_can_pass(hierarchy: Hierarchy, gating: RatioGating | None) -> bool:
     """Whether every gate has drifts at which it passes exactly. With one such as `soft` every shared cell acts."""
-    return gating is not None or all((stratum.gate or hierarchy.gate).passes > 0 for stratum in hierarchy.active)
+    return gating is not None or all(hierarchy.gate_of(stratum).passes > 0 for stratum in hierarchy.active)
 
 
 def part_cells(parts: Sequence[Cells], whole: SharedCells) -> list[PartCells]:

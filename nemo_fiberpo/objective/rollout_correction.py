@@ -1,6 +1,6 @@
-"""Weights that correct for responses which another program sampled than the one that is trained.
+"""Token weights that correct for responses sampled by another program than the one being trained.
 
-An engine such as TensorRT-LLM or vLLM computes other log-probs than the model that is trained, with the same weights.
+With the same weights, an engine such as TensorRT-LLM or vLLM computes slightly different log-probs than the trainer.
 With d_j = log pi_old(j) - log pi_rollout(j), both of the weights that sampled, rho_j = exp(d_j) and the live tokens tau
 of a trajectory, a token's weighted advantage is multiplied by the constant
 
@@ -69,7 +69,7 @@ class RolloutCorrection:
         if self.low is not None and self.high is not None and self.low >= self.high:
             raise ValueError(f"low: {self.low:g} must be smaller than high = {self.high:g}")
         if self.kind == "tis" and not self.keep_weight:
-            raise ValueError("keep_weight: false is not for kind tis, which is nothing but weights; take icepop")
+            raise ValueError("keep_weight: false is not for kind tis, which consists of weights only; use icepop")
         if self.kind != "sequence_mask" and self.sequence_ratio != "geometric_mean":
             raise ValueError(f"sequence_ratio: is for kind sequence_mask, got {self.sequence_ratio} with {self.kind}")
 

@@ -1,6 +1,6 @@
 """Steps of a small random model on a layout's ranks, compared with the same step on one rank.
 
-The one rank has the whole batch in one micro-batch, works the objective out by loops (`loops.py`) and takes its
+The one rank has the whole batch in one micro-batch, computes the objective by loops (`loops.py`) and takes its
 gradient by autograd. The ranks of the layout take the exact step. Log-ratios are given: old log-probs are the model's
 own minus them, so that a precision's rounding of log-probs does not decide between regimes of the gates.
 """
@@ -140,7 +140,7 @@ def _given(batch: Batch, on_policy: bool) -> Tensor:
 
 
 def _reference(variant: Variant, batch: Batch) -> _Reference:
-    """On this rank, without a word to the others."""
+    """On this rank only, without communication."""
     layout = variant.layout.on_one_rank()
     model = make_bare_model(layout)
     [laid] = lay_out(layout, [batch], LENGTH, 0)

@@ -63,18 +63,6 @@ def seconds(work: Work, repeats: int) -> float:
     return statistics.median(times[2:])
 
 
-def peak(work: Work) -> int:
-    """Most bytes alive at once during a call beyond those before it."""
-    if not ON_GPU:
-        return peak_bytes(work)
-    synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    work()
-    synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def clipped_loss(log_ratio: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
     ratio = log_ratio.exp()
     return -(torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage) * mask).sum()
@@ -140,7 +128,7 @@ def measured(work: Work, mode: str, num: int) -> dict[str, float | None]:
             work()
         waits = len(places)
     figures = {"ms": spent * 1e3, "kernel ms": kernel_ms, "launches": number, "waits": waits}
-    return figures | {"bytes/token": peak(work) / num}
+    return figures | {"bytes/token": peak_bytes(work, ON_GPU) / num}
 
 
 def copy_seconds(number: int) -> float:

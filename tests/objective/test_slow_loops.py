@@ -44,7 +44,7 @@ def test_the_cases_above_have_every_gate_named_clips_and_binding_minima():
     seen: Counter[str] = Counter()
     for seed in SEEDS:
         case, use_min = random_case(seed)
-        seen.update({f"gate {(stratum.gate or case.hierarchy.gate).name}" for stratum in case.hierarchy.active})
+        seen.update({f"gate {case.hierarchy.gate_of(stratum).name}" for stratum in case.hierarchy.active})
         seen.update(["a named clip"] if case.hierarchy.token_clips else [])
         seen.update(["a soft column"] if any(v.ndim == 2 for v in case.labels.values()) else [])
         if use_min:

@@ -156,7 +156,7 @@ class AlgorithmSettings:
 
     @property
     def on_policy(self) -> bool | None:
-        """Whether a step is on-policy, None for what the actor finds out. A map that couples the tokens of a trajectory
+        """Whether a step is on-policy; None leaves it to the actor. A map that couples the tokens of a trajectory
         is the identity at ratio 1 where they have one weighted advantage only, and corrections differ by token."""
         couples = self.gating_map is not None and self.gating_map.stratum is not None
         return False if couples and self.rollout_correction.active else None

@@ -17,7 +17,7 @@ from nemo_fiberpo.aligner.generation.lockstep import Lockstep
 from nemo_fiberpo.megatron.logprobs import vocab_parallel_log_probs
 
 ENGINE = "rollout_logprobs"
-"""The column of a rollout, [b, s - 1], that an actor hands over with its samples."""
+"""The column of a rollout, [b, s - 1], that an actor returns with its samples."""
 
 
 class RecordsLogProbs:

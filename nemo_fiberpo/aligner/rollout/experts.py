@@ -78,6 +78,13 @@ def _in_samples(values: Sequence[Tensor], rows: Sequence[Rows], samples: int, wi
     return out.to(some.dtype)
 
 
+def watched(
+    experts: ExpertLabels | None, policy: Policy, microbatches: Sequence[Any]
+) -> contextlib.AbstractContextManager[Policy]:
+    """`ExpertLabels.watch` where there are labels to capture, else the policy unchanged."""
+    return contextlib.nullcontext(policy) if experts is None else experts.watch(policy, microbatches)
+
+
 def routing_metrics(counts: Tensor, names: Sequence[str]) -> dict[str, float]:
     """From `ExpertLabels.changed` summed over the ranks: the share of tokens that changed their partition, overall and
     by partition, and each partition's share of the tokens."""
