@@ -6,16 +6,18 @@ installed and fits. On a CPU the sizes are small and the bytes are those of torc
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks import logprobs as benchmark
+from benchmarks.token_coefficients import peak_bytes
 from nemo_fiberpo.megatron.liger import liger_fits, liger_log_probs
 from nemo_fiberpo.megatron.linear_logprobs import linear_log_probs
 from nemo_fiberpo.megatron.logprobs import vocab_parallel_log_probs
 from tests.gpu.device import CPU, DEVICE, ON_GPU
-from tests.gpu.measure import peak
 
 TOKENS, UNITS, VOCAB = (4096, 2048, 1 << 17) if ON_GPU else (96, 32, 1 << 14)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -66,8 +68,8 @@ def test_ligers_kernel_is_one_of_them():
 def test_blocks_hold_a_small_part_of_the_logits(dtype: torch.dtype):
     hidden, weight, target, upstream = data(dtype)
     kept = (hidden.numel() + weight.numel()) * hidden.element_size()
-    found = peak(lambda: benchmark.gradients(linear_log_probs, hidden, weight, target, upstream)) - kept
-    share = found / (4 * TOKENS * VOCAB)
+    step = partial(benchmark.gradients, linear_log_probs, hidden, weight, target, upstream)
+    share = (peak_bytes(step, ON_GPU) - kept) / (4 * TOKENS * VOCAB)
     print(f"{share:.3f} of float32 logits beyond inputs and gradients")
     assert share <= 0.15
 
@@ -76,7 +78,7 @@ def test_blocks_hold_a_small_part_of_the_logits(dtype: torch.dtype):
 def test_the_plain_path_holds_four_bytes_per_logit_beyond_them(dtype: torch.dtype):
     logits = torch.randn(TOKENS, VOCAB, device=DEVICE).to(dtype).requires_grad_()
     target = torch.zeros(TOKENS, dtype=torch.int64, device=DEVICE)
-    found = peak(lambda: torch.autograd.grad(vocab_parallel_log_probs(logits, target).sum(), logits))
+    found = peak_bytes(lambda: torch.autograd.grad(vocab_parallel_log_probs(logits, target).sum(), logits), ON_GPU)
     print(f"{found / logits.numel():.3f} bytes per logit beyond the logits")
     assert found / logits.numel() <= 4 + 128 / VOCAB
 
