@@ -125,7 +125,7 @@ def test_only_arms_with_five_seeds_are_compared():
         }
         return results.table(arms)
 
-    assert any("best baseline |" in line and "| grpo |" in line for line in table(5))
+    assert any("reference |" in line and "| grpo |" in line for line in table(5))
     assert table(5)[-1].endswith("| inferior |") and "-0.500" in table(5)[-1]
     assert "inferior" not in table(4)[-1] and "-0.500" in table(4)[-1]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from numpy.typing import NDArray
-from study_runs import Run, read_outcomes, read_study
+from study_runs import Run, read_outcomes, read_references, read_study
 
 STUDY = Path(__file__).resolve().parents[2] / "docs" / "study"
 BASELINES = ("grpo", "clip_higher", "ppo", "gspo")
@@ -110,17 +110,17 @@ def panels(arms: Mapping[Arm, Mapping[int, Result]]) -> list[tuple[str, dict[Arm
 
 HEAD = (
     "objective", "learning rate", "seeds", "before", "after", "by domain", "worst", "area", "entropy", "tokens cut",
-    "collapses", "difference to the best baseline", "",
+    "collapses", "difference to the reference", "",
 )  # fmt: skip
 
 
-def table(arms: Mapping[Arm, Mapping[int, Result]]) -> list[str]:
-    """Markdown, a row for each arm, best first; compared with the best baseline of its panel."""
+def table(arms: Mapping[Arm, Mapping[int, Result]], references: Collection[str] = BASELINES) -> list[str]:
+    """Markdown, a row for each arm, best first; compared with the best of the references in its panel."""
     out = []
     for title, here in panels(arms):
         after = {arm: float(np.mean([np.nanmean(final(r)) for r in of_seed.values()])) for arm, of_seed in here.items()}
         ordered = sorted(here, key=lambda arm: -after[arm])
-        best = next((arm for arm in ordered if arm[1] in BASELINES), None)
+        best = next((arm for arm in ordered if arm[1] in references), None)
         out += ["", f"### {title}", "", f"| {' | '.join(HEAD)}|", "|---" * len(HEAD) + "|"]
         for arm in ordered:
             results = list(here[arm].values())
@@ -141,7 +141,7 @@ def table(arms: Mapping[Arm, Mapping[int, Result]]) -> list[str]:
                 told = verdict(low, high) if len(differences) >= SEEDS else ""
                 cells += [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", told]
             else:
-                cells += ["", "best baseline" if arm == best else ""]
+                cells += ["", "reference" if arm == best else ""]
             out.append(f"| {' | '.join(cells)} |")
     return out
 
@@ -221,12 +221,21 @@ def main() -> None:
         "",
         "Made by `python examples/study/results.py`, explained in [study.md](../study.md).",
     ]
+    references = read_references()
     for stage, runs in read_study().items():
         arms = of_stage(runs, results)
         if not arms:
             continue
         done = sum(map(len, arms.values()))
-        lines += ["", f"## {stage}", "", f"{done} of {len(runs)} runs.", *table(arms), "", f"![{stage}]({stage}.png)"]
+        lines += [
+            "",
+            f"## {stage}",
+            "",
+            f"{done} of {len(runs)} runs.",
+            *table(arms, references.get(stage, BASELINES)),
+            "",
+            f"![{stage}]({stage}.png)",
+        ]
         picture(arms, args.out / f"{stage}.png")
     (args.out / "tables.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

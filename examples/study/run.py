@@ -14,14 +14,16 @@ import argparse
 import fcntl
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from study_result import read_result
 from study_runs import Run, read_study
@@ -67,20 +69,34 @@ def warm_start(seed: int, folder: Path) -> Path:
             log = start / "output.txt"
             if launch("warm_start.py", [f"seed={seed}", f"run_dir={start}"], log):
                 raise RuntimeError(f"the warm start of seed {seed} failed; see {log}")
-        if not (start / "data" / "off_by_one.jsonl").exists():
-            off_by_one(start / "data")
+        for name, change in VARIANTS.items():
+            if not (start / "data" / name).exists():
+                write_variant(start / "data", name, change)
     return start
 
 
-def off_by_one(data: Path) -> None:
-    """Write off_by_one.jsonl: train.jsonl, with the answers of arithmetic too high by one."""
+def off_by_one(record: dict[str, Any], index: int) -> None:
+    """Make the answers of arithmetic too high by one."""
+    if record["domain"] == "arithmetic":
+        record["response"] = record["entry"]["answer"] = str(int(record["response"]) + 1)
+
+
+def eighths(record: dict[str, Any], index: int) -> None:
+    """Label the prompt with one of eight parts, by chance."""
+    record["strata"] = {"eighth": str(random.Random(index).randrange(8))}
+
+
+VARIANTS = {"off_by_one.jsonl": off_by_one, "eighths.jsonl": eighths}
+
+
+def write_variant(data: Path, name: str, change: Callable[[dict[str, Any], int], None]) -> None:
+    """Write the training data with every record changed."""
     records = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
-    for record in records:
-        if record["domain"] == "arithmetic":
-            record["response"] = record["entry"]["answer"] = str(int(record["response"]) + 1)
-    temporary = data / "off_by_one.tmp"
+    for index, record in enumerate(records):
+        change(record, index)
+    temporary = data / f"{name}.tmp"
     temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-    temporary.replace(data / "off_by_one.jsonl")
+    temporary.replace(data / name)
 
 
 def make(run: Run, folder: Path, results: Path) -> None:

@@ -48,6 +48,12 @@ def read_outcomes(path: Path = FILE) -> dict[str, list[str]]:
     return outcomes
 
 
+def read_references(path: Path = FILE) -> dict[str, list[str]]:
+    """By stage, the objective with which the others are compared, where that is not the best baseline."""
+    stages = OmegaConf.load(path).stages.items()
+    return {stage: [chosen.reference] for stage, chosen in stages if "reference" in chosen}
+
+
 def _arms(stage: dict[str, Any]) -> list[tuple[str, float]]:
     """Objective and learning rate. A stage has a list of rates for all its objectives, or names the rate of each."""
     objectives = stage["objectives"]
