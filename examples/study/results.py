@@ -227,15 +227,8 @@ def main() -> None:
         if not arms:
             continue
         done = sum(map(len, arms.values()))
-        lines += [
-            "",
-            f"## {stage}",
-            "",
-            f"{done} of {len(runs)} runs.",
-            *table(arms, references.get(stage, BASELINES)),
-            "",
-            f"![{stage}]({stage}.png)",
-        ]
+        lines += ["", f"## {stage}", "", f"{done} of {len(runs)} runs."]
+        lines += [*table(arms, references.get(stage, BASELINES)), "", f"![{stage}]({stage}.png)"]
         picture(arms, args.out / f"{stage}.png")
     (args.out / "tables.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
