@@ -123,11 +123,25 @@ def test_only_arms_with_five_seeds_are_compared():
             ("s", "grpo", 1e-4): {seed: common | {"heldout": digits} for seed in range(seeds)},
             ("s", "domain_paper", 1e-4): {seed: common | {"heldout": worse} for seed in range(seeds)},
         }
-        return results.table(arms)
+        return results.tables(arms)
 
-    assert any("reference |" in line and "| grpo |" in line for line in table(5))
-    assert table(5)[-1].endswith("| inferior |") and "-0.500" in table(5)[-1]
-    assert "inferior" not in table(4)[-1] and "-0.500" in table(4)[-1]
+    def row(seeds: int, objective: str) -> str:
+        return next(line for line in table(seeds) if line.startswith(f"| {objective} |"))
+
+    assert row(5, "grpo").endswith("| reference |")
+    assert row(5, "domain_paper").endswith("| inferior |") and "-0.500" in row(5, "domain_paper")
+    assert "inferior" not in row(4, "domain_paper") and "-0.500" in row(4, "domain_paper")
+
+
+def test_steps_to_a_gain_are_those_of_the_seeds_that_reach_it():
+    def result(curve: list[float | None]) -> dict:
+        return {"setting": "s", "heldout": {"before": {"a": "10"}}, "curves": {"train_rollouts/rewards": curve}}
+
+    early, late, never = [0.6, 0.7] * 5, [0.5] * 5 + [0.7] * 5, [0.5] * 10
+    assert results.steps_to_gain([result(early)]) == "5.0"
+    assert results.steps_to_gain([result([None, *early]), result(late)]) == f"{(6 + 8) / 2:.1f}"
+    assert results.steps_to_gain([result(late), result(never)]) == "8.0, 1 never"
+    assert results.steps_to_gain([result(never)]) == "1 never"
 
 
 def test_the_seeds_of_the_evaluation_are_not_those_of_the_selection():

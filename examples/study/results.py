@@ -23,6 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from study_runs import Run, read_outcomes, read_references, read_study
 
+from nemo_fiberpo.analysis.summary import first_at
+
 STUDY = Path(__file__).resolve().parents[2] / "docs" / "study"
 BASELINES = ("grpo", "clip_higher", "ppo", "gspo")
 MARGIN = -0.03  # "not inferior": the lower bound of the difference to the best baseline is above this
@@ -108,31 +110,30 @@ def panels(arms: Mapping[Arm, Mapping[int, Result]]) -> list[tuple[str, dict[Arm
     return [(setting + (f", learning rate {lr:.1e}" if lr else ""), out[setting, lr]) for setting, lr in sorted(out)]
 
 
-HEAD = (
-    "objective", "learning rate", "seeds", "before", "after", "by domain", "worst", "area", "entropy", "tokens cut",
-    "collapses", "difference to the reference", "",
+GAIN = 0.1  # "steps": the first RL step at which the mean reward of five is this much above the held-out reward before
+OUTCOME = (
+    "objective", "learning rate", "seeds", "before", "after", "by domain", "worst", "area", "steps", "collapses",
+    "difference to the reference", "",
 )  # fmt: skip
 
 
-def table(arms: Mapping[Arm, Mapping[int, Result]], references: Collection[str] = BASELINES) -> list[str]:
-    """Markdown, a row for each arm, best first; compared with the best of the references in its panel."""
+def tables(arms: Mapping[Arm, Mapping[int, Result]], references: Collection[str] = BASELINES) -> list[str]:
+    """Markdown of every panel: outcomes, with a row for each arm, best first, compared with the best of the references
+    in the panel; and means over the last five RL steps of what was inside the runs."""
     out = []
     for title, here in panels(arms):
-        after = {arm: float(np.mean([np.nanmean(final(r)) for r in of_seed.values()])) for arm, of_seed in here.items()}
-        ordered = sorted(here, key=lambda arm: -after[arm])
+        ordered = sorted(here, key=lambda arm: -mean_reward(here[arm]))
         best = next((arm for arm in ordered if arm[1] in references), None)
-        out += ["", f"### {title}", "", f"| {' | '.join(HEAD)}|", "|---" * len(HEAD) + "|"]
+        out += ["", f"### {title}", "", *rule(OUTCOME)]
         for arm in ordered:
             results = list(here[arm].values())
             domains = [domain_means(result) for result in results]
-            averages = {domain: np.mean([means[domain] for means in domains]) for domain in domains[0]}
+            averages = [np.mean([means[domain] for means in domains]) for domain in domains[0]]
             cells = [arm[1], f"{arm[2]:.1e}", str(len(results))]
             cells += [f"{np.mean([np.nanmean(rewards(result, 'before')) for result in results]):.3f}"]
-            cells += [f"{after[arm]:.3f}", " / ".join(f"{value:.2f}" for value in averages.values())]
+            cells += [f"{mean_reward(here[arm]):.3f}", " / ".join(f"{value:.2f}" for value in averages)]
             cells += [f"{np.mean([min(domain_means(r)[name] for name in counted(r)) for r in results]):.3f}"]
-            cells += [f"{np.mean([area(result) for result in results]):.3f}"]
-            cells += [f"{last(results, 'train_rollouts/entropy'):.2f}"]
-            cells += [f"{last(results, 'train_optim/gates/token/clipped'):.0%}"]
+            cells += [f"{np.mean([area(result) for result in results]):.3f}", steps_to_gain(results)]
             cells += [str(sum(map(collapsed, results)))]
             differences = paired(here[arm], here[best]) if best is not None and arm != best else []
             if differences:
@@ -143,7 +144,43 @@ def table(arms: Mapping[Arm, Mapping[int, Result]], references: Collection[str] 
             else:
                 cells += ["", "reference" if arm == best else ""]
             out.append(f"| {' | '.join(cells)} |")
+        out += ["", *inside({arm: list(here[arm].values()) for arm in ordered})]
     return out
+
+
+def inside(arms: Mapping[Arm, Sequence[Result]]) -> list[str]:
+    """Markdown: entropy, share of tokens that their clip cuts, and by stratum the largest drift of a cell in nats."""
+    curves = [name for results in arms.values() for result in results for name in result["curves"]]
+    strata = sorted({name.split("/")[2] for name in curves if name.endswith("/drift_max")})
+    out = rule(["objective", "entropy", "tokens cut", *(f"drift of {stratum}, up and down" for stratum in strata)])
+    for arm, results in arms.items():
+        cells = [arm[1], f"{last(results, 'train_rollouts/entropy'):.2f}"]
+        cells += [f"{last(results, 'train_optim/gates/token/clipped'):.0%}"]
+        for stratum in strata:
+            drifts = [last(results, f"train_optim/gates/{stratum}/{sign}/drift_max") for sign in ("pos", "neg")]
+            cells.append("" if np.isnan(drifts).all() else f"{drifts[0]:.2f}, {drifts[1]:.2f}")
+        out.append(f"| {' | '.join(cells)} |")
+    return out
+
+
+def rule(head: Sequence[str]) -> list[str]:
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+
+
+def mean_reward(of_seed: Mapping[int, Result]) -> float:
+    return float(np.mean([np.nanmean(final(result)) for result in of_seed.values()]))
+
+
+def steps_to_gain(results: Sequence[Result]) -> str:
+    """The mean number of RL steps to `GAIN`, over the seeds that reach it, and how many do not."""
+    reached = []
+    for result in results:
+        curve = list(enumerate(result["curves"].get("train_rollouts/rewards", []), 1))
+        known = [(step, value) for step, value in curve if value is not None]
+        reached.append(first_at(known, float(np.nanmean(rewards(result, "before"))) + GAIN))
+    steps = [step for step in reached if step is not None]
+    told = [f"{np.mean(steps):.1f}"] if steps else []
+    return ", ".join(told + [f"{len(reached) - len(steps)} never"] * (len(steps) < len(reached)))
 
 
 def last(results: Sequence[Result], metric: str, width: int = 5) -> float:
@@ -228,7 +265,7 @@ def main() -> None:
             continue
         done = sum(map(len, arms.values()))
         lines += ["", f"## {stage}", "", f"{done} of {len(runs)} runs."]
-        lines += [*table(arms, references.get(stage, BASELINES)), "", f"![{stage}]({stage}.png)"]
+        lines += [*tables(arms, references.get(stage, BASELINES)), "", f"![{stage}]({stage}.png)"]
         picture(arms, args.out / f"{stage}.png")
     (args.out / "tables.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
