@@ -2,6 +2,7 @@
 
     python examples/study/run.py                        every stage of study.yaml, one run on each core
     python examples/study/run.py first_look --cores 1   one stage, on one core
+    python examples/study/run.py --objective fiberpo    only the runs of an objective; can be repeated
     python examples/study/run.py --list                 the runs, and which are done
 
 Runs are kept in runs/study/, results in docs/study/results/, one file each. An interrupted run starts over. Several of
@@ -126,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the study's missing runs.")
     parser.add_argument("stages", nargs="*", help="stages of study.yaml; all without any")
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--objective", action="append", help="only runs of this objective; can be repeated")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "study", help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--list", action="store_true", help="only list the runs, and which are done")
@@ -135,6 +137,11 @@ def main() -> None:
     if unknown:
         parser.error(f"no stage is called {min(unknown)!r}; there are: {', '.join(stages)}")
     runs = {run.name: run for stage in args.stages or stages for run in stages[stage]}
+    if args.objective:
+        unknown = set(args.objective) - {run.objective for run in runs.values()}
+        if unknown:
+            parser.error(f"no run of these stages has the objective {min(unknown)!r}")
+        runs = {name: run for name, run in runs.items() if run.objective in args.objective}
     if args.list:
         for name in runs:
             print(("done    " if (args.results / f"{name}.json").exists() else "missing ") + name)
