@@ -165,7 +165,8 @@ def _correct(
 @contextlib.contextmanager
 def without_gradient_sync(policy: Policy) -> Iterator[Callable[[], None]]:
     """Run the schedule so that gradients are only accumulated; yields what finalises them afterwards."""
-    config, finalise = policy.config, getattr(policy.config, "finalize_model_grads_func", None)
+    config = policy.config
+    finalise: Any = getattr(config, "finalize_model_grads_func", None)
     given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def finalise_now() -> None:

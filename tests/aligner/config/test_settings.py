@@ -55,9 +55,10 @@ def test_whole_groups_fit_into_micro_batches_or_are_refused():
 
 
 @pytest.mark.parametrize("passes", [0, 3, True, "two"])
-def test_passes_are_one_two_or_auto(passes):
-    assert settings(passes="auto").passes == "auto"
-    with pytest.raises(ValueError, match="passes: must be 1, 2 or auto"):
+def test_passes_are_one_two_auto_or_all_forward(passes):
+    assert settings(passes="auto").passes == "auto" and not settings(passes="auto").all_forward
+    assert settings(passes="all_forward").all_forward
+    with pytest.raises(ValueError, match="passes: must be 1, 2, auto or all_forward"):
         settings(passes=passes)
 
 
@@ -82,7 +83,7 @@ def test_sizes_follow():
         ({"fixed_length": 100}, ["algorithm.fixed_length", "only there"]),
         ({"truncated": "drop"}, ["algorithm.truncated", "keep", "mask"]),
         ({"packing": 1}, ["algorithm.packing", "true or false"]),
-        ({"passes": 3}, ["algorithm.passes", "1, 2 or auto"]),
+        ({"passes": 3}, ["algorithm.passes", "1, 2, auto or all_forward"]),
         ({"kl": {"coefficient": -1}}, ["algorithm.kl.coefficient", "at least 0"]),
         ({"kl": {"coeficient": 1}}, ["algorithm.kl.coeficient", "did you mean 'coefficient'"]),
         ({"kl": 3}, ["algorithm.kl", "mapping"]),
