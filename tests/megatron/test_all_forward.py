@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,13 @@ import pytest
 import torch
 
 from nemo_fiberpo.megatron import all_forward
+from nemo_fiberpo.megatron.groups import TokenAxes
 from nemo_fiberpo.objective import Gspo, PpoClip
-from tests.megatron import tiny
+from nemo_fiberpo.plan.layout import Layout as PlannedLayout
+from nemo_fiberpo.plan.memory import Run, memory
+from nemo_fiberpo.plan.shape import ModelShape
+from nemo_fiberpo.verification.model import Shape
+from tests.megatron import batches, tiny
 from tests.megatron.batches import Batch
 from tests.megatron.comparison import BOUND
 from tests.megatron.pairs import (
@@ -118,6 +124,55 @@ def test_recomputation_does_not_change_the_gradient(problems) -> None:
     pairs = distributed.run(recompute_worker, 2, [held, dataclasses.replace(held, recompute=True)], problems)
     assert largest_difference(pairs) <= 1e-13
     assert all(one.loss == other.loss for one, other in pairs)
+
+
+class Saved:
+    """A tensor that a graph holds for its backward pass."""
+
+    def __init__(self, value: torch.Tensor):
+        self.value = value
+
+
+def kept_worker(rank: int, world: int, layout: Layout, pickled: bytes) -> int:
+    """Bytes that the graphs of all micro-batches hold after the forward passes, parameters left out."""
+    batch = pickle.loads(pickled)
+    alive: weakref.WeakSet[Saved] = weakref.WeakSet()
+
+    def pack(value: torch.Tensor) -> Saved:
+        saved = Saved(value)
+        alive.add(saved)
+        return saved
+
+    with tiny.megatron(layout):
+        model, axes = tiny.make_model(layout), TokenAxes.from_parallel_state()
+        rows = batches.rows_of(layout, batch, axes)
+        policy = batches.make_policy(layout, model, rows)
+        kept = [all_forward._Kept({"rows": entry}) for entry in rows]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.value):
+            all_forward._forward_passes(policy, kept)
+        storages = {value.data_ptr(): value.nbytes() for value in (saved.value.untyped_storage() for saved in alive)}
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        return sum(number for place, number in storages.items() if place not in weights)
+
+
+@pytest.mark.parametrize("logprobs", ["chunked", "logits"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_what_is_kept_is_what_the_plan_counts(tp: int, logprobs: str) -> None:
+    wide = Shape(hidden=128, heads=8, channels=16, ffn=256, vocab=512)
+    layout = Layout(tp=tp, microbatches=8, experts=0, layers=3, recompute=True, logprobs=logprobs, shape=wide)
+    found = max(distributed.run(kept_worker, tp, layout, pickle.dumps(batches.make_batch())))
+    shape = ModelShape(layers=3, hidden=128, heads=8, groups=8, head_dim=16, ffn=256, vocab=512)
+    run = Run(
+        prompt=6, response=6, rows=2, forward=2, generated=0, microbatches=8, weight_bytes=8, gradient_bytes=8,
+        optimizer_bytes=16, recompute=-1, checkpoint_every=1, flash=True, allgather=False, logprobs=logprobs,
+        all_forward=True,
+    )  # fmt: skip
+    items = memory(shape, PlannedLayout(1, tp, tp=tp, sequence_parallel=tp > 1), run, 1.0).training
+    # Of log-probs, the plan counts what all micro-batches but the last keep; logits are float64 here, not float32.
+    planned = items["activation checkpoints"] + 8 / 7 * items["inputs of log-probs kept"]
+    planned += 2 * 8 / 7 * items.get("logits kept", 0)
+    print(f"{layout}: {found} bytes kept, {planned:.0f} planned")
+    assert planned <= found <= 1.05 * planned
 
 
 @contextlib.contextmanager
