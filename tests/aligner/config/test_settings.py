@@ -8,6 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_fiberpo.aligner.config.checks import check_batches, check_sections
+from nemo_fiberpo.aligner.config.model_checks import check_all_forward, recompute_warnings
 from nemo_fiberpo.aligner.config.precision import check_precision
 from nemo_fiberpo.aligner.config.sections import algorithm_settings, data_settings, reward_settings
 from nemo_fiberpo.hydra_support.command_line import overrides
@@ -60,6 +61,19 @@ def test_passes_are_one_two_auto_or_all_forward(passes):
     assert settings(passes="all_forward").all_forward
     with pytest.raises(ValueError, match="passes: must be 1, 2, auto or all_forward"):
         settings(passes=passes)
+
+
+def test_all_forward_refuses_by_the_name_of_the_key_and_warns_without_recomputation():
+    model = OmegaConf.create({"cpu_offloading": True})
+    with pytest.raises(ValueError, match=r"^algorithm.passes: all_forward, but model.cpu_offloading: True is refused"):
+        check_all_forward(model)
+    model.cpu_offloading = False
+    check_all_forward(model)
+    [line] = recompute_warnings(model)
+    assert (
+        line.startswith("algorithm.passes: all_forward holds") and "activations_checkpoint_granularity to full" in line
+    )
+    assert recompute_warnings(OmegaConf.create({"activations_checkpoint_granularity": "full"})) == []
 
 
 def test_sizes_follow():
