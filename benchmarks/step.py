@@ -1,12 +1,13 @@
 """What an optimizer step costs in processor time, as a multiple of plain forward and backward passes over its tokens.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.step
+    OMP_NUM_THREADS=1 python -m benchmarks.step [--recompute]
 
 One CPU process, a mixture of experts in float32 under Megatron's schedule. Rows are the plain step (the first one after
-a rollout), two passes, one pass with a hierarchy whose cells lie in micro-batches, and optimistic steps in which the
-gates of none, a quarter, half and all of the domains act; each domain has its tokens in two micro-batches. All take
-turns in one process; printed are medians of the ratios to the plain step of the same turn. There is one rank, so
-neither gradients nor gates cross a network.
+a rollout), two passes, all forward passes first, one pass with a hierarchy whose cells lie in micro-batches, and
+optimistic steps in which the gates of none, a quarter, half and all of the domains act; each domain has its tokens in
+two micro-batches. With `--recompute` every layer's activations are recomputed in all of them. All take turns in one
+process; printed are medians of the ratios to the plain step of the same turn. There is one rank, so neither gradients
+nor gates cross a network.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from benchmarks.routing_capture import VOCABULARY, make_spec
 from nemo_fiberpo.megatron import cpu
+from nemo_fiberpo.megatron.all_forward import all_forward_step
 from nemo_fiberpo.megatron.gpt import gpt_policy
 from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.megatron.one_pass import one_pass_cells, one_pass_step
@@ -81,6 +83,7 @@ def works_of(model: Any, args: argparse.Namespace) -> dict[str, Work]:
         return lambda: exact_step(*options, tokens, DOMAINS, Reducer(axes), **more)
 
     works["plain"], works["two passes"] = exact(on_policy=True), exact()
+    works["all forward passes first"] = lambda: all_forward_step(*options, tokens, DOMAINS, Reducer(axes))
     alone, own = given(TRAJECTORIES, 0.0)
     local = one_pass_cells(own, axes)
     works["one pass"] = lambda: one_pass_step(*options, alone, local, TRAJECTORIES, Reducer(axes))
@@ -124,8 +127,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2, help="of a micro-batch")
     parser.add_argument("--microbatches", type=int, default=8, help="a multiple of 8")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--recompute", action="store_true", help="activations are recomputed in the backward pass")
     args = parser.parse_args()
     config, spec = make_spec(args)
+    if args.recompute:
+        config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
     with tempfile.TemporaryDirectory() as folder, cpu.megatron_on_cpu():
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         parallel_state.initialize_model_parallel()
@@ -134,7 +140,8 @@ def main() -> None:
         model = GPTModel(config, spec, position_embedding_type="rope", **sizes).train()
         print(
             f"{args.layers} layers of {args.hidden}, {args.experts} experts, {args.microbatches} micro-batches of "
-            f"{args.samples} x {args.length} tokens, float32, {torch.get_num_threads()} thread(s), torch "
+            f"{args.samples} x {args.length} tokens, float32, activations "
+            f"{'recomputed' if args.recompute else 'kept'}, {torch.get_num_threads()} thread(s), torch "
             f"{torch.__version__}, {platform.machine()}, {os.cpu_count()} cores"
         )
         print("| step | ms | x plain |\n|---|---|---|")

@@ -31,6 +31,7 @@ from nemo_fiberpo.aligner.generation.inference_layout import config_without_sequ
 from nemo_fiberpo.aligner.generation.lockstep import GUARD_ROWS, Lockstep, add_guard_rows, expert_group, generate_tokens
 from nemo_fiberpo.aligner.rollout.experts import ExpertLabels, watched
 from nemo_fiberpo.aligner.rollout.minibatch import Minibatch
+from nemo_fiberpo.megatron.all_forward import all_forward_step
 from nemo_fiberpo.megatron.choice import StepChoice
 from nemo_fiberpo.megatron.gpt import gpt_policy
 from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
@@ -229,39 +230,38 @@ class FiberPOActor(MegatronGPTActorModel):
         use_min: bool = False,
         kl_coefficient: float = 0.0,
         on_policy: bool | None = None,
+        all_forward: bool = False,
     ) -> StepResult:
         """Accumulate the gradient of one optimizer step: -J of the global minibatch, plus the KL penalty.
 
         gating, use_min, on_policy   as in `exact_step`; on_policy None: whether no step has begun since `old_policy`
+        all_forward                  `all_forward_step` in its place where the step is not on-policy
 
         Call between `prepare_for_training_step` and `finish_training_step`. SPMD: every rank calls it.
         """
         set_sync_funcs(self, forward_only=False)
-        if on_policy is None:
-            on_policy = self._old_since == self._steps_begun
-        self._steps_begun += 1
+        place, self._steps_begun = self._steps_begun - self._old_since, self._steps_begun + 1
+        on_policy = place == 0 if on_policy is None else on_policy
         rows = [entry.to(torch.cuda.current_device()) for entry in minibatch.rows]
         microbatches: list[dict[str, Any]] = [{"rows": entry} for entry in rows]
         penalty = functools.partial(kl_penalty, coefficient=kl_coefficient) if kl_coefficient > 0 else None
         if penalty is not None:
-            assert minibatch.init_log_probs is not None
-            columns = zip(minibatch.init_log_probs, minibatch.weights, minibatch.mask, strict=True)
-            for batch, (init, weights, mask) in zip(microbatches, columns, strict=True):
-                batch |= {"init_log_probs": init, "weights": weights, "mask": mask}
+            microbatches = [batch | more for batch, more in zip(microbatches, minibatch.penalty_columns(), strict=True)]
         tokens = StepTokens(minibatch.old_log_probs, minibatch.weighted_advantage, minibatch.mask, minibatch.cells)
         options: dict[str, Any] = {"gating": gating, "use_min": use_min, "extra_loss": penalty}
         with watched(self.experts if minibatch.expert_labels else None, self._policy(rows), microbatches) as policy:
-            given = policy, microbatches, tokens
+            given, after = (policy, microbatches, tokens), (hierarchy, self.reducer)
             if minibatch.microbatch_cells is not None:
-                return one_pass_step(*given, minibatch.microbatch_cells, hierarchy, self.reducer, **options)
+                return one_pass_step(*given, minibatch.microbatch_cells, *after, **options)
             if minibatch.guessed is not None and not on_policy:
-                place = self._steps_begun - 1 - self._old_since
-                return self._choice.step(place, minibatch.guessed, *given, hierarchy, self.reducer, **options)
-            return exact_step(*given, hierarchy, self.reducer, on_policy=on_policy, **options)
+                return self._choice.step(place, minibatch.guessed, *given, *after, **options)
+            keeps = all_forward and not on_policy
+            step = all_forward_step if keeps else functools.partial(exact_step, on_policy=on_policy)
+            return step(*given, *after, **options)
 
     def _policy(self, rows: Sequence[Rows]) -> Policy:
-        size = self.tokenizer.vocab_size
-        return gpt_policy(self.model, rows, mpu.get_tensor_model_parallel_group(), size, self.logprobs)
+        group = mpu.get_tensor_model_parallel_group()
+        return gpt_policy(self.model, rows, group, self.tokenizer.vocab_size, self.logprobs)
 
     @torch.no_grad()
     def infer(self, inference_batch: dict[str, Tensor]) -> dict[str, Tensor]:

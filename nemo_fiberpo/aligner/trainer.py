@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nemo_fiberpo.aligner import finite
 from nemo_fiberpo.aligner.config.algorithm import AlgorithmSettings
+from nemo_fiberpo.aligner.config.model_checks import recompute_warnings
 from nemo_fiberpo.aligner.data.prompts import PromptDataset
 from nemo_fiberpo.aligner.generation.engine_log_probs import ENGINE
 from nemo_fiberpo.aligner.generation.inference_layout import generation_axis
@@ -91,6 +92,8 @@ class FiberPOTrainer(PPOTrainer):
         super().__init__(**parent, batch_iterator_cls=repeated_prompts(settings.samples_per_prompt))
         if settings.packing and not self.model.cfg.get("transformer_engine", True) and not cpu.installed():
             raise ValueError("algorithm.packing: true needs model.transformer_engine: true on a GPU")
+        if settings.all_forward and not cpu.installed():
+            log_budget_warnings(recompute_warnings(self.model.cfg))
         self._rollout_cls = grouped_rollout(settings.optimizer_steps, whole_groups=settings.whole_groups)
         self._minibatches: list[Minibatch] = []
         self._overrun: set[str] = set()
@@ -233,6 +236,7 @@ class FiberPOTrainer(PPOTrainer):
             use_min=self.settings.use_min,
             kl_coefficient=self.settings.kl.coefficient,
             on_policy=self.settings.on_policy,
+            all_forward=self.settings.all_forward,
         )
         self.model.finish_training_step()
         lr = self.optimizer.param_groups[0]["lr"]
@@ -244,7 +248,9 @@ class FiberPOTrainer(PPOTrainer):
         metrics |= step_metrics(result, minibatch, self.model, penalised=self.settings.kl.coefficient > 0)
         if result.second_share is not None:
             metrics["second_pass"] = result.second_share
-        if minibatch.microbatch_cells is not None or result.second_share == 0.0:  # one pass has nothing to compare
+        all_forward = self.settings.all_forward and result.report is not None
+        if minibatch.microbatch_cells is not None or result.second_share == 0.0 or all_forward:
+            # One pass has nothing to compare.
             del metrics["recompute_error"]
         if result.loss is not None:
             metrics["loss"] = result.loss

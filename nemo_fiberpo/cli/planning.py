@@ -161,6 +161,7 @@ def _request(
         kl=settings is not None and settings.kl.coefficient > 0,
         epochs=settings.epochs if settings is not None else 1,
         passes=1 if settings is not None and settings.passes == 1 else 2,
+        all_forward=settings is not None and settings.all_forward,
         whole_groups=settings is not None and settings.whole_groups,
         cpu=on_cpu(cfg),
     )

@@ -19,20 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_fiberpo.megatron.agreement import agreement
 from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.megatron.router_losses import without_router_losses
-from nemo_fiberpo.megatron.schedule import Policy, loss_scale, refuse_inexact
+from nemo_fiberpo.megatron.schedule import Policy, loss_scale, refuse_inexact, without_sync_hooks
 from nemo_fiberpo.megatron.step import (
     StepResult,
     StepTokens,
     backward_pass,
     count_problem,
-    log_ratio_of,
+    gated,
     shape_problem,
     split_like,
 )
-from nemo_fiberpo.objective import Hierarchy, RatioGating, surrogate
+from nemo_fiberpo.objective import Hierarchy, RatioGating
 from nemo_fiberpo.objective.optimistic import PartCells, differs, optimistic_coefficients
 
 
@@ -65,12 +64,8 @@ def optimistic_step(
     with without_gradient_sync(policy) as finalise:
         scale = loss_scale(len(microbatches), reducer.axes)
         extra = backward_pass(policy, microbatches, guesses.coefficients_of, scale, extra_loss)
-    advantage = torch.cat([value.reshape(-1) for value in tokens.weighted_advantage])
-    current = guesses.log_probs()
-    log_ratio = log_ratio_of(current, tokens) if guesses.problem is None else torch.zeros_like(advantage)
-    riders = agreement(reducer.axes, len(microbatches), guesses.problem, advantage.device)
-    old = torch.cat([value.reshape(-1) for value in tokens.old_log_probs])
-    result = surrogate(log_ratio, advantage, tokens.cells, hierarchy, reducer, gating, use_min, riders, old)
+    found = guesses.log_probs(), guesses.problem, len(microbatches)
+    result = gated(*found, tokens, hierarchy, reducer, gating, use_min)
     exact = split_like(result.coefficients, tokens.old_log_probs)
     touched = _touched(exact, guesses.coefficients, tokens, reducer)
     again, error = _chosen(touched, reducer.axes, policy), torch.zeros(())
@@ -171,9 +166,7 @@ def _correct(
 def without_gradient_sync(policy: Policy) -> Iterator[Callable[[], None]]:
     """Run the schedule so that gradients are only accumulated; yields what finalises them afterwards."""
     config = policy.config
-    hooks = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func")
-    before = {name: getattr(config, name) for name in hooks if hasattr(config, name)}
-    finalise: Any = before.get("finalize_model_grads_func")
+    finalise: Any = getattr(config, "finalize_model_grads_func", None)
     given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def finalise_now() -> None:
@@ -184,17 +177,16 @@ def without_gradient_sync(policy: Policy) -> Iterator[Callable[[], None]]:
                 finalise(*arguments, **options)
 
     with contextlib.ExitStack() as unsynced:
+        unsynced.enter_context(without_sync_hooks(config))
         for chunk in policy.chunks:
             no_sync: Any = getattr(chunk, "no_sync", contextlib.nullcontext)
             unsynced.enter_context(no_sync())
         try:
-            config.no_sync_func = config.grad_sync_func = None
             if finalise is not None:
                 config.finalize_model_grads_func = lambda *arguments, **options: given.append((arguments, options))
             yield finalise_now
         finally:
-            for name, value in before.items():
-                setattr(config, name, value)
+            config.finalize_model_grads_func = finalise
 
 
 @contextlib.contextmanager

@@ -117,20 +117,12 @@ def run(policy: Policy, forward_step: Callable, microbatches: Sequence[Any], **o
 
 
 @contextlib.contextmanager
-def without_trace(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Run the schedule forward only over a model's chunks without a trace.
+def without_sync_hooks(config: Any) -> Iterator[None]:
+    """Run the schedule without the hooks by which gradients are reduced during backward passes.
 
-    Megatron enters `no_sync_func` in a forward-only pass and, with pipeline stages, never leaves it again; routers
-    count tokens in buffers, and megatron-core 0.11 logs auxiliary losses in any forward pass in training mode.
+    Megatron enters `no_sync_func` in a forward-only pass, too, and with pipeline stages never leaves it again.
     """
-    from megatron.core.utils import get_model_config
-
-    config = get_model_config(chunks[0])
     hooks = {name: getattr(config, name) for name in ("no_sync_func", "grad_sync_func") if hasattr(config, name)}
-    # Megatron's DDP keeps a list called `buffers`, so the method of torch's Module is called by its class.
-    buffers = [(buffer, buffer.clone()) for chunk in chunks for buffer in torch.nn.Module.buffers(chunk)]
-    log = auxiliary_loss_log() if getattr(config, "num_moe_experts", None) else {}
-    logged = {name: (entry, dict(fields_of(entry)), fields_of(entry)["values"].clone()) for name, entry in log.items()}
     try:
         for name in hooks:
             setattr(config, name, None)
@@ -138,6 +130,25 @@ def without_trace(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     finally:
         for name, hook in hooks.items():
             setattr(config, name, hook)
+
+
+@contextlib.contextmanager
+def without_trace(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Run the schedule forward only over a model's chunks without a trace.
+
+    Routers count tokens in buffers, and megatron-core 0.11 logs auxiliary losses in any forward pass in training mode.
+    """
+    from megatron.core.utils import get_model_config
+
+    config = get_model_config(chunks[0])
+    # Megatron's DDP keeps a list called `buffers`, so the method of torch's Module is called by its class.
+    buffers = [(buffer, buffer.clone()) for chunk in chunks for buffer in torch.nn.Module.buffers(chunk)]
+    log = auxiliary_loss_log() if getattr(config, "num_moe_experts", None) else {}
+    logged = {name: (entry, dict(fields_of(entry)), fields_of(entry)["values"].clone()) for name, entry in log.items()}
+    try:
+        with without_sync_hooks(config):
+            yield
+    finally:
         for buffer, value in buffers:
             buffer.copy_(value)
         log.clear()

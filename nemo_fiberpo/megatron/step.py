@@ -28,6 +28,7 @@ from nemo_fiberpo.objective import (
     RatioGating,
     Report,
     SharedCells,
+    Surrogate,
     on_policy_coefficients,
     surrogate,
 )
@@ -128,23 +129,13 @@ def exact_step(
     two without branches; none if `on_policy`. Those of Megatron come beside.
     """
     refuse_inexact(policy.config)
-    problem = count_problem(len(microbatches), len(tokens.old_log_probs))
-    # Without a reduction there is no way to tell the others; expert- and context-parallel ranks wait in pass A.
-    sizes = (getattr(policy.config, f"{axis}_parallel_size", 1) or 1 for axis in ("expert_model", "context"))
-    if problem is not None and (on_policy or max(sizes) > 1):
-        raise ValueError(problem)
-    parts = [value.reshape(-1) for value in tokens.weighted_advantage]
-    flat_advantage = torch.cat(parts) if parts else torch.zeros(0)
+    problem = told_problem(policy, microbatches, tokens, alone=on_policy)
     loss, report, reference = None, None, tokens.old_log_probs
     if on_policy:
-        flat = on_policy_coefficients(flat_advantage, tokens.cells)
+        flat = on_policy_coefficients(flat_of(tokens.weighted_advantage), tokens.cells)
     else:
         current = current_log_probs(policy, microbatches) if problem is None else []
-        problem = problem or _shape_problem(current, tokens.old_log_probs)
-        log_ratio = log_ratio_of(current, tokens) if problem is None else torch.zeros_like(flat_advantage)
-        riders = agreement(reducer.axes, len(microbatches), problem, flat_advantage.device)
-        old = torch.cat([value.reshape(-1) for value in tokens.old_log_probs]) if parts else torch.zeros(0)
-        result = surrogate(log_ratio, flat_advantage, tokens.cells, hierarchy, reducer, gating, use_min, riders, old)
+        result = gated(current, problem, len(microbatches), tokens, hierarchy, reducer, gating, use_min)
         flat, loss, report, reference = result.coefficients, -result.value, result.report, current or reference
     coefficients = split_like(flat, tokens.old_log_probs)
     extra, gaps = torch.zeros(()), [torch.zeros(())]
@@ -215,10 +206,30 @@ def linear_loss(log_probs: Tensor, coefficients: Tensor) -> Tensor:
     return -(torch.where(c != 0, log_probs, 0.0) * c).sum()
 
 
-def _shape_problem(current: Sequence[Tensor], old: Sequence[Tensor]) -> str | None:
-    """Found on the last stage alone, so it is raised by way of reduction 1, on every rank."""
-    problems = (shape_problem(index, a, b) for index, (a, b) in enumerate(zip(current, old, strict=False)))
-    return next((problem for problem in problems if problem), None)
+def gated(
+    current: Sequence[Tensor],
+    problem: str | None,
+    microbatches: int,
+    tokens: StepTokens,
+    hierarchy: Hierarchy,
+    reducer: Reducer,
+    gating: RatioGating | None,
+    use_min: bool,
+) -> Surrogate:
+    """B and C: coefficients, value and report from the current log-probs of every micro-batch, as pass A returns them.
+
+    problem   why this rank cannot take the step: every rank raises it, as it does log-probs of another shape than the
+              old ones, which are found on the last stage alone
+    """
+    misfits = (
+        shape_problem(index, a, b) for index, (a, b) in enumerate(zip(current, tokens.old_log_probs, strict=False))
+    )
+    problem = problem or next((misfit for misfit in misfits if misfit), None)
+    weighted = flat_of(tokens.weighted_advantage)
+    log_ratio = log_ratio_of(current, tokens) if problem is None else torch.zeros_like(weighted)
+    riders = agreement(reducer.axes, microbatches, problem, weighted.device)
+    given = log_ratio, weighted, tokens.cells, hierarchy, reducer, gating, use_min, riders
+    return surrogate(*given, flat_of(tokens.old_log_probs))
 
 
 def shape_problem(index: int, log_probs: Tensor, old: Tensor) -> str | None:
@@ -227,6 +238,16 @@ def shape_problem(index: int, log_probs: Tensor, old: Tensor) -> str | None:
         return None
     shapes = tuple(log_probs.shape), tuple(old.shape)
     return f"log_probs: shape {shapes[0]} in micro-batch {index}, but old_log_probs have {shapes[1]}"
+
+
+def told_problem(policy: Policy, microbatches: Sequence[Any], tokens: StepTokens, alone: bool = False) -> str | None:
+    """`count_problem`, raised at once where there is no way to tell the other ranks: `alone`, without a reduction, and
+    with expert and context parallelism, whose ranks wait for each other in pass A."""
+    problem = count_problem(len(microbatches), len(tokens.old_log_probs))
+    sizes = (getattr(policy.config, f"{axis}_parallel_size", 1) or 1 for axis in ("expert_model", "context"))
+    if problem is not None and (alone or max(sizes) > 1):
+        raise ValueError(problem)
+    return problem
 
 
 def count_problem(microbatches: int, of_tokens: int) -> str | None:
@@ -239,10 +260,13 @@ def count_problem(microbatches: int, of_tokens: int) -> str | None:
 def log_ratio_of(current: Sequence[Tensor], tokens: StepTokens) -> Tensor:
     """Flat log-ratios; zeros on a stage without log-probs, which represents no tokens."""
     if not current:
-        return torch.cat([torch.zeros_like(old).reshape(-1) for old in tokens.old_log_probs])
-    return torch.cat(
-        [(new.to(old.device) - old).reshape(-1) for new, old in zip(current, tokens.old_log_probs, strict=True)]
-    )
+        return flat_of([torch.zeros_like(old) for old in tokens.old_log_probs])
+    return flat_of([new.to(old.device) - old for new, old in zip(current, tokens.old_log_probs, strict=True)])
+
+
+def flat_of(values: Sequence[Tensor]) -> Tensor:
+    """The values of all micro-batches, flattened in their order."""
+    return torch.cat([value.reshape(-1) for value in values]) if values else torch.zeros(0)
 
 
 def split_like(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

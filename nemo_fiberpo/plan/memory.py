@@ -37,6 +37,7 @@ class Run:
     flash              attention never materializes [s, s] scores
     allgather          the dispatcher of tokens to experts gathers all of them
     logprobs           as `model.logprobs`
+    all_forward        all forward passes of a step come before its backward passes
     """
 
     prompt: int
@@ -53,6 +54,7 @@ class Run:
     flash: bool
     allgather: bool
     logprobs: str = "auto"
+    all_forward: bool = False
 
     @classmethod
     def from_config(
@@ -65,6 +67,7 @@ class Run:
         forward: int,
         generated: int,
         micro: int,
+        all_forward: bool = False,
     ) -> Run:
         """From NeMo's `model` section; `micro` is the number of micro-batches."""
         half = str(precision) in ("bf16", "bf16-mixed", "16", "16-mixed")
@@ -87,6 +90,7 @@ class Run:
             flash=bool(model.get("transformer_engine", True)),
             allgather=model.get("moe_token_dispatcher_type", "allgather") == "allgather",
             logprobs=model.get("logprobs") or "auto",
+            all_forward=all_forward,
         )
 
     @property
@@ -144,14 +148,35 @@ def _log_probs(shape: ModelShape, layout: Layout, run: Run, tokens: float, backw
     """By item: what log-probs of `tokens` need on the last stage, by their logits in float32 or by blocks of them, see
     `megatron.logprobs` and `megatron.linear_logprobs`. The gradient of the output layer's weight is not counted."""
     columns = shape.vocab / layout.tp
-    sizes = {"vocabulary": shape.vocab, "tensor_parallel": layout.tp, "context_parallel": layout.cp}
-    if chosen(run.logprobs, samples=max(run.rows, run.forward), length=run.length, **sizes) == "chunked":
+    if _chunked(shape, layout, run):
         width = min(max(columns / BLOCKS, LEAST_COLUMNS), columns)
         # Logits of a block in bf16 and float32; hidden states of all ranks, and their gradient in both.
         return {"log-probs in blocks": round(tokens * (6 * width + (8 if backward else 2) * shape.hidden))}
     if backward:
         return {"logits and their gradient": round(8 * tokens * columns)}
     return {"logits": round(4 * tokens * columns + min(LOGIT_CHUNK, 4 * tokens * columns / CHUNKS))}
+
+
+def _chunked(shape: ModelShape, layout: Layout, run: Run) -> bool:
+    sizes = {"vocabulary": shape.vocab, "tensor_parallel": layout.tp, "context_parallel": layout.cp}
+    return chosen(run.logprobs, samples=max(run.rows, run.forward), length=run.length, **sizes) == "chunked"
+
+
+def _kept_behind_layers(shape: ModelShape, layout: Layout, run: Run, tokens: float, last: bool) -> dict[str, int]:
+    """By item: what all but one of the micro-batches keep behind their layers where forward passes come first: on the
+    last stage the inputs of the final norm and of the log-probs, on the others what was sent to the next stage."""
+    if not run.all_forward:
+        return {}
+    others, hidden = run.microbatches - 1, tokens * shape.hidden * max(2, run.weight_bytes)
+    split = layout.tp if layout.sequence_parallel else 1
+    if not last:
+        return {"outputs of the stage kept": round(others * hidden / split)}
+    if _chunked(shape, layout, run):  # hidden states of all tensor-parallel ranks
+        return {"inputs of log-probs kept": round(others * (hidden / split + hidden))}
+    return {
+        "inputs of log-probs kept": round(others * 2 * hidden / split),
+        "logits kept": round(others * 4 * tokens * shape.vocab / layout.tp),
+    }
 
 
 def memory(shape: ModelShape, layout: Layout, run: Run, imbalance: float) -> Memory:
@@ -171,8 +196,8 @@ def _stage(shape: ModelShape, layout: Layout, run: Run, imbalance: float, stage:
         "gradients": own.total * run.gradient_bytes,
         "optimizer": round(run.optimizer_bytes * (own.dense / (layout.dp * layout.cp) + own.expert / layout.expert_dp)),
     }
-    flight = float(min(layout.pp - stage, run.microbatches))
-    if layout.vpp > 1:
+    flight = float(run.microbatches if run.all_forward else min(layout.pp - stage, run.microbatches))
+    if layout.vpp > 1 and not run.all_forward:
         flight *= 1 + (layout.pp - 1) / (layout.pp * layout.vpp)
     one = layer_bytes(shape, layout, run, tokens, imbalance, layout.sequence_parallel)
     again = layers if run.recompute < 0 else min(run.recompute, layers)
@@ -185,6 +210,7 @@ def _stage(shape: ModelShape, layout: Layout, run: Run, imbalance: float, stage:
     }
     if stage == layout.pp - 1:
         training |= _log_probs(shape, layout, run, tokens, backward=True)
+    training |= _kept_behind_layers(shape, layout, run, tokens, stage == layout.pp - 1)
     scoring = {}
     if run.forward > run.rows:
         tokens = run.forward * length / layout.cp

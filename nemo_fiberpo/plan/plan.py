@@ -28,6 +28,7 @@ class Request:
     kl            whether the initial policy is needed
     epochs        passes over a rollout
     passes        most forward passes of a step
+    all_forward   whether all forward passes of a step come before its backward passes
     whole_groups  whether a prompt group is dealt to one rank
     cpu           a run without GPUs: no times are estimated, and memory is not compared with `assumptions`
     """
@@ -46,6 +47,7 @@ class Request:
     kl: bool = False
     epochs: int = 1
     passes: int = 2
+    all_forward: bool = False
     whole_groups: bool = False
     cpu: bool = False
 
@@ -148,22 +150,24 @@ def _add_memory(plan: Plan, request: Request, layout: Layout, shape: ModelShape,
     lengths = request.prompt_length, request.response_length
     given = request.assumptions
     generated = batches.generation if given.host == "nemo_aligner" else 0
-    run = Run.from_config(request.model, precision, *lengths, batches.micro, batches.forward, generated, number)
+    sizes = batches.micro, batches.forward, generated, number
+    run = Run.from_config(request.model, precision, *lengths, *sizes, request.all_forward)
     plan.run, plan.memory = run, memory(shape, layout, run, given.expert_imbalance)
     if request.kl:
         plan.host_bytes = plan.memory.static["weights"] * min(layout.devices, layout.world)
     if not request.cpu:
-        _compare(plan, plan.memory, given, layout)
+        _compare(plan, plan.memory, given, layout, request.all_forward)
 
 
-def _compare(plan: Plan, needed: Memory, given: Assumptions, layout: Layout) -> None:
+def _compare(plan: Plan, needed: Memory, given: Assumptions, layout: Layout, all_forward: bool) -> None:
     """With what a GPU and its node have."""
     limit = given.gpu_memory_gib - given.reserve_gib
     peak = needed.peak / GIB
     if peak > limit:
         plan.problems.append(
             f"cluster.gpu_memory_gib: a rank of pipeline stage {needed.stage} needs {peak:.1f} GiB, and "
-            f"{given.gpu_memory_gib:g} - reserve {given.reserve_gib:g} = {limit:.1f} GiB are there; " + _remedy(needed)
+            f"{given.gpu_memory_gib:g} - reserve {given.reserve_gib:g} = {limit:.1f} GiB are there; "
+            + _remedy(needed, all_forward)
         )
     elif peak > 0.92 * limit:
         plan.warnings.append(
@@ -177,7 +181,7 @@ def _compare(plan: Plan, needed: Memory, given: Assumptions, layout: Layout) -> 
         )
 
 
-def _remedy(found: Memory) -> str:
+def _remedy(found: Memory, all_forward: bool) -> str:
     """By what is largest."""
     static, training, log_probs, generation = (
         sum(part.values()) for part in (found.static, found.training, found.log_probs, found.generation)
@@ -189,6 +193,11 @@ def _remedy(found: Memory) -> str:
         )
     if log_probs > max(training, generation):
         return "most of it is the pass of old log-probs: lower model.ppo.forward_micro_batch_size"
+    if training >= generation and all_forward:
+        return (
+            "most of it are activations of all micro-batches of an optimizer step, which algorithm.passes: all_forward "
+            "holds at once: set it to 2, model.activations_checkpoint_granularity to full, or model.logprobs to chunked"
+        )
     if training >= generation:
         return (
             "most of it are activations: lower model.micro_batch_size, raise model.context_parallel_size, or set "
@@ -233,4 +242,5 @@ def _add_cells(
         return
     length = request.prompt_length + request.response_length
     sizes = cells.calls, cells.bytes
-    plan.times = times(shape, layout, batches.per_step, length, request.passes, *sizes, request.assumptions)
+    passes = 1 if request.all_forward else request.passes
+    plan.times = times(shape, layout, batches.per_step, length, passes, *sizes, request.assumptions)

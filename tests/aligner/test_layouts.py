@@ -126,6 +126,35 @@ def test_optimistic_steps_are_two_passes(start, tmp_path, packing: bool):
     assert second["train_optim/gate_all_reduces"] == 3.0 and 0.0 <= second["train_optim/second_pass"] <= 1.0
 
 
+def test_all_forward_passes_first_are_two_passes(start, tmp_path):
+    """With activations recomputed, a KL penalty and losses of the routers, over two RL steps."""
+    given = [
+        *ONE_ROLLOUT,
+        *GRADED,
+        "algorithm.rl_steps=2",
+        "algorithm.kl.coefficient=0.1",
+        "model.moe_aux_loss_coeff=0.01",
+    ]
+    full = ["granularity=full", "method=uniform", "num_layers=1"]
+    recompute = [f"model.activations_checkpoint_{value}" for value in full]
+    rows = []
+    for name, more in {"two": [], "all": ["algorithm.passes=all_forward", *recompute]}.items():
+        run_dir = fresh(start, tmp_path, name)
+        graded_by_checksum(run_dir)
+        forked.launch("train_gpt_fiberpo.py", run_dir, *given, *more, processes=2)
+        rows.append(metrics(run_dir))
+    two, kept = rows
+    assert sum("train_optim/grad_norm" in row for row in two) == 4 and len(kept) == len(two)
+    for row, other in zip(kept, two, strict=True):
+        off_policy = other.get("train_optim/on_policy") == 0.0
+        assert row.keys() == other.keys() - ({"train_optim/recompute_error"} if off_policy else set())
+        for key, value in row.items():
+            if key == "train_optim/grad_norm":
+                assert value == pytest.approx(other[key], rel=2e-5)
+            elif key != "train_optim/recompute_error":
+                assert value == pytest.approx(other[key], rel=1e-2, abs=1e-5), key
+
+
 def test_one_pass_refuses_a_domain_that_is_everywhere(start, tmp_path):
     with pytest.raises(AssertionError, match=r"one pass: domain 0 \('algorithms'\) has tokens in micro-batch \d of dp"):
         rollout_and_steps(start, tmp_path, "domain", 2, "algorithm.passes=1")

@@ -52,6 +52,25 @@ def test_a_pipeline_keeps_as_many_microbatches_as_stages_follow():
     )
 
 
+def test_all_forward_passes_first_keep_all_microbatches_by_hand():
+    """8 micro-batches of 64 tokens, 64 units in bf16: a checkpoint is 8192 bytes."""
+    run = dataclasses.replace(RUN, all_forward=True, logprobs="logits")
+    kept = memory(SHAPE, Layout(1, 1), run, 1.0).training
+    assert kept["activation checkpoints"] == 8 * 4 * 8192
+    assert kept["inputs of log-probs kept"] == 7 * 2 * 8192 and kept["logits kept"] == 7 * 4 * 64 * 256
+    blocks = memory(
+        SHAPE, Layout(1, 2, tp=2, sequence_parallel=True), dataclasses.replace(run, logprobs="chunked"), 1.0
+    )
+    assert blocks.training["activation checkpoints"] == 8 * 4 * 8192 // 2
+    assert (
+        blocks.training["inputs of log-probs kept"] == 7 * (8192 // 2 + 8192) and "logits kept" not in blocks.training
+    )
+    everything = memory(SHAPE, Layout(1, 1), dataclasses.replace(run, recompute=0), 1.0)
+    assert everything.training["activations kept"] == 8 * 4 * layer_bytes(SHAPE, Layout(1, 1), RUN, 64, 1.0, False)
+    stages = memory(dataclasses.replace(SHAPE, vocab=1), Layout(1, 2, pp=2), run, 1.0)
+    assert stages.training["activation checkpoints"] == 8 * 2 * 8192
+
+
 def test_the_pass_of_old_log_probs_by_hand():
     """Its own number of rows: one layer's activations at a time, float32 logits and an eighth of them again."""
     found = memory(SHAPE, Layout(1, 1), dataclasses.replace(RUN, forward=16), 1.0)
@@ -99,6 +118,10 @@ def test_a_model_that_does_not_fit_is_refused_with_remedies():
     ("changes", "remedy"),
     [
         (("model.activations_checkpoint_granularity=null", "model.micro_batch_size=8"), "lower model.micro_batch_size"),
+        (
+            ("algorithm.passes=all_forward", "model.activations_checkpoint_granularity=null"),
+            "which algorithm.passes: all_forward holds at once: set it to 2",
+        ),
         (("model.ppo.rollout_micro_batch_size=256",), "lower model.ppo.rollout_micro_batch_size"),
         (
             ("model.ppo.forward_micro_batch_size=64", "model.logprobs=logits"),

@@ -93,11 +93,13 @@ class AlgorithmSettings:
     """Whether the samples of a micro-batch are packed into one row without padding (THD). On a GPU this needs
     Transformer Engine."""
 
-    passes: int | str = setting(2, form="1, 2 or auto")
+    passes: int | str = setting(2, form="1, 2, auto or all_forward")
     """Forward passes per optimizer step. 2 is exact for every hierarchy and layout. 1 saves the second pass; it
     requires every cell to lie inside one micro-batch of one data-parallel rank, which is checked. `auto` is exact
     everywhere: it runs the second pass only over micro-batches in which it changes a coefficient, as long as that costs
-    less than 2; see docs/performance.md."""
+    less than 2. `all_forward` is exact everywhere and saves the second pass: all forward passes come before all
+    backward passes. It holds what the backward passes need of all micro-batches at once, so it is meant for
+    `model.activations_checkpoint_granularity: full`; `fiberpo plan` counts that memory. See docs/performance.md."""
 
     micro_batches: str = setting("any", choices=("any", "whole_groups"))
     """Which samples share a micro-batch. `whole_groups`: all responses to a prompt, so that prompt groups and
@@ -119,8 +121,8 @@ class AlgorithmSettings:
             )
         if self.compile != "auto" and not isinstance(self.compile, bool):
             raise ValueError(f"compile: must be auto, true or false, got {self.compile!r}")
-        if self.passes not in (1, 2, "auto") or isinstance(self.passes, bool):
-            raise ValueError(f"passes: must be 1, 2 or auto, got {self.passes!r}")
+        if self.passes not in (1, 2, "auto", "all_forward") or isinstance(self.passes, bool):
+            raise ValueError(f"passes: must be 1, 2, auto or all_forward, got {self.passes!r}")
         if self.prompts_per_rollout % self.optimizer_steps:
             raise ValueError(
                 f"optimizer_steps: {self.optimizer_steps} must divide prompts_per_rollout = "
@@ -148,6 +150,11 @@ class AlgorithmSettings:
     def use_min(self) -> bool:
         """Whether PPO's minimum is taken on top of the hierarchy's gates."""
         return isinstance(self.gating, HierarchyGating) and self.gating.use_min
+
+    @property
+    def all_forward(self) -> bool:
+        """Whether all forward passes of a step come before all backward passes."""
+        return self.passes == "all_forward"
 
     @property
     def whole_groups(self) -> bool:

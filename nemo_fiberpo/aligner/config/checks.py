@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from nemo_fiberpo.aligner.config.algorithm import AlgorithmSettings
 from nemo_fiberpo.aligner.config.data import DataSettings
-from nemo_fiberpo.aligner.config.model_checks import model_problems, partition_table
+from nemo_fiberpo.aligner.config.model_checks import check_all_forward, model_problems, partition_table
 from nemo_fiberpo.aligner.config.parsing import build, plain
 from nemo_fiberpo.aligner.config.precision import check_precision
 from nemo_fiberpo.aligner.config.rewards import RewardSettings
@@ -83,6 +83,8 @@ def read_config(cfg: DictConfig, attempt: Attempt = _call) -> RunConfig:
         soft = partitions.soft_columns if partitions is not None else ()
         attempt(lambda: check_gating(algorithm.gating_map, hierarchy, soft))
         attempt(lambda: algorithm.check_passes(hierarchy.active, cfg.model.micro_batch_size))
+    if algorithm is not None and algorithm.all_forward:
+        attempt(lambda: check_all_forward(cfg.model))
     attempt(lambda: check_nemo_keys(cfg))
     return RunConfig(hierarchy, partitions, labels, algorithm, data, rewards)
 

@@ -13,6 +13,7 @@ from nemo_fiberpo.aligner.config.precision import check_precision
 from nemo_fiberpo.labelling.expert_partitions import COLUMN, ExpertPartitions
 from nemo_fiberpo.logits import check_choice
 from nemo_fiberpo.megatron import cpu
+from nemo_fiberpo.megatron.all_forward import refuse_unkept
 from nemo_fiberpo.megatron.routing import chosen_layers
 from nemo_fiberpo.megatron.schedule import refuse_inexact
 from nemo_fiberpo.values import nearest
@@ -22,6 +23,25 @@ def check_model(cfg: DictConfig) -> None:
     """ValueError naming the first unsupported field of the model config, and what to use instead."""
     for problem in model_problems(cfg, cpu.installed()):
         raise ValueError(problem)
+
+
+def check_all_forward(cfg: DictConfig) -> None:
+    """ValueError naming the first field of the model config that `algorithm.passes: all_forward` does not support."""
+    try:
+        refuse_unkept(cfg)  # the fields have the names that Megatron's config has
+    except ValueError as error:
+        raise ValueError(f"algorithm.passes: all_forward, but model.{error}") from None
+
+
+def recompute_warnings(cfg: DictConfig) -> list[str]:
+    """A line where `algorithm.passes: all_forward` holds all activations of all micro-batches, and what to set."""
+    if cfg.get("activations_checkpoint_granularity") == "full":
+        return []
+    return [
+        "algorithm.passes: all_forward holds the activations of all micro-batches of an optimizer step at once; set "
+        "model.activations_checkpoint_granularity to full, activations_checkpoint_method to uniform and "
+        "activations_checkpoint_num_layers to 1, or passes to 2 where memory is short (`fiberpo plan` estimates it)"
+    ]
 
 
 def model_problems(cfg: DictConfig, on_cpu: bool) -> Iterator[str]:

@@ -42,6 +42,12 @@ class Minibatch:
     expert_labels: Sequence[Tensor] | None = None
     correction: Tensor | None = None
 
+    def penalty_columns(self) -> list[dict[str, Tensor]]:
+        """What `kl_penalty` reads, of every micro-batch."""
+        assert self.init_log_probs is not None
+        columns = zip(self.init_log_probs, self.weights, self.mask, strict=True)
+        return [{"init_log_probs": init, "weights": weights, "mask": mask} for init, weights, mask in columns]
+
 
 def build_minibatch(
     part: Mapping[str, Tensor],

@@ -8,6 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_fiberpo.aligner.config.checks import check_batches, check_sections
+from nemo_fiberpo.aligner.config.model_checks import check_all_forward, recompute_warnings
 from nemo_fiberpo.aligner.config.precision import check_precision
 from nemo_fiberpo.aligner.config.sections import algorithm_settings, data_settings, reward_settings
 from nemo_fiberpo.hydra_support.command_line import overrides
@@ -55,10 +56,24 @@ def test_whole_groups_fit_into_micro_batches_or_are_refused():
 
 
 @pytest.mark.parametrize("passes", [0, 3, True, "two"])
-def test_passes_are_one_two_or_auto(passes):
-    assert settings(passes="auto").passes == "auto"
-    with pytest.raises(ValueError, match="passes: must be 1, 2 or auto"):
+def test_passes_are_one_two_auto_or_all_forward(passes):
+    assert settings(passes="auto").passes == "auto" and not settings(passes="auto").all_forward
+    assert settings(passes="all_forward").all_forward
+    with pytest.raises(ValueError, match="passes: must be 1, 2, auto or all_forward"):
         settings(passes=passes)
+
+
+def test_all_forward_refuses_by_the_name_of_the_key_and_warns_without_recomputation():
+    model = OmegaConf.create({"cpu_offloading": True})
+    with pytest.raises(ValueError, match=r"^algorithm.passes: all_forward, but model.cpu_offloading: True is refused"):
+        check_all_forward(model)
+    model.cpu_offloading = False
+    check_all_forward(model)
+    [line] = recompute_warnings(model)
+    assert (
+        line.startswith("algorithm.passes: all_forward holds") and "activations_checkpoint_granularity to full" in line
+    )
+    assert recompute_warnings(OmegaConf.create({"activations_checkpoint_granularity": "full"})) == []
 
 
 def test_sizes_follow():
@@ -82,7 +97,7 @@ def test_sizes_follow():
         ({"fixed_length": 100}, ["algorithm.fixed_length", "only there"]),
         ({"truncated": "drop"}, ["algorithm.truncated", "keep", "mask"]),
         ({"packing": 1}, ["algorithm.packing", "true or false"]),
-        ({"passes": 3}, ["algorithm.passes", "1, 2 or auto"]),
+        ({"passes": 3}, ["algorithm.passes", "1, 2, auto or all_forward"]),
         ({"kl": {"coefficient": -1}}, ["algorithm.kl.coefficient", "at least 0"]),
         ({"kl": {"coeficient": 1}}, ["algorithm.kl.coeficient", "did you mean 'coefficient'"]),
         ({"kl": 3}, ["algorithm.kl", "mapping"]),
