@@ -70,8 +70,6 @@ class FiberPOTrainer(PPOTrainer):
             raise ValueError("data.heldout_greedy: true, but TensorRT-LLM only samples; set it to false")
         if settings.rollout_correction.active:
             parent["model"].record_log_probs()
-        if settings.val_check_interval and heldout is None:
-            raise ValueError("algorithm.val_check_interval: evaluates data.heldout, which is not set")
         if len(prompts) < settings.prompts_per_rollout:
             raise ValueError(
                 f"algorithm.prompts_per_rollout: {settings.prompts_per_rollout}, but data.train has "

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import pickle
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from nemo_fiberpo.aligner.data.prompts import PromptDataset, make_collate
+from nemo_fiberpo.aligner.data.prompts import PromptDataset, collate_prompts
 from nemo_fiberpo.aligner.rewards.rules import RuleRewards
 from nemo_fiberpo.prompts.records import load_prompts
 
@@ -147,8 +146,7 @@ def test_items_and_batches_are_what_generation_takes(write):
     data = PromptDataset(write(line("2+5=", "math"), line("ab", "code")), Letters(), 10, first_index=100)
     assert data.domains == ["code", "math"]
     assert data[1]["text"].dtype == torch.int64 and data[1]["text"].tolist() == [97, 98] and data[1]["length"] == 2
-    collate = pickle.loads(pickle.dumps(make_collate(eos_id=0, generation_length=3)))
-    batch = collate([data[0], data[1]])
+    batch = collate_prompts([data[0], data[1]], eos_id=0, generation_length=3)
     assert batch["text"].tolist() == [[50, 43, 53, 61, 0, 0, 0], [97, 98, 0, 0, 0, 0, 0]]
     assert batch["length"].tolist() == [4, 2]
     assert batch["prompt_index"].tolist() == [100, 101] and batch["domain"].tolist() == [1, 0]
