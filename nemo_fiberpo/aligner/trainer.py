@@ -22,23 +22,23 @@ from nemo_fiberpo.aligner.generation.engine_log_probs import ENGINE
 from nemo_fiberpo.aligner.generation.inference_layout import generation_axis
 from nemo_fiberpo.aligner.generation.lockstep import deterministic
 from nemo_fiberpo.aligner.rewards.reward_model import check_failures, zero_failures
-from nemo_fiberpo.aligner.rewards.rules import OK
 from nemo_fiberpo.aligner.rollout.advantages import ESTIMATORS
 from nemo_fiberpo.aligner.rollout.agreement import agreed_minibatches
 from nemo_fiberpo.aligner.rollout.dealing import grouped_rollout, repeated_prompts, response_mask
-from nemo_fiberpo.aligner.rollout.entropy import entropy_metrics
 from nemo_fiberpo.aligner.rollout.evaluation import evaluate, mean_rewards
 from nemo_fiberpo.aligner.rollout.metrics import first_sample, rollout_metrics, step_metrics
 from nemo_fiberpo.aligner.rollout.minibatch import Minibatch
 from nemo_fiberpo.aligner.rollout.response_labels import ResponseLabels
 from nemo_fiberpo.aligner.rollout.strata import StrataLabels
 from nemo_fiberpo.budget_warnings import log_budget_warnings, overrun_warnings
+from nemo_fiberpo.diagnostics.entropy import entropy_metrics
 from nemo_fiberpo.labelling.token_labels import IGNORED, TokenLabels
 from nemo_fiberpo.megatron import cpu
 from nemo_fiberpo.megatron.exchange import exchange_notes, non_finite
 from nemo_fiberpo.megatron.step import StepResult
 from nemo_fiberpo.objective import Hierarchy, check_gating, correction_metrics
 from nemo_fiberpo.objective.kernels import compile_passes
+from nemo_fiberpo.rewards import OK
 
 
 class FiberPOTrainer(PPOTrainer):
