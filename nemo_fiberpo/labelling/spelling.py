@@ -13,7 +13,7 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 class Tokenizer(Protocol):
-    """The methods of a tokenizer that are used. One whose `ids_to_text` omits special tokens has `ids_to_tokens` too."""
+    """The methods of a tokenizer that are used. If `ids_to_text` omits special tokens, `ids_to_tokens` exists too."""
 
     @property
     def vocab_size(self) -> int: ...
