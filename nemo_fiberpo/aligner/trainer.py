@@ -251,7 +251,7 @@ class FiberPOTrainer(PPOTrainer):
         return metrics, result
 
     def compute_rollout_metrics(self, rollout_batch: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Of the whole rollout: rewards, lengths, truncation and grader failures, overall and per domain.
+        """Metrics of the whole rollout: rewards, lengths, truncation and grader failures, overall and per domain.
 
         `rollout_size` counts prompts: NeMo-Aligner adds it to `consumed_samples`, by which the sampler reads prompts.
         """

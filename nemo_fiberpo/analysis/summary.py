@@ -86,7 +86,7 @@ def summarise(run: Run, group: str, level: float | None = None) -> Summary:
 
 
 def _heldout(before: Rewards, after: Rewards) -> list[Row]:
-    """By mode, "all" after the domains."""
+    """The table's rows, by mode, with "all" after the domains."""
     rows = heldout_table(_with_all(before), _with_all(after))
     return sorted(rows, key=lambda row: (MODES.index(row.mode), row.domain == "all", row.domain))
 

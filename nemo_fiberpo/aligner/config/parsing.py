@@ -1,4 +1,4 @@
-"""From a section of a config to its checked dataclass."""
+"""Parsing a section of a config into its checked dataclass."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class ExpertLabels:
         self.capture = RoutingCapture(chunks, table, partitions.layers)
 
     def columns(self, rows: Sequence[Rows], samples: int, width: int) -> dict[str, Tensor]:
-        """Of the captured pass: `expert_partition`, uint8 or int16 [b, s - 1], and for soft membership
+        """Columns of the captured pass: `expert_partition`, uint8 or int16 [b, s - 1], and for soft membership
         `expert_membership`, uint8 [b, s - 1, partitions]. Entry t belongs to the token at position t + 1, routed at
         position t, as its log-prob.
 
@@ -82,8 +82,8 @@ def watched(
 
 
 def routing_metrics(counts: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """From `ExpertLabels.changed` summed over the ranks: the share of tokens that changed their partition, overall and
-    by partition, and each partition's share of the tokens."""
+    """Metrics from `ExpertLabels.changed`, summed over the ranks: the share of tokens that changed their partition,
+    overall and by partition, and each partition's share of the tokens."""
     live, changed = counts.tolist()
     out = {"routing/changed": sum(changed) / max(sum(live), 1.0)}
     for name, tokens, moved in zip(names, live, changed, strict=True):
