@@ -156,7 +156,7 @@ def test_a_policy_of_another_size_than_its_configuration_is_refused(name: str, k
     config = OmegaConf.load(policy / "model_config.yaml")
     changed = {key: 10**8} | ({"moe_ffn_hidden_size": 10**8} if key == "ffn_hidden_size" else {})
     OmegaConf.save(OmegaConf.merge(config, changed), policy / "model_config.yaml")
-    with pytest.raises(ValueError, match=r"model_weights: .* has the shape .*, but model_config\.yaml says .*\d{9}"):
+    with pytest.raises(ValueError, match=r"model_weights: .* has the shape .*, but model_config\.yaml implies .*\d{9}"):
         files.export_huggingface(policy, tmp_path / "back")
 
 
