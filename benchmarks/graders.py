@@ -16,9 +16,9 @@ import statistics
 import time
 from collections.abc import Callable
 
-from nemo_fiberpo.aligner.rewards.rules import RuleRewards
 from nemo_fiberpo.graders.builtin import reasoning_gym
 from nemo_fiberpo.prompts.records import PromptRecord
+from nemo_fiberpo.rewards import RuleRewards
 
 ENTRY = {"answer": "5", "metadata": {}, "question": "2 - 4 + 7 ="}
 RECORD = PromptRecord("p", "d", "reasoning_gym", {"task": "chain_sum", "entry": ENTRY}, "benchmark:1")

@@ -158,13 +158,15 @@ def tokenize(records, tokenizer, bos_id: int | None) -> dict[str, list[tuple[lis
 
 def first_of_each_domain(prompts, number: int):
     """The first `number` prompts of every domain, as a data set that grades and evaluates like `prompts`."""
+    from nemo_fiberpo.aligner.data.prompts import PromptSubset
+
     counts: dict[str, int] = {}
     places = []
     for place, record in enumerate(prompts.records):
         counts[record.domain] = counts.get(record.domain, 0) + 1
         if counts[record.domain] <= number:
             places.append(place)
-    return prompts.subset(places)
+    return PromptSubset(prompts, places)
 
 
 def supervised_step(actor, hierarchy, optimizer, scheduler, examples, global_batch: int, where: str) -> None:

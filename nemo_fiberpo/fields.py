@@ -1,16 +1,13 @@
 """Fields of settings: a key's default, bounds and meaning in one place.
 
     @dataclass(frozen=True)
-    class DataSettings:
+    class DataSettings(Settings):
         \"""The prompts to train on.\"""
 
         max_prompt_length: int = setting(512, at_least=1)
         \"""Longest prompt, in tokens.\"""
 
-        def __post_init__(self) -> None:
-            check(self)
-
-`check` validates the values; `keys` lists what the reference of the config prints.
+`check`, which `Settings` calls, validates the values; `keys` lists what the reference of the config prints.
 """
 
 from __future__ import annotations
@@ -75,6 +72,13 @@ def setting(
     if default_factory is not MISSING:
         return dataclasses.field(default_factory=default_factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+class Settings:
+    """A base for dataclasses of settings: their values are checked when one is made."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def check(settings: Any) -> None:

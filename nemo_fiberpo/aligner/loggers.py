@@ -25,8 +25,26 @@ class _JsonLines:
         self._path.parent.mkdir(parents=True, exist_ok=True)
 
     def rewind(self, rl_step: int) -> None:
-        """Keep the lines of RL steps before `rl_step`. Atomic."""
-        _rewind(self._path, rl_step)
+        """Keep the whole lines of RL steps before `rl_step`. Unreadable lines are moved to a file beside it, with a
+        message; a half-written last line, which a kill leaves, is dropped. Atomic."""
+        if not self._path.exists():
+            return
+        kept: list[bytes] = []
+        damaged: list[tuple[int, bytes]] = []
+        *lines, _half = self._path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            step = _step_of(line)
+            if step is None:
+                damaged.append((number, line + b"\n"))
+            elif step < rl_step:
+                kept.append(line + b"\n")
+        if damaged:
+            aside = self._path.with_name(self._path.name + DAMAGED)
+            with aside.open("ab") as file:
+                file.writelines(line for _, line in damaged)
+            found = f"{self._path}: {len(damaged)} damaged lines moved to {aside.name}"
+            print(f"{found}, the first was line {damaged[0][0]}", flush=True)
+        write_atomically(self._path, b"".join(kept).decode())
 
     def _append(self, row: Mapping[str, Any]) -> None:
         with self._path.open("a") as file:
@@ -65,31 +83,6 @@ class PromptsFile(_JsonLines):
 
     def log_prompts(self, rl_step: int, lines: Sequence[int]) -> None:
         self._append({"rl_step": rl_step, "lines": list(lines)})
-
-
-def _rewind(path: Path, rl_step: int) -> None:
-    """Keep the whole lines of RL steps before `rl_step`. Unreadable lines are moved to a file beside it, with a
-    message; a half-written last line, which a kill leaves, is dropped."""
-    if not path.exists():
-        return
-    kept: list[bytes] = []
-    damaged: list[tuple[int, bytes]] = []
-    *lines, _half = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        step = _step_of(line)
-        if step is None:
-            damaged.append((number, line + b"\n"))
-        elif step < rl_step:
-            kept.append(line + b"\n")
-    if damaged:
-        aside = path.with_name(path.name + DAMAGED)
-        with aside.open("ab") as file:
-            file.writelines(line for _, line in damaged)
-        numbers = ", ".join(str(number) for number, _ in damaged[:10])
-        print(
-            f"{path}: {len(damaged)} damaged lines moved to {aside.name}, the first of them line {numbers}", flush=True
-        )
-    write_atomically(path, b"".join(kept).decode())
 
 
 def _step_of(line: bytes) -> int | None:

@@ -147,7 +147,7 @@ class Run:
     def _build_trainer(self, loggers: list[Any]) -> None:
         from nemo_aligner.utils.train_script_utils import CustomLoggerWrapper
 
-        from nemo_fiberpo.aligner.data.prompts import make_collate
+        from nemo_fiberpo.aligner.data.prompts import collate_prompts
         from nemo_fiberpo.aligner.trainer import FiberPOTrainer
 
         cfg, actor, config = self.cfg, self.actor, self.config
@@ -159,7 +159,7 @@ class Run:
         if hasattr(checkpoints, "finish_saves"):
             self._finish_saves = partial(checkpoints.finish_saves, self._lightning)
         after_step = self._finish_saves or (lambda **_: None)
-        collate = make_collate(actor.tokenizer.eos_id, actor.max_new_tokens)
+        collate = partial(collate_prompts, eos_id=actor.tokenizer.eos_id, generation_length=actor.max_new_tokens)
         self.trainer = FiberPOTrainer(
             settings=config.algorithm,
             hierarchy=config.hierarchy,

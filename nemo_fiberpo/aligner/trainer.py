@@ -23,23 +23,23 @@ from nemo_fiberpo.aligner.generation.engine_log_probs import ENGINE
 from nemo_fiberpo.aligner.generation.inference_layout import generation_axis
 from nemo_fiberpo.aligner.generation.lockstep import deterministic
 from nemo_fiberpo.aligner.rewards.reward_model import check_failures, zero_failures
-from nemo_fiberpo.aligner.rewards.rules import OK
 from nemo_fiberpo.aligner.rollout.advantages import ESTIMATORS
 from nemo_fiberpo.aligner.rollout.agreement import agreed_minibatches
 from nemo_fiberpo.aligner.rollout.dealing import grouped_rollout, repeated_prompts, response_mask
-from nemo_fiberpo.aligner.rollout.entropy import entropy_metrics
 from nemo_fiberpo.aligner.rollout.evaluation import evaluate, mean_rewards
 from nemo_fiberpo.aligner.rollout.metrics import first_sample, rollout_metrics, step_metrics
 from nemo_fiberpo.aligner.rollout.minibatch import Minibatch
 from nemo_fiberpo.aligner.rollout.response_labels import ResponseLabels
 from nemo_fiberpo.aligner.rollout.strata import StrataLabels
 from nemo_fiberpo.budget_warnings import log_budget_warnings, overrun_warnings
+from nemo_fiberpo.diagnostics.entropy import entropy_metrics
 from nemo_fiberpo.labelling.token_labels import IGNORED, TokenLabels
 from nemo_fiberpo.megatron import cpu
 from nemo_fiberpo.megatron.exchange import exchange_notes, non_finite
 from nemo_fiberpo.megatron.step import StepResult
 from nemo_fiberpo.objective import Hierarchy, check_gating, correction_metrics
 from nemo_fiberpo.objective.kernels import compile_passes
+from nemo_fiberpo.rewards import OK
 
 
 class FiberPOTrainer(PPOTrainer):
@@ -71,8 +71,6 @@ class FiberPOTrainer(PPOTrainer):
             raise ValueError("data.heldout_greedy: true, but TensorRT-LLM only samples; set it to false")
         if settings.rollout_correction.active:
             parent["model"].record_log_probs()
-        if settings.val_check_interval and heldout is None:
-            raise ValueError("algorithm.val_check_interval: evaluates data.heldout, which is not set")
         if len(prompts) < settings.prompts_per_rollout:
             raise ValueError(
                 f"algorithm.prompts_per_rollout: {settings.prompts_per_rollout}, but data.train has "
@@ -259,7 +257,7 @@ class FiberPOTrainer(PPOTrainer):
         return metrics, result
 
     def compute_rollout_metrics(self, rollout_batch: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Of the whole rollout: rewards, lengths, truncation and grader failures, overall and per domain.
+        """Metrics of the whole rollout: rewards, lengths, truncation and grader failures, overall and per domain.
 
         `rollout_size` counts prompts: NeMo-Aligner adds it to `consumed_samples`, by which the sampler reads prompts.
         """

@@ -1,4 +1,4 @@
-"""Budgets from the drift that a run measured.
+"""Proposes budgets from the drift that a run measured.
 
     fiberpo calibrate RUN [RUN ...]
 
@@ -50,7 +50,7 @@ class Proposal:
     token_clip_before  in the run
     cut         share of the tokens that the run's token clip, or its objective, cut at the last optimizer step
     rollouts    number of rollouts whose last optimizer step was measured
-    widened     what step 2 of the rule widened, a line each
+    widened     a line for each budget that step 2 of the rule widened
     hierarchy   the `hierarchy` section with these budgets, for `load_hierarchy`
     """
 
@@ -74,10 +74,12 @@ class Proposal:
 
 
 def calibrate(runs: Run | Path | Sequence[Run | Path], passing: float = PASSING, cells: bool = False) -> Proposal:
-    """Budgets for the hierarchy of a run, by the rule above. Several runs, such as seeds of one setting, count as one;
-    their strata and budgets must be the same. `cells`: budgets of their own for all named cells.
+    """Propose budgets for the hierarchy of a run by the rule above.
 
-    ValueError where `passing` is no share, the hierarchies differ, or no drift was measured.
+    Several runs, such as seeds of one configuration, are pooled; their hierarchies must be equal. With `cells`, every
+    named cell gets its own budget.
+
+    ValueError if `passing` is not between 0 and 1, the hierarchies differ, or no drift was measured.
     """
     if not 0 < passing < 1:
         raise ValueError(f"passing: must be between 0 and 1, the share of cells that pass, got {passing!r}")
@@ -85,10 +87,10 @@ def calibrate(runs: Run | Path | Sequence[Run | Path], passing: float = PASSING,
     read = [run if isinstance(run, Run) else Run(run) for run in given]
     hierarchy = _without_defaults(hierarchy_of_record(read[0].identity))
     if "strata" not in hierarchy:
-        raise ValueError(f"{read[0].path / 'run.json'}: records no hierarchy")
+        raise ValueError(f"{read[0].path / 'run.json'}: does not record a hierarchy")
     for other in read[1:]:
         if _without_defaults(hierarchy_of_record(other.identity)) != hierarchy:
-            raise ValueError(f"{other.path / 'run.json'}: another hierarchy than that of {read[0].path}")
+            raise ValueError(f"{other.path / 'run.json'}: its hierarchy differs from that of {read[0].path}")
     steps = [step for run in read for step in run.optimizer_steps]
     chain, branches = hierarchy["strata"], hierarchy.get("branches", {})
     drifts = drifts_of(steps, [*chain, *branches])
@@ -129,7 +131,7 @@ def calibrate(runs: Run | Path | Sequence[Run | Path], passing: float = PASSING,
 
 
 class _Fit:
-    """The rule, applied to one stratum after the other, coarsest first."""
+    """Applies the rule to one stratum after another, coarsest first."""
 
     def __init__(self, drifts: Mapping[tuple[str, str], Drifts], last: int, passing: float, all_cells: bool):
         self._drifts, self._last, self._passing, self._all_cells = drifts, last, passing, all_cells
@@ -165,7 +167,7 @@ class _Fit:
     def _budget(
         self, where: str, pos: dict[int, Values], neg: dict[int, Values], floor: Mapping[str, float]
     ) -> Budget | None:
-        """None where there is neither a drift nor a coarser budget."""
+        """The budget by the rule; None if there is neither a drift nor a coarser budget."""
         of = {"pos": pos, "neg": neg}
         measured = {
             channel: float(np.quantile(of[channel][self._last], self._passing, method="inverted_cdf"))
@@ -180,7 +182,7 @@ class _Fit:
             if found[channel] > rounded[channel]:
                 why = "a coarser stratum has it" if found[channel] == floor[channel] else f"neg is {found['neg']:g}"
                 self.widened.append(
-                    f"{where}, {channel}: {rounded[channel]:g} by its drift, {found[channel]:g} since {why}"
+                    f"{where}, {channel}: {rounded[channel]:g} by its drift, raised to {found[channel]:g} because {why}"
                 )
         return Budget(found["pos"], found["neg"])
 
@@ -191,7 +193,7 @@ def _mean(numbers: Sequence[float | None]) -> float:
 
 
 def round_up(value: float) -> float:
-    """To two significant digits, upwards."""
+    """Round up to two significant digits."""
     if value == 0:
         return 0.0
     step = 10.0 ** (math.floor(math.log10(value)) - 1)
@@ -204,7 +206,7 @@ def _shares(drifts: Drifts, budget: Budget, channel: str, positions: tuple[int, 
 
 
 def _without_defaults(hierarchy: Mapping[str, Any]) -> dict[str, Any]:
-    """The section without what a record spells out: null, and the defaults of strata."""
+    """The section without nulls and without the defaults of strata, which a record spells out."""
     defaults = {"enabled": True, "gate": "rollback", "sweeps": 1}
     kept = {key: value for key, value in hierarchy.items() if value is not None and defaults.get(key) != value}
     return {key: _without_defaults(value) if isinstance(value, dict) else value for key, value in kept.items()}

@@ -26,7 +26,7 @@ FILES = ("compare.png", "compare.html", "compare.csv")
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs in the order of their groups; `settings` by group; `notes`: what was left out, and why."""
+    """Runs, ordered by group; `settings` holds the configuration of each group; `notes` explain what was left out."""
 
     summaries: list[Summary]
     settings: Mapping[str, Mapping[str, object]]
@@ -43,7 +43,10 @@ class Comparison:
 
 
 def compare(folders: Sequence[Path], level: float | None = None) -> Comparison:
-    """Read the runs. ValueError if none is left."""
+    """Read and summarise the runs. ValueError if none can be compared.
+
+    level  training reward; the comparison shows the RL step at which each run first reaches it
+    """
     runs, notes = _readable(folders)
     if not runs:
         raise ValueError("; ".join(notes) or "no run was given")
@@ -73,7 +76,7 @@ def _readable(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 
 def write_comparison(found: Comparison, out: Path, title: str = "") -> list[Path]:
-    """Write the picture, the page and the CSV into the folder `out`; their paths."""
+    """Write the picture, the page and the CSV into the folder `out` and return their paths."""
     out.mkdir(parents=True, exist_ok=True)
     picture, page, table = (out / name for name in FILES)
     plot_comparison(found.groups, found.strata, picture, title)
@@ -84,7 +87,7 @@ def write_comparison(found: Comparison, out: Path, title: str = "") -> list[Path
 
 
 def comparison_tables(found: Comparison) -> list[Table]:
-    """From the longest to the shortest, so that in a terminal the last is in sight."""
+    """The tables, longest first: in a terminal, the last one stays in view."""
     return [table for table in (_heldout(found), _training(found), _over_seeds(found)) if table.rows]
 
 
@@ -138,19 +141,19 @@ def _training(found: Comparison) -> Table:
         "area: under the curve of the training reward, divided by its length in RL steps. reaches: the first RL step "
         f"at which the mean training reward of {TRAILING} RL steps is at least that. TV, KL: from the policy that "
         "sampled, the largest of a rollout, mean over RL steps. entropy: nats per token, first and last RL step. "
-        "beyond: optimizer steps, on-policy ones aside, in which a cell of the stratum is beyond its budget."
+        "beyond: optimizer steps, except on-policy ones, in which a cell of the stratum is beyond its budget."
     )
     return Table("Training", columns, rows, note)
 
 
 def _settings(found: Comparison) -> list[Table]:
     rows = settings_table(found.settings)
-    note = "Every key of run.json in which groups differ, seeds and folders aside."
+    note = "Every key of run.json in which groups differ, except seeds and folders."
     return [Table("Settings that differ", ["setting", *found.settings], rows, note)] if rows else []
 
 
 def comparison_csv(found: Comparison) -> str:
-    """A line for every run, domain and mode; the figures of a run stand in each of its lines."""
+    """A line per run, domain and mode; the figures of a run are repeated in each of its lines."""
     strata = found.strata
     columns = ["group", "run", "seed", "domain", "decoding", "before", "after", "change", "low", "high", "prompts"]
     columns += ["rl_steps", "area", "reached", "tv", "kl", "entropy_first", "entropy_last", "seconds"]

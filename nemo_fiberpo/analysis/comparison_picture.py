@@ -22,9 +22,8 @@ Groups = Mapping[str, Sequence[Summary]]
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
 COLUMNS = 3
 NOTE = (
-    f"lines: means of {TRAILING} RL steps, thick of the group, thin of its runs; reward: of training samples, markers "
-    "held-out at T = 1 after training;\nbands and bars: 95 percent interval over seeds, where there are 3 or more; "
-    "dots: runs"
+    f"lines: means over {TRAILING} RL steps, thick for a group, thin for its runs; reward: training samples; markers: "
+    "held-out reward at T = 1 after training;\nbands and bars: 95 percent interval over 3 or more seeds; dots: runs"
 )
 
 
@@ -71,8 +70,8 @@ def _legend(figure: Figure, groups: Groups, title: str) -> None:
 
 
 def _curves(axes: Axes, groups: Groups, curve_of: Callable[[Summary], Curve], log: bool = False) -> None:
-    """Means over TRAILING RL steps. The axis is as high as the runs are, whatever the bands; with `log`, means and
-    intervals are of logarithms."""
+    """Means over TRAILING RL steps. The axis covers the runs, not the bands. With `log`, means and intervals are
+    those of logarithms."""
     heights: list[float] = []
     for number, members in enumerate(groups.values()):
         at: dict[int, list[float]] = {}

@@ -1,8 +1,8 @@
 """The drift of every stratum's cells in a run, by position in the rollout.
 
-A drift is |X|, the drift of a cell relative to its parent in one channel, in nats per token, before any gate, so runs
-with other objectives have it too. The position counts the optimizer steps of a rollout from 0; an on-policy first step
-has no drift and no figures.
+A drift is |X|: how far a cell has moved relative to its parent in one channel, in nats per token. It is measured before
+any gate, so runs with other objectives have it too. A position numbers the optimizer steps of a rollout from 0. An
+on-policy step has no drifts.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Values = NDArray[np.float64]
 
 @dataclass
 class Drifts:
-    """One channel of one stratum: position -> drifts of all its cells, and of each named cell, over all RL steps."""
+    """Drifts in one channel of one stratum over all RL steps, by position: of all cells, and of each named cell."""
 
     cells: dict[int, Values] = field(default_factory=dict)
     named: dict[str, dict[int, Values]] = field(default_factory=dict)
 
 
 def drifts_of(steps: Iterable[OptimizerStep], strata: Iterable[str]) -> dict[tuple[str, str], Drifts]:
-    """(stratum, channel) -> its drifts, for the strata in the metrics."""
+    """The drifts of those `strata` that have metrics, by (stratum, channel). ValueError if a histogram is missing."""
     cells: dict[tuple[str, str], dict[int, list[Values]]] = defaultdict(lambda: defaultdict(list))
     named: dict[tuple[str, str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     strata = list(strata)
@@ -50,17 +50,17 @@ def drifts_of(steps: Iterable[OptimizerStep], strata: Iterable[str]) -> dict[tup
 
 
 def _named(metrics: Mapping[str, float], stratum: str, channel: str) -> dict[str, float]:
-    """The drift of every named cell. The parts of a join have names too, but no budget."""
+    """The drift of every named cell that has a budget. The parts of a join have names too, but no budget."""
     head, tail = f"{GATES}{stratum}.", f"/{channel}/budget_used"
     names = [key[len(head) : -len(tail)] for key in metrics if key.startswith(head) and key.endswith(tail)]
     return {name: metrics[f"{head}{name}/{channel}/drift"] for name in names}
 
 
 def _histogram(step: OptimizerStep, stratum: str, channel: str) -> Values:
-    """The drifts that a histogram of |X| / C stands for: the cells of a bin are spread evenly over it.
+    """Approximate drifts from a histogram of |X| / C: the cells of a bin are spread evenly over it.
 
-    The step's own figures have C, as the ratio of the largest drift to the largest use: cells with budgets of their own
-    have names, so those of a histogram have one budget.
+    C is the largest drift divided by the largest budget use of the same step. Cells with their own budgets are named,
+    so all cells of a histogram share one budget.
     """
     where = f"{GATES}{stratum}/{channel}/"
     most, most_used = step.metrics[f"{where}drift_max"], step.metrics[f"{where}budget_used_max"]
@@ -77,4 +77,5 @@ def _histogram(step: OptimizerStep, stratum: str, channel: str) -> Values:
 
 
 def share_beyond(values: Values, budget: float) -> float:
+    """Share of the drifts that exceed the budget."""
     return float(np.mean(values > budget))

@@ -1,4 +1,4 @@
-"""Proposed budgets, in words and as YAML."""
+"""Proposed budgets as text and as YAML."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _budgets(proposal: Proposal) -> Table:
 
 
 def _spread(places: Sequence[int]) -> list[int]:
-    """At most SHOWN of these, with the first and the last."""
+    """At most SHOWN of the places, including the first and the last."""
     if len(places) <= SHOWN:
         return list(places)
     return [places[round(at * (len(places) - 1) / (SHOWN - 1))] for at in range(SHOWN)]
@@ -104,7 +104,7 @@ def _meaning(proposal: Proposal) -> Table:
 
 
 def hierarchy_yaml(proposal: Proposal, name: str) -> str:
-    """The hierarchy as a file of conf/hierarchy/."""
+    """The hierarchy as the text of a file for conf/hierarchy/."""
     head = (
         f"# Budgets by `fiberpo calibrate`, from the drift of {proposal.rollouts} rollouts of {name}:\n"
         f"# {100 * proposal.passing:g}% of a stratum's cells pass at the last optimizer step of a rollout. "
@@ -114,7 +114,7 @@ def hierarchy_yaml(proposal: Proposal, name: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Whole numbers that are floats as whole ones: `cap: 32`, as they were written."""
+    """Floats without a fraction as int, so that `cap: 32` is written as it was given."""
     if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

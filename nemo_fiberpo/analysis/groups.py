@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_fiberpo.analysis.runs import Run
 
-# A run with another seed has other data; layouts and digests are looked at on their own.
+# Runs of a group may differ in their seeds, and with them in their data; `compare` checks the held-out data itself.
 _NOT_COMPARED = ("seed", "model.seed", "data.train.sha256", "data.heldout.sha256")
 _FIRST = ("algorithm.objective", "algorithm.gating", "algorithm", "hierarchy", "model.optim")
 """Keys that are preferred in a group's label."""
@@ -20,14 +20,14 @@ def settings_of(run: Run) -> dict[str, Any]:
 
 
 def _placed(value: Any, name: str) -> Any:
-    """A path inside the run's folder as one that does not name the folder."""
+    """`value`; a path inside the run's folder begins with RUN instead, so that such paths are equal between runs."""
     if isinstance(value, str) and f"/{name}/" in f"/{value}":
         return "RUN/" + f"/{value}".rpartition(f"/{name}/")[2]
     return value
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys in which not all settings agree; those that name a group best come first."""
+    """The keys in which the settings differ, those that describe a group best first."""
     keys = dict.fromkeys(key for one in settings for key in one)
     different = [key for key in keys if len({_text(one.get(key)) for one in settings}) > 1]
     return sorted(different, key=_rank)
@@ -38,7 +38,8 @@ def _rank(key: str) -> int:
 
 
 def labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A label for each, the same where the settings are: "objective=grpo, lr=6e-05", with no more keys than needed."""
+    """A label for each of the settings, such as "objective=grpo, lr=6e-05", with no more keys than tell them apart.
+    Equal settings have equal labels."""
     keys = differing(settings)
     chosen: list[str] = []
     told_apart = 1
@@ -53,7 +54,7 @@ def labels(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _shortest(key: str, keys: Sequence[str]) -> str:
-    """The shortest end of a dotted key that no other of `keys` has."""
+    """The shortest end of a dotted key that none of the other `keys` has."""
     parts = key.split(".")
     ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
     return next(end for end in ends if not any(other != key and f".{other}".endswith(f".{end}") for other in keys))
@@ -64,6 +65,6 @@ def _text(value: Any) -> str:
 
 
 def settings_table(settings: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """A row for every differing key: the key, and its value in each group."""
+    """A row per differing key: the key, and its value in each group."""
     groups = list(settings.values())
     return [[key, *(_text(one.get(key)) for one in groups)] for key in differing(groups)]

@@ -1,4 +1,4 @@
-"""Held-out reward before and after a run: the change of every domain, with an interval over prompts."""
+"""Held-out reward before and after a run: the change in every domain, with an interval over prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Row:
-    """Held-out reward of one domain and mode. `low`, `high` bound the difference; n counts the prompts paired."""
+    """Held-out reward of one domain and mode. `low` and `high` are the 95 percent interval of the difference; `n`
+    counts the paired prompts."""
 
     domain: str
     mode: str
@@ -32,8 +33,8 @@ class Row:
 
 
 def paired_bootstrap(differences: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
-    """The 95 percent percentile interval of the mean of [n] paired differences, by RESAMPLES resamples of the pairs."""
-    if len(differences) == 1:  # scipy wants two
+    """The 95 percent percentile-bootstrap interval of the mean of [n] paired differences, from RESAMPLES resamples."""
+    if len(differences) == 1:  # scipy needs two
         return float(differences[0]), float(differences[0])
     batch = max(1, 2**22 // len(differences))  # bounds the memory of a block of resamples
     found = bootstrap(
@@ -50,8 +51,8 @@ def paired_bootstrap(differences: NDArray[np.float64], seed: int = 0) -> tuple[f
 def heldout_table(before: Rewards, after: Rewards, seed: int = 0) -> list[Row]:
     """Before, after and the paired bootstrap interval of the difference, per mode and domain.
 
-    Pairs are prompts; a prompt whose every answer failed to be graded on either side has no pair, and a domain without
-    a pair has no row. ValueError if the two sides have graded answers, and to no prompt in common.
+    Prompts are paired. A prompt without a graded answer on both sides is left out, and so is a domain without any pair.
+    ValueError if both sides have graded answers, but no prompt in common.
     """
     rows = []
     for mode in MODES:

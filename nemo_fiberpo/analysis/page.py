@@ -1,4 +1,4 @@
-"""A self-contained HTML page with the picture inside."""
+"""A self-contained HTML page with an embedded picture."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ th { border-bottom: 2px solid #888; } .number { text-align: right; } tbody tr:ho
 
 
 def write_page(path: Path, title: str, tables: Sequence[Table], picture: Path, notes: Sequence[str]) -> None:
-    """Tables below the picture, and notes on what was left out above both."""
+    """Write the page: notes on what was left out, the picture, and the tables."""
     noted = "".join(f"<div>{html.escape(note)}</div>" for note in notes)
     image = base64.b64encode(picture.read_bytes()).decode("ascii")
     parts = [

@@ -20,16 +20,16 @@ from nemo_fiberpo.analysis.runs import Curves
 
 Heldout = dict[str, tuple[float, float]]  # domain -> mean reward before, after
 
-# Okabe and Ito's palette: told apart under every common colour blindness; lines differ in marker or dash as well
+# Okabe and Ito's palette, which suits every common form of colour blindness; lines differ in marker or dash as well
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-# not the domains' colours; channel, label, colour, dash
+# channel, label, colour (none of the domains'), dash
 CHANNELS: tuple[tuple[str, str, str, Any], ...] = (
     ("pos", "up (+)", "#E69F00", "-"),
     ("neg", "down (\N{MINUS SIGN})", "#000000", (0, (4, 2))),
 )
-FLOOR = 0.01  # budget use below this is drawn there
-MOST_LABELS = 8  # of a column of `token_labels` that are drawn
+FLOOR = 0.01  # smaller budget use is drawn here
+MOST_LABELS = 8  # drawn per column of `token_labels`
 
 
 def smooth(values: Sequence[float], window: int) -> NDArray[np.float64]:
@@ -79,7 +79,7 @@ def _plot_rewards(axes: Axes, curves: Curves, heldout: Heldout) -> None:
     axes.set(title="Reward per domain", xlabel=note, ylabel="mean reward (1 = correct)")
     step_ticks(axes, last)
     if domains:
-        axes.legend(loc="lower center", frameon=False, ncols=min(4, len(domains)))  # where rewards are rarely
+        axes.legend(loc="lower center", frameon=False, ncols=min(4, len(domains)))  # few rewards are there
 
 
 def _plot_budget(axes: Axes, stratum: str, curves: Curves) -> None:
@@ -103,7 +103,7 @@ def _plot_budget(axes: Axes, stratum: str, curves: Curves) -> None:
 
 
 def step_ticks(axes: Axes, last: int) -> None:
-    """Ticks at whole RL steps up to the last one, though the axis goes on to markers beyond it."""
+    """Ticks at whole RL steps up to the last one, though the axis extends to markers beyond it."""
     axes.set_xticks([tick for tick in MaxNLocator(6, integer=True).tick_values(0, last) if 0 <= tick <= last])
 
 
@@ -178,7 +178,8 @@ def plot_report(
     heldout       domain -> (before, after)
     label_drifts  names (stratum, column, cell, "pos" | "neg"): |drift| of a label of `token_labels` per RL step
     token_shares  names (column, cell), those of `label_drifts` among them: share of the tokens per RL step
-    Draws without a display, on a figure of its own.
+
+    Needs no display.
     """
     columns = 3 if label_drifts else 2
     figure = Figure(figsize=(6.5 * columns, 5.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""What a run did, for a person: a picture and a table.
+"""The report of a run: a picture and a table.
 
     python -m nemo_fiberpo.analysis.report RUN_DIR [RUN_DIR ...]
 
@@ -6,7 +6,7 @@ reads from each RUN_DIR
     metrics.jsonl           JSON objects with "rl_step" (from 0) and the keys of `runs.METRIC_KEYS`; others are ignored
     heldout_before.jsonl    one answer a line: prompt_index, domain, mode ("sampled" | "greedy"), reward (null where the
     heldout_after.jsonl     grader failed), response
-and writes report.png beside them and a table to the terminal. What needs a missing file is left out.
+and writes report.png beside them and a table to the terminal. Parts that need a missing file are left out.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def format_markdown(runs: Sequence[tuple[str, Sequence[Row], dict[str, float]]])
 def make_report(folder: Path, picture: Path | None = None, title: str = "") -> list[Row]:
     """Write the picture of the run in `folder` (default: report.png in it) and return the held-out rows.
 
-    FileNotFoundError if the folder holds none of the files a report is made of.
+    FileNotFoundError if the folder holds none of the files that a report needs.
     """
     run = Run(folder)
     before, after = run.heldout("before"), run.heldout("after")
@@ -62,14 +62,14 @@ def make_report(folder: Path, picture: Path | None = None, title: str = "") -> l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m nemo_fiberpo.analysis.report", description="What a run did.")
+    parser = argparse.ArgumentParser(prog="python -m nemo_fiberpo.analysis.report", description="The report of a run.")
     parser.add_argument("runs", type=Path, nargs="+", metavar="run", help="folder with metrics.jsonl, heldout_*.jsonl")
     parser.add_argument("--out", type=Path, help="where the picture of a single run goes (default: RUN/report.png)")
     parser.add_argument("--title", default="", help="a line above the picture")
     parser.add_argument("--markdown", action="store_true", help="print one Markdown table of all runs")
     args = parser.parse_args()
     if args.out and len(args.runs) > 1:
-        parser.error("--out: is for one run")
+        parser.error("--out: applies to a single run")
     tables = [make_report(run, args.out, args.title) for run in args.runs]
     if args.markdown:
         runs = zip(args.runs, tables, strict=True)

@@ -1,5 +1,5 @@
-"""The folder of a run, read: metrics, held-out answers and the record of its configuration. docs/metrics.md has every
-key of `metrics.jsonl`."""
+"""Reads a run's folder: metrics, held-out answers and the recorded configuration. docs/metrics.md lists every key of
+`metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 Curves = dict[tuple[str, ...], list[tuple[int, float]]]  # name -> (RL step, value), in order of steps
 Rewards = dict[tuple[str, str], dict[int, float]]  # (domain, mode) -> prompt index -> mean reward
 
-# The names of the metrics that are drawn as curves, here and nowhere else.
+# Patterns of the metrics that are drawn as curves.
 METRIC_KEYS = {
     "reward": r"train_rollouts/rewards",
     "train_reward": r"train_rollouts/reward/(?P<domain>.+)",
@@ -38,7 +38,8 @@ MODES = ("sampled", "greedy")
 
 @dataclass(frozen=True)
 class OptimizerStep:
-    """One optimizer step: which of its RL step's it is (from 0), its row, and its histograms, empty on-policy."""
+    """One optimizer step: its position within its RL step (from 0), its row of metrics, and its histograms, which are
+    empty if it is on-policy."""
 
     rl_step: int
     position: int
@@ -47,7 +48,7 @@ class OptimizerStep:
 
 
 class Run:
-    """The run in a folder. Nothing is read before it is asked for; files of an unfinished run are read as they are."""
+    """A run's folder. Files are read on first use; those of an unfinished run are read as far as they are written."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -58,7 +59,7 @@ class Run:
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl. ValueError if one has no "rl_step"."""
+        """The lines of metrics.jsonl. ValueError if a line has no "rl_step"."""
         path = self.path / "metrics.jsonl"
         rows = json_lines(path)
         for row in rows:
@@ -68,7 +69,7 @@ class Run:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """The configuration by dotted key, as run.json has it. ValueError where that is no record of a run."""
+        """The configuration by dotted key, from run.json. ValueError if that is not the record of a run."""
         path = self.path / "run.json"
         try:
             identity = json.loads(path.read_text("utf-8"))["identity"]
@@ -80,15 +81,15 @@ class Run:
 
     @cached_property
     def rl_steps(self) -> int:
-        """RL steps that have begun."""
+        """Number of RL steps that have begun."""
         return 1 + max((row["rl_step"] for row in self.rows), default=-1)
 
     @cached_property
     def curves(self) -> dict[str, Curves]:
         """Curves by kind (the keys of METRIC_KEYS) and name, each a list of (RL step counted from 1, value) in order.
 
-        The name is the groups of the kind's pattern: ("math",), or ("domain", "pos"). A value that an RL step has
-        several times, one for each optimizer step, counts with its largest.
+        A name consists of the groups of the kind's pattern: ("math",), or ("domain", "pos"). If an RL step logs a
+        metric several times, once per optimizer step, the largest value counts.
         """
         found: dict[str, dict[tuple[str, ...], dict[int, float]]] = {kind: defaultdict(dict) for kind in METRIC_KEYS}
         patterns = {kind: re.compile(pattern) for kind, pattern in METRIC_KEYS.items()}
@@ -106,7 +107,7 @@ class Run:
 
     @property
     def label_drifts(self) -> Curves:
-        """Drift of the labels of `token_labels`, by (stratum, column, cell, channel), in every stratum that is the
+        """Drift of each label of `token_labels`, by (stratum, column, cell, channel), in every stratum that is that
         column or joins it."""
         found: Curves = {}
         for column, cell in self.curves["token_share"]:
@@ -119,7 +120,7 @@ class Run:
 
     @cached_property
     def optimizer_steps(self) -> list[OptimizerStep]:
-        """In order; histograms join the row of their step."""
+        """All optimizer steps in order, each with its histograms."""
         steps: list[OptimizerStep] = []
         taken: dict[int, int] = defaultdict(int)
         for row in self.rows:
@@ -132,8 +133,8 @@ class Run:
         return steps
 
     def gates_at_work(self) -> dict[str, float]:
-        """By stratum, the fraction of the optimizer steps after the first of a rollout in which one of its cells left
-        pass-through. The first step is on-policy: its log-ratios are 0."""
+        """By stratum, the fraction of optimizer steps in which at least one of its cells left pass-through. On-policy
+        steps, whose log-ratios are 0, do not count."""
         left: dict[str, list[bool]] = defaultdict(list)
         for row in self.rows:
             for stratum, fraction in lowest_pass_through(row).items():
@@ -141,13 +142,14 @@ class Run:
         return {stratum: sum(steps) / len(steps) for stratum, steps in left.items()}
 
     def heldout(self, moment: str) -> Rewards | None:
-        """Held-out rewards "before" or "after" the training, None if there are none."""
+        """Held-out rewards "before" or "after" training; None if the file does not exist."""
         path = self.path / f"heldout_{moment}.jsonl"
         return read_heldout(path) if path.exists() else None
 
 
 def lowest_pass_through(row: Mapping[str, Any]) -> dict[str, float]:
-    """By stratum, the smaller of its channels' fractions of cells that pass, in the row of an optimizer step."""
+    """By stratum, the fraction of its cells in pass-through, the smaller of the two channels, from the metrics of one
+    optimizer step."""
     lowest: dict[str, float] = {}
     for key, value in row.items():
         if (match := PASS_THROUGH.fullmatch(key)) and value is not None:
@@ -156,7 +158,8 @@ def lowest_pass_through(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file. A last line that a killed run left half-written is skipped; others are errors."""
+    """The objects of a JSONL file. A half-written last line, which a killed run can leave, is skipped. ValueError
+    naming file and line for any other line that is not JSON."""
     return list(_json_lines(path))
 
 
@@ -174,14 +177,14 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_heldout(path: Path) -> Rewards:
-    """Mean reward per prompt, by (domain, mode). ValueError names a line with a missing field or an unknown mode."""
+    """Mean reward per prompt, by (domain, mode). ValueError naming the line with a missing field or an unknown mode."""
     rewards: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for number, row in enumerate(_json_lines(path), start=1):
         for name in ("prompt_index", "domain", "mode", "reward"):
             if name not in row:
                 raise ValueError(f"{path}:{number}: {name}: missing")
         if row["mode"] not in MODES:
-            raise ValueError(f"{path}:{number}: mode: {row['mode']!r}; valid are {', '.join(MODES)}")
+            raise ValueError(f"{path}:{number}: mode: {row['mode']!r} is unknown; valid: {', '.join(MODES)}")
         if row["reward"] is not None:
             rewards[row["domain"], row["mode"]][int(row["prompt_index"])].append(float(row["reward"]))
     return {key: {index: float(np.mean(r)) for index, r in prompts.items()} for key, prompts in rewards.items()}

@@ -1,4 +1,4 @@
-"""The figures of one run that are compared with those of others, and of several runs that differ in their seeds."""
+"""The figures by which runs are compared, of one run and over several seeds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Summary:
     drift       by stratum, the largest |X| of a rollout in nats per token, mean over RL steps
     beyond      by stratum, share of the optimizer steps with a drift in which a cell was beyond its budget
     entropy     nats per token at the first and the last RL step
-    seconds     of rollouts and training in all; seconds of an RL step, the median
+    seconds     of all rollouts and training; seconds_per_step is the median of an RL step
     """
 
     run: Run
@@ -52,14 +52,14 @@ class Summary:
 
 
 def summarise(run: Run, group: str, level: float | None = None) -> Summary:
-    """The figures of a run; those that its files do not have are nan, None or empty."""
+    """The figures of a run; those that its files lack are nan, None or empty."""
     curves, notes = run.curves, []
     before, after = run.heldout("before"), run.heldout("after")
     if before is None or after is None:
         missing = " and ".join(
             f"heldout_{at}.jsonl" for at, is_there in (("before", before), ("after", after)) if not is_there
         )
-        notes.append(f"{run.path}: no {missing}: held-out rewards are left out as far as they need it")
+        notes.append(f"{run.path}: no {missing}: held-out rewards that need it are left out")
     reward = curves["reward"].get((), [])
     entropy = values(curves["entropy"].get((), [])) or [math.nan]
     times: dict[int, float] = {}
@@ -86,13 +86,13 @@ def summarise(run: Run, group: str, level: float | None = None) -> Summary:
 
 
 def _heldout(before: Rewards, after: Rewards) -> list[Row]:
-    """By mode, "all" after the domains."""
+    """The table's rows, by mode, with "all" after the domains."""
     rows = heldout_table(_with_all(before), _with_all(after))
     return sorted(rows, key=lambda row: (MODES.index(row.mode), row.domain == "all", row.domain))
 
 
 def _with_all(rewards: Rewards) -> Rewards:
-    """With those of all domains together as "all", where there are several."""
+    """The rewards, with those of all domains together as "all" if there are several domains."""
     out = dict(rewards)
     for mode in {mode for _, mode in rewards}:
         of_mode = [prompts for (_, other), prompts in rewards.items() if other == mode]
@@ -110,7 +110,7 @@ def _mean(numbers: Sequence[float]) -> float:
 
 
 def area(curve: Curve) -> float:
-    """Under the curve by trapezoids, divided by its length; of one point its value."""
+    """Area under the curve by trapezoids, divided by its length in RL steps; the value itself for a single point."""
     steps, heights = [step for step, _ in curve], values(curve)
     if len(curve) < 2:
         return heights[0] if heights else math.nan

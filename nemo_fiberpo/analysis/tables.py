@@ -9,12 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LEFT = ("run", "group", "domain", "decoding", "setting", "stratum", "cell", "channel")  # columns of text
+LEFT = ("run", "group", "domain", "decoding", "setting", "stratum", "cell", "channel")  # left-aligned
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are texts; `note` explains the columns."""
+    """A table of text cells; `note` explains its columns."""
 
     title: str
     columns: Sequence[str]
@@ -47,7 +47,7 @@ class Table:
 
 
 def as_csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """With all digits; what is not there is empty."""
+    """CSV text: numbers with all digits, missing values as empty fields."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)

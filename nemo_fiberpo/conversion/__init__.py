@@ -1,1 +1,1 @@
-"""Hugging Face models of the Llama, Qwen2 and Mixtral families to `.nemo` policies and back."""
+"""Conversion of Hugging Face models of the Llama, Qwen2 and Mixtral families to `.nemo` policies, and back."""

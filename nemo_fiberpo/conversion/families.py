@@ -1,4 +1,4 @@
-"""The config.json of the model families that can be imported: complete and normalized, or refused by field."""
+"""The config.json of the supported model families: completed and normalized, or refused by field."""
 
 from __future__ import annotations
 
@@ -31,17 +31,15 @@ _LARGEST = 2**31 - 1
 
 
 def completed(given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The family of a config.json, and the file with every key that it leaves out at the family's own default, which is
-    transformers'.
+    """The family of a config.json, and its content with transformers' defaults for the keys that it leaves out.
 
-    `rope_theta` and `rope_scaling` (None, or of the type llama3) are there also where the file has the
-    `rope_parameters` of transformers 5. ValueError naming the field that NeMo cannot follow, or whose value is no such
-    thing.
+    `rope_theta` and `rope_scaling` (None, or of the type llama3) are always present, also if the file has the
+    `rope_parameters` of transformers 5. ValueError naming a field that NeMo does not support or whose value is invalid.
     """
     names = given.get("architectures") or [None]
     family = FAMILIES.get(names[0])
     if family is None:
-        raise ValueError(f"architectures: {names[0]!r} is not one of {', '.join(FAMILIES)}")
+        raise ValueError(f"architectures: {names[0]!r} is not supported; valid: {', '.join(FAMILIES)}")
     for name in ("quantization_config", "compression_config"):
         if given.get(name) is not None:
             raise ValueError(f"{name}: the weights are quantized; import the model in bfloat16, float16 or float32")
@@ -79,15 +77,15 @@ def _positive(value: Any, name: str) -> None:
 
 
 def _with_positions(given: Mapping[str, Any]) -> dict[str, Any]:
-    """With `rope_theta` and `rope_scaling`, of which transformers makes one `rope_parameters` from version 5 on."""
+    """`given` with `rope_theta` and `rope_scaling`, which transformers 5 joins in `rope_parameters`."""
     new = dict(given.get("rope_parameters") or {})
     if any(isinstance(value, Mapping) for value in new.values()):
-        raise ValueError(f"rope_parameters: {new}; layers with positions of their own are not known here")
+        raise ValueError(f"rope_parameters: {new}; rotary parameters per layer are not supported")
     scaling = given.get("rope_scaling") or {name: value for name, value in new.items() if name != "rope_theta"}
     if scaling.get("rope_type", scaling.get("type", "default")) == "default":
         scaling = None
     own = {name: new[name] for name in ("rope_theta", "partial_rotary_factor") if name in new}
-    left_out = "rope_parameters", "torch_dtype", "dtype"  # each tensor says its own precision
+    left_out = "rope_parameters", "torch_dtype", "dtype"  # each tensor has its own precision
     rest = {name: value for name, value in given.items() if name not in left_out}
     return {**rest, **own, "rope_scaling": scaling}
 
@@ -96,7 +94,7 @@ def _check_scaling(scaling: Mapping[str, Any] | None) -> None:
     if scaling is None:
         return
     if scaling.get("rope_type", scaling.get("type")) != "llama3":
-        raise ValueError(f"rope_scaling: {scaling}; this conversion knows the type llama3, and models without scaling")
+        raise ValueError(f"rope_scaling: {scaling}; this conversion supports only the type llama3, or no scaling")
     for name in LLAMA3_KEYS:
         _positive(scaling.get(name), f"rope_scaling.{name}")
     if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:

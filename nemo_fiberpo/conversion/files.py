@@ -1,8 +1,9 @@
-"""A folder of a Hugging Face model as a `.nemo` folder that the actor loads, and a `.nemo` file or folder back.
+"""Converts the folder of a Hugging Face model to a `.nemo` folder that the actor loads, and a `.nemo` file or folder
+back.
 
-One process on the CPU; the model is in memory once, every tensor in its own precision. Weights of a Hugging Face model
-are read from and written to safetensors alone. Those of a `.nemo` are Megatron's distributed checkpoint, whose pickles
-`pickles.py` restricts; `policy_file.py` looks at the rest of it first.
+This takes one process on the CPU. The model is in memory once, every tensor in its own precision. Hugging Face weights
+are read and written only as safetensors. Those of a `.nemo` are a distributed checkpoint of Megatron, whose pickles
+`storage.pickles` restricts; `storage.policy_file` checks everything else first.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ SHARD_BYTES = 5 * 2**30
 def import_huggingface(source: Path, target: Path) -> list[str]:
     """Write the model in the folder `source` (config.json, *.safetensors, tokenizer) as the `.nemo` folder `target`.
 
-    Returns warnings for the user. ValueError for another model family, a field that NeMo does not support, a missing,
-    superfluous or misshapen tensor, weights that are not safetensors, a tokenizer larger than the embedding, and an
-    existing `target`.
+    Returns warnings for the user. ValueError for another model family, a field that NeMo does not support, a tensor
+    that is missing, unexpected or of the wrong shape, weights that are not safetensors, a tokenizer larger than the
+    embedding, and an existing `target`.
     """
     if target.exists():
         raise ValueError(f"{target}: exists already")
@@ -77,33 +78,33 @@ def _prevailing(gpt: Any) -> torch.dtype:
 
 
 def _check_tensors(source: Path, model: Mapping[str, Any], weights: Weights) -> None:
-    """ValueError for a tensor that is missing, superfluous or of another shape than config.json has it; by the headers
-    alone, so that sizes that are not the model's allocate nothing."""
+    """ValueError for a tensor that is missing, unexpected or not of the shape that follows from config.json. Only
+    headers are read, so wrong sizes allocate nothing."""
     if model["num_layers"] * (model["num_moe_experts"] or 1) > len(weights.names):
         raise ValueError(
             f"{source}: num_hidden_layers: {model['num_layers']}, but there are {len(weights.names)} tensors"
         )
     wanted = shapes(model)
-    # Not weights: the head of tied embeddings, and the angles of positions, which older Llamas hold beside config.json.
+    # Redundant tensors: the head of tied embeddings, and rotary frequencies, which older Llamas store too.
     known = {"lm_head.weight", *(name for name in weights.names if name.endswith(".self_attn.rotary_emb.inv_freq"))}
     strange = sorted(weights.names - wanted.keys() - known)
     if strange:
         raise ValueError(f"{source}: {strange[0]} is a tensor that this family does not have ({len(strange)} of them)")
     for name, shape in wanted.items():
         if weights.shape(name) != shape:
-            raise ValueError(f"{source}: {name} has the shape {weights.shape(name)}, but config.json says {shape}")
+            raise ValueError(f"{source}: {name} has the shape {weights.shape(name)}, but config.json implies {shape}")
 
 
 def export_huggingface(source: Path, target: Path) -> list[str]:
     """Write the policy in the `.nemo` file or folder `source` as a Hugging Face model in the folder `target`.
 
-    Returns a line for all that a user has to know about the result. ValueError for a policy that no family has, for a
-    `target` that exists, and as `policy_file.check`.
+    Returns messages for the user about the result. ValueError for a policy that fits none of the families, for an
+    existing `target`, and as `policy_file.check`.
     """
     if target.exists():
         raise ValueError(f"{target}: exists already")
     if not source.exists():
-        raise ValueError(f"{source}: is no .nemo file or folder")
+        raise ValueError(f"{source}: there is no such .nemo file or folder")
     warnings = policy_file.check(source)
     with _unpacked(source) as folder, single_process_megatron(), pickles.named(source):
         model = mapping(OmegaConf.to_container(policy_file.read_config(folder)), policy_file.CONFIG)
@@ -138,7 +139,7 @@ def _unpacked(source: Path) -> Iterator[Path]:
 
 
 def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
-    """Safetensors of at most SHARD_BYTES each, and their index."""
+    """Write safetensors files of at most SHARD_BYTES each, and their index."""
     from safetensors.torch import save_file
 
     shards: list[dict[str, Tensor]] = [{}]
@@ -152,7 +153,7 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
     where: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        # Parts of a joined tensor share its memory, which the format does not take.
+        # Parts of a joined tensor share memory, which safetensors does not accept.
         save_file(
             {name: tensor.contiguous().clone() for name, tensor in shard.items()}, folder / file, {"format": "pt"}
         )

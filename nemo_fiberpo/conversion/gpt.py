@@ -21,7 +21,7 @@ _NORM_BESIDE_EXPERTS = "decoder.layers.pre_mlp_layernorm.weight", "decoder.layer
 
 @contextlib.contextmanager
 def single_process_megatron() -> Iterator[None]:
-    """Megatron-core on the CPU in this process alone, in the CPU mode of the actor."""
+    """Megatron-core on the CPU with a single process, in the CPU mode of the actor."""
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
 
@@ -94,7 +94,7 @@ def build_gpt(model: Mapping[str, Any], dtype: torch.dtype) -> Any:
 
 @torch.no_grad()
 def load_into(gpt: Any, tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Make tensors the parameters of the same names, in their own precision: all of them, each once."""
+    """Set every parameter, exactly once, to the tensor of its name, in the tensor's own precision."""
     left = dict(gpt.named_parameters())
     for name, tensor in tensors:
         parameter = left.pop(name)
@@ -145,8 +145,8 @@ def load(gpt: Any, folder: Path) -> None:
 
 
 def stored(folder: Path, model: Mapping[str, Any]) -> tuple[torch.dtype, int]:
-    """Precision and rows of the embedding in a checkpoint. ValueError where it is of another size than NeMo's `model`
-    section says, before anything of that size is allocated."""
+    """Precision of the embedding in a checkpoint, and its number of rows. ValueError if the sizes of its tensors differ
+    from NeMo's `model` section, before anything is allocated."""
     from megatron.core import dist_checkpointing
 
     if not folder.is_dir():
@@ -164,8 +164,8 @@ def stored(folder: Path, model: Mapping[str, Any]) -> tuple[torch.dtype, int]:
     for name, wanted in sizes.items():
         entry = metadata.get(f"model.{name}")
         if (found := None if entry is None else tuple(entry.global_shape)) not in (wanted, None):
-            raise ValueError(f"{folder}: {name} has the shape {found}, but model_config.yaml says {wanted}")
+            raise ValueError(f"{folder}: {name} has the shape {found}, but model_config.yaml implies {wanted}")
     embedding = metadata.get("model.embedding.word_embeddings.weight")
     if embedding is None or f"model.{attention}" not in metadata:
-        raise ValueError(f"{folder}: holds no GPT of Megatron-core, whose attention is {attention}")
+        raise ValueError(f"{folder}: does not hold a GPT of Megatron-core, which would have {attention}")
     return embedding.dtype, int(embedding.global_shape[0])

@@ -1,8 +1,7 @@
-"""Hugging Face models of the Llama, Qwen2 and Mixtral families as tensors and configuration of a Megatron GPT, and
-back.
+"""Tensors and configuration of Hugging Face models (Llama, Qwen2 and Mixtral) as those of a Megatron GPT, and back.
 
-A pure renaming: no arithmetic touches a weight, so that there and back gives the same bits. Both ways work on any
-mapping of names to tensors; files are `files.py`'s.
+Tensors are only renamed and rearranged. No arithmetic touches a weight, so a round trip gives the same bits. Both
+directions work on any mapping of names to tensors; `files` reads and writes files.
 
     q, k, v          one matrix, by query group: the group's queries, its key, its value
     gate, up         one matrix, gate first (w1, w3 of a Mixtral expert)
@@ -26,7 +25,7 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""Of Llama 3.1, and NeMo's defaults."""
+"""The values of Llama 3.1, which are NeMo's defaults."""
 
 _NEMO_ASKS_FOR: dict[str, Any] = {
     "activations_checkpoint_granularity": None,
@@ -41,7 +40,7 @@ _NEMO_ASKS_FOR: dict[str, Any] = {
 
 
 def model_config(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """NeMo's `model` section for the config.json `hf`. ValueError naming the field of it that NeMo cannot follow."""
+    """NeMo's `model` section for the config.json `hf`. ValueError naming a field that NeMo does not support."""
     family, hf = completed(hf)
     heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
     out = {
@@ -77,7 +76,7 @@ def model_config(hf: Mapping[str, Any]) -> dict[str, Any]:
             "num_moe_experts": hf["num_local_experts"],
             "moe_router_topk": hf["num_experts_per_tok"],
             "moe_ffn_hidden_size": hf["intermediate_size"],
-            # Weights of the chosen experts sum to 1: a softmax over their logits alone.
+            # Weights of the chosen experts sum to 1: a softmax over only their logits.
             "moe_router_pre_softmax": False,
             "moe_router_load_balancing_type": "aux_loss",
             "moe_aux_loss_coeff": hf["router_aux_loss_coef"],
@@ -88,7 +87,7 @@ def model_config(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def scaling_of(model: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How NeMo's `model` section scales positions, in Hugging Face's words; None: not at all."""
+    """Hugging Face's `rope_scaling` (llama3) for NeMo's `model` section; None without scaling."""
     if not model.get("scale_positional_embedding"):
         return None
     return {name: model.get(nemo, LLAMA3_SCALING[name]) for name, nemo in LLAMA3_KEYS.items()}
@@ -105,11 +104,12 @@ _UNLESS_GIVEN: dict[str, Any] = {
     "moe_layer_freq": 1,
     "moe_shared_expert_intermediate_size": None,
 }
-"""What a model of these families has, by NeMo's keys; of the second, what NeMo takes where nothing is given."""
+"""Values that all models of these families have, by NeMo's keys. Those of the second are NeMo's defaults, so their keys
+may be absent."""
 
 
 def huggingface_config(model: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json for NeMo's `model` section. ValueError naming the field that the families do not have."""
+    """config.json for NeMo's `model` section. ValueError naming a field that none of the families has."""
     found = {name: model.get(name) for name in _OF_THE_FAMILIES}
     found |= {name: model[name] for name in _UNLESS_GIVEN if model.get(name) is not None}
     for name, value in found.items():
@@ -238,7 +238,7 @@ def to_huggingface(tensors: Mapping[str, Tensor], model: Mapping[str, Any]) -> I
 def precisions_of(precision: Callable[[str], torch.dtype], model: Mapping[str, Any]) -> dict[str, torch.dtype]:
     """The precision in which each tensor of the Megatron GPT holds the values of its Hugging Face tensors exactly.
 
-    A checkpoint of Megatron keeps one tensor of all layers, and of all experts, so the widest of them counts.
+    Megatron's checkpoint stores one tensor for all layers, and one for all experts, so the widest precision counts.
     """
     widest: dict[str, torch.dtype] = {}
     for name, sources, _, _ in _rules(model):

@@ -25,7 +25,7 @@ _UNLOADABLE = (ValueError, OSError, KeyError, ImportError)
 
 
 def copy_files(source: Path, target: Path) -> None:
-    """Copy only a tokenizer's own files, not other models' weights or targets of links out of the folder. ValueError
+    """Copy the tokenizer's files, and only those; files outside `source` that links lead to are left out. ValueError
     for an invalid *.json."""
     for file in _matching(source, FILES):
         if file.suffix == ".json":
@@ -39,11 +39,11 @@ def check(folder: Path, rows: int, model_end: Any) -> list[str]:
 
     model_end  `eos_token_id` of config.json
 
-    ValueError if it has a token beyond the `rows` of the embedding. A missing or unloadable tokenizer is a warning; the
-    actor checks again before training.
+    ValueError if a token's id is beyond the `rows` of the embedding. A missing or unloadable tokenizer is a warning;
+    the actor checks again before training.
     """
     if not _matching(folder, VOCABULARY):
-        return ["no tokenizer there; a run needs one: model.tokenizer.type"]
+        return ["no tokenizer found; a run needs one, see model.tokenizer.type"]
     tokenizer, why = _loaded(folder)
     if tokenizer is None:
         return [f"the tokenizer cannot be loaded, its files are copied as they are: {why}"]

@@ -1,7 +1,7 @@
-"""The files of a folder of a Hugging Face model: which of them count, and which holds which tensor.
+"""The files of a Hugging Face model's folder, and which of them holds which tensor.
 
-Only regular files inside the folder count, or what links lead to in the `blobs` of a Hugging Face cache. Shapes and
-precisions are read from the headers, before anything is allocated.
+Only regular files inside the folder are read, or those in the `blobs` of a Hugging Face cache that links lead to.
+Shapes and precisions are read from the headers, before anything is allocated.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def belongs(file: Path) -> bool:
 def needed(file: Path) -> Path:
     """ValueError unless this is a file that belongs to its folder."""
     if not belongs(file):
-        why = "is no regular file of this folder" if file.exists() or file.is_symlink() else "there is no such file"
+        why = "is not a regular file of this folder" if file.exists() or file.is_symlink() else "there is no such file"
         raise ValueError(f"{file}: {why}")
     return file
 
@@ -44,9 +44,9 @@ def read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:
         if str(error).startswith(f"{file}: "):
             raise
-        raise ValueError(f"{file}: is no JSON: {error}") from error
+        raise ValueError(f"{file}: is not valid JSON: {error}") from error
     except RecursionError:
-        raise ValueError(f"{file}: is no JSON that can be read: it is nested too deeply") from None
+        raise ValueError(f"{file}: is not valid JSON: it is nested too deeply") from None
     if not isinstance(found, dict):
         raise ValueError(f"{file}: must be a JSON object")
     return found
@@ -55,8 +55,8 @@ def read_json(file: Path) -> dict[str, Any]:
 class Weights:
     """The tensors of a folder of safetensors, read one by one.
 
-    Its index says which file holds a tensor; whatever else lies there, such as the shards of another save, is not read.
-    ValueError where a file that it names is missing, cut short, or lacks a tensor that should be in it.
+    The folder's index names the file of each tensor; other files, such as shards of another save, are not read.
+    ValueError if a file that the index names is missing, cut short, or lacks one of its tensors.
     """
 
     def __init__(self, folder: Path):
@@ -83,7 +83,8 @@ class Weights:
         return tuple(self._needed(name).get_slice(name).get_shape())
 
     def precision(self, name: str) -> torch.dtype:
-        """ValueError for one that is no floating point of 16 to 64 bits, as quantized weights have."""
+        """The precision of a tensor. ValueError unless it is a floating-point type of 16 to 64 bits, as for quantized
+        weights."""
         found = self._needed(name).get_slice(name).get_dtype()
         if found not in _PRECISIONS:
             raise ValueError(
@@ -98,7 +99,7 @@ class Weights:
 
 
 def _shards(folder: Path) -> Mapping[str, list[str] | None]:
-    """The tensors of every file that counts, None for all that it holds."""
+    """The files to read, each with the names of its tensors, or None for all that it holds."""
     index, single = folder / _INDEX, folder / _SINGLE
     if not index.exists() and not index.is_symlink():
         if single.exists() or single.is_symlink():
@@ -112,12 +113,12 @@ def _shards(folder: Path) -> Mapping[str, list[str] | None]:
     shards: dict[str, list[str]] = {}
     for name, file in where.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{index}: weight_map.{name}: {file!r} is no *.safetensors of this folder")
+            raise ValueError(f"{index}: weight_map.{name}: {file!r} is not a *.safetensors file of this folder")
         shards.setdefault(file, []).append(name)
     if single.exists() and _SINGLE not in shards:
         raise ValueError(
-            f"{folder}: {_SINGLE} and the shards of {_INDEX} are two models, of which tools take one or the other; "
-            "remove the one that is left over"
+            f"{folder}: {_SINGLE} and the shards of {_INDEX} are two models, and tools differ in which they read; "
+            "remove the stale one"
         )
     return shards
 

@@ -1,1 +1,1 @@
-"""Diagnostics of a policy's drift beyond the report of a training step."""
+"""Diagnostics of a policy beyond the report of a training step: divergence, regimes of the gates, entropy."""

@@ -1,1 +1,1 @@
-"""Labels of tokens that a rollout determines: expert partition, prefix, position or segment within the response."""
+"""Labels of tokens that a rollout determines: by expert partition, prefix, position, or segment of the response."""

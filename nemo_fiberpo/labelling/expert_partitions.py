@@ -105,7 +105,7 @@ class ExpertPartitions:
 
 
 def _checked_map(by: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """The mapping with tuples of experts, none of them in two places."""
+    """The mapping with tuples of experts. ValueError for an expert in two partitions."""
     checked: dict[str, tuple[int, ...]] = {}
     place: dict[int, str] = {}
     for key, value in by.items():
@@ -147,7 +147,7 @@ def _integers(value: object, where: str, wanted: str) -> tuple[int, ...]:
 
 def hard_labels(masses: Tensor) -> Tensor:
     """The partition with most mass, the lowest of equal ones: masses [..., P] -> uint8 [...] (int16 for P > 256). The
-    lowest where masses are not finite: the log-prob of such a token is not finite either, for which it is refused."""
+    lowest if masses are not finite: such a token is refused anyway, since its log-prob is not finite either."""
     label = masses.nan_to_num(nan=0.0).argmax(-1)
     return label.to(torch.uint8 if masses.shape[-1] <= 256 else torch.int16)
 
@@ -155,8 +155,9 @@ def hard_labels(masses: Tensor) -> Tensor:
 def soft_membership(masses: Tensor) -> Tensor:
     """Shares q_{t e} of a token in the partitions in units of 1/255: masses [..., P] -> uint8 [..., P] that sum to 255.
 
-    Rounded down; the units left go to the largest remainders, of equal ones the lowest partitions. All in integers, so
-    that the same masses give the same memberships on every rank. Masses that are not finite: all to the lowest.
+    Shares are rounded down; the remaining units go to the largest remainders, and among equal ones to the lowest
+    partitions. The arithmetic is in integers, so that equal masses give equal memberships on every rank. If masses are
+    not finite, all units go to the lowest partition.
     """
     units = (masses.nan_to_num(nan=0.0) / MASS_UNIT).round().long()
     lowest = torch.zeros_like(units)

@@ -21,9 +21,10 @@ WRONG_PAIR = "must be a pair of markers, [opening, closing], each a text or a li
 class Markers:
     """Segments that begin with an opening marker and end with a closing one.
 
-    The innermost open segment has a token. A marker belongs to the segment that it opens or closes, with every token
-    that it has a part in. A segment that is never closed lasts to the end of the response. A closing marker closes the
-    innermost segment of its name and all that was opened inside it; where none is open it is text like any other.
+    A token belongs to the innermost open segment. A marker belongs to the segment that it opens or closes, and so does
+    every token that contains a part of it. A segment that is never closed lasts to the end of the response. A closing
+    marker closes the innermost open segment of its name and everything opened inside it; if none is open, it is
+    ordinary text.
     Raises ValueError naming the field.
     """
 
@@ -31,10 +32,10 @@ class Markers:
     """Markers of each segment: texts, or lists of token ids. One marker may open and close."""
 
     rest: str = setting("rest")
-    """Name of what is in no segment."""
+    """Name of the cell of tokens that are in no segment."""
 
     first: str | None = setting(None, form="name of a segment, or null")
-    """Segment that responses begin in, where the prompt has opened it; null: `rest`."""
+    """Segment in which responses begin, if the prompt opens it; null: `rest`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.markers, Mapping) or not self.markers:
@@ -48,7 +49,7 @@ class Markers:
         object.__setattr__(self, "markers", pairs)
         cell_name(self.rest, "rest", "a segment")
         if self.rest in pairs:
-            raise ValueError(f"rest: {self.rest!r} is a segment with markers; what is in none needs another name")
+            raise ValueError(f"rest: {self.rest!r} is a segment with markers; choose another name for the rest")
         if self.first is not None and self.first not in pairs:
             raise ValueError(f"first: must be one of the segments {', '.join(pairs)}, got {self.first!r}")
         seen: dict[Marker, str] = {}
@@ -64,13 +65,13 @@ class Markers:
         return (*self.markers, self.rest)
 
     def check(self, speller: Speller) -> None:
-        """ValueError for a marker that the tokenizer cannot make."""
+        """ValueError for a marker that the tokenizer cannot produce."""
         for name, pair in self.markers.items():
             for marker in pair:
                 check_marker(marker, speller, f"markers.{name}")
 
     def label(self, response: Response) -> list[int]:
-        """Segment of each token."""
+        """The segment of each token, as an index into `cells`."""
         names = list(self.markers)
         owner = {marker: number for number, pair in enumerate(self.markers.values()) for marker in pair}
         opens = {pair[0] for pair in self.markers.values()}
@@ -103,7 +104,7 @@ class Occurrence(NamedTuple):
 
 
 def occurrences(markers: Sequence[Marker], response: Response) -> Iterator[Occurrence]:
-    """Where markers stand, from left to right, none over another: the leftmost first, of those the longest."""
+    """Occurrences of the markers from left to right, without overlaps: the leftmost first, of those the longest."""
     found = sorted(
         [*_of_text(markers, response), *_of_ids(markers, response)],
         key=lambda mark: (mark.first, mark.start, -mark.end, -mark.stop),
@@ -137,17 +138,17 @@ def _of_ids(markers: Sequence[Marker], response: Response) -> Iterator[Occurrenc
 
 
 def as_marker(value: object, where: str) -> Marker:
-    """A marker as it is written; ValueError naming `where`."""
+    """`value` as a marker; ValueError naming `where` unless it is one."""
     if isinstance(value, str) and value:
         return value
     ids = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
     if not ids or not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-        raise ValueError(f"{where}: a marker is a text or a list of token ids, not empty, got {value!r}")
+        raise ValueError(f"{where}: must be a text or a list of token ids, not empty, got {value!r}")
     return ids
 
 
 def check_pair(value: object, where: str) -> tuple[Marker, Marker]:
-    """An opening and a closing marker; ValueError naming `where`."""
+    """An opening and a closing marker; ValueError naming `where` unless `value` is such a pair."""
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
         raise ValueError(f"{where}: {WRONG_PAIR}, got {value!r}")
     if all(isinstance(token, int) for token in value):
@@ -162,8 +163,8 @@ def check_marker(marker: Marker, speller: Speller, where: str) -> None:
         ids = tokenizer.text_to_ids(marker)
         if marker not in (made := speller.spell(ids)[0]):
             raise ValueError(
-                f"{where}: the tokenizer cannot make {marker!r}: its tokens for it, {ids}, read {made!r}; no response "
-                "could have it"
+                f"{where}: the tokenizer cannot produce {marker!r}: its tokens for it, {ids}, decode to {made!r}; no "
+                "response could contain it"
             )
         return
     outside = [token for token in marker if not 0 <= token < tokenizer.vocab_size]

@@ -1,4 +1,4 @@
-"""Labels by a user's function."""
+"""Labels from a user's function."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ MOST_CELLS = 1000
 
 @dataclass(frozen=True)
 class OwnFunction:
-    """A custom function: (token ids, text, prompt record) -> (labels, names), of one response.
+    """A custom function: (token ids, text, prompt record) -> (labels, names), for one response.
 
-    labels  an integer per token id; label v is called names[v], names without . / = or space
+    labels  an integer per token; names[v] is the name of label v, without . / = or space
 
-    It must be a function of what it is given, since tensor- and pipeline-parallel ranks call it for the same response.
+    It must depend only on its arguments, since tensor- and pipeline-parallel ranks call it for the same response.
     Raises ValueError naming the field.
     """
 
@@ -28,8 +28,8 @@ class OwnFunction:
     """Function that labels the tokens of a response, see docs/hierarchy.md."""
 
     names: tuple[str, ...] = setting((), form="list of names")
-    """Names that the function may return, in order. Without them the cells are those of each rollout, and budgets
-    cannot be set by name."""
+    """Names that the function may return, in order. Without them, each rollout has its own cells, and budgets cannot be
+    set by name."""
     _call: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -41,7 +41,7 @@ class OwnFunction:
         except (ImportError, AttributeError) as error:
             raise ValueError(f"function: {self.function!r} cannot be imported: {error}") from error
         if not callable(call):
-            raise ValueError(f"function: {self.function!r} is no function, but {call!r}")
+            raise ValueError(f"function: {self.function!r} is not callable, got {call!r}")
         if isinstance(self.names, str) or not isinstance(self.names, Sequence) or len(self.names) == 1:
             raise ValueError(f"names: must be a list of two names or more, or left out, got {self.names!r}")
         names = tuple(cell_name(entry, "names", "a cell") for entry in self.names)
@@ -52,14 +52,14 @@ class OwnFunction:
 
     @property
     def cells(self) -> tuple[str, ...] | None:
-        """None where they are known only once there is a rollout."""
+        """Names of the cells; None if they are known only after a rollout."""
         return self.names or None
 
     def check(self, speller: Speller) -> None:
-        """Nothing depends on the tokenizer."""
+        """Nothing to check: labels do not depend on the tokenizer."""
 
     def label(self, response: Response) -> list[str]:
-        """Name of each token's cell. ValueError for what the function must not return."""
+        """Name of each token's cell. ValueError if the function returns anything else."""
         labels, names = self._returned(response)
         if len(labels) != len(response.ids):
             raise ValueError(

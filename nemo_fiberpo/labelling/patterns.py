@@ -13,21 +13,21 @@ from .spelling import Response, Speller
 
 @dataclass(frozen=True)
 class Patterns:
-    """Tokens by the expression that they match a part of.
+    """Labels tokens by the expression whose match contains them, or a part of them.
 
-    Where matches overlap, the expression that is listed first has the tokens. Raises ValueError naming the field.
+    Where matches overlap, the expression that is listed first wins. Raises ValueError naming the field.
     """
 
     regex: str | Mapping[str, str] = setting(form="regular expression with one group, or {name: expression}")
-    r"""Python's regular expressions, whose dot matches line breaks too. A single expression captures the name of the
-    cell in its group, such as `<tool name="(\w+)">.*?</tool>`."""
+    r"""Python's regular expressions; a dot matches line breaks too. The group of a single expression captures the name
+    of the cell, as in `<tool name="(\w+)">.*?</tool>`."""
 
     names: tuple[str, ...] = setting((), form="list of names")
     """Names that the group of a single expression may capture; required there. A match with another name is `rest`,
-    since the policy writes what is captured and must not be able to make cells."""
+    since the policy writes what is captured and must not be able to create cells."""
 
     rest: str = setting("rest")
-    """Name of what matches no expression."""
+    """Name of the cell of tokens that match no expression."""
 
     def __post_init__(self) -> None:
         if isinstance(self.regex, Mapping):
@@ -57,17 +57,17 @@ class Patterns:
         return (*map(str, self.regex if isinstance(self.regex, Mapping) else self.names), self.rest)
 
     def check(self, speller: Speller) -> None:
-        """Nothing: whether an expression can match is not for the tokenizer to tell."""
+        """Nothing to check: the tokenizer does not determine what an expression can match."""
 
     def label(self, response: Response) -> list[int]:
-        """Cell of each token."""
+        """The cell of each token, as an index into `cells`."""
         out = [len(self.cells) - 1] * len(response.ids)
         for cell, first, end in reversed(list(self._matches(response))):
             out[first:end] = [cell] * (end - first)
         return out
 
     def _matches(self, response: Response) -> Iterator[tuple[int, int, int]]:
-        """(cell, first token, end), the ones that win first."""
+        """Matches as (cell, first token, end); where they overlap, the earlier one wins."""
         numbers = {name: number for number, name in enumerate(self.cells[:-1])}
         by_name = self.regex if isinstance(self.regex, Mapping) else {None: self.regex}
         for name, pattern in by_name.items() if response.ids else ():
@@ -78,11 +78,11 @@ class Patterns:
 
 
 def _compiled(pattern: object, where: str) -> re.Pattern[str]:
-    """ValueError naming `where` for what is no regular expression, or one that matches an empty text."""
+    """The compiled pattern; ValueError naming `where` if it is not a regular expression, or matches an empty text."""
     try:
         compiled = re.compile(pattern, re.DOTALL) if isinstance(pattern, str) and pattern else None
     except re.error as error:
-        raise ValueError(f"{where}: {pattern!r} is no regular expression: {error}") from error
+        raise ValueError(f"{where}: {pattern!r} is not a regular expression: {error}") from error
     if compiled is None or compiled.match(""):
         raise ValueError(f"{where}: must be a regular expression that matches some text, got {pattern!r}")
     return compiled

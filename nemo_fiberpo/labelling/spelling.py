@@ -13,7 +13,7 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 class Tokenizer(Protocol):
-    """What is used of a tokenizer. One whose `ids_to_text` leaves special tokens out also has `ids_to_tokens`."""
+    """The methods of a tokenizer that are used. If `ids_to_text` omits special tokens, `ids_to_tokens` exists too."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -22,15 +22,15 @@ class Tokenizer(Protocol):
 
 
 class Speller:
-    """Text of tokens, token by token, with special tokens written out by name. Pieces are kept, so that every token of
-    the vocabulary is decoded once."""
+    """Decodes tokens one by one, with special tokens written out by name. Every token of the vocabulary is decoded
+    once and cached."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self._pieces: dict[int, str] = {}
 
     def piece(self, token: int) -> str:
-        """What the token adds to a text, with the space that begins it in a vocabulary where words bring theirs."""
+        """The text that the token adds, including its leading space in vocabularies whose words have one."""
         if token not in self._pieces:
             self._pieces[token] = self._decode(token)
         return self._pieces[token]
@@ -44,8 +44,8 @@ class Speller:
         return twice[len(once) :] if twice.startswith(once) else once
 
     def spell(self, ids: Sequence[int]) -> tuple[str, list[int]]:
-        """The text, and the place in it at which each token begins. Tokens that make a character only together, as
-        bytes do, begin at one place."""
+        """The text, and the position in it at which each token begins. Tokens that form a character only together, such
+        as bytes, begin at the same position."""
         parts: list[str] = []
         starts: list[int] = []
         length = 0
@@ -67,7 +67,7 @@ class Speller:
 
 @dataclass(frozen=True)
 class Response:
-    """The sampled tokens of one response. `record` is the prompt's, for functions of the user's."""
+    """The sampled tokens of one response. `record` is that of the prompt, for custom functions."""
 
     ids: Sequence[int]
     speller: Speller
@@ -87,12 +87,12 @@ class Response:
         return self._spelled[0]
 
     def tokens(self, start: int, stop: int) -> tuple[int, int]:
-        """The tokens [first, end) that have a part in the characters [start, stop) of the text, start < stop."""
+        """The tokens [first, end) that contribute to the characters [start, stop) of the text, start < stop."""
         starts = self._spelled[1]
         first = bisect_left(starts, starts[bisect_right(starts, start) - 1])
         return first, bisect_right(starts, stop - 1)
 
     def start_of(self, token: int) -> int:
-        """The character at which a token begins; the end of the text for the end of the tokens."""
+        """The character at which a token begins; the end of the text for the index after the last token."""
         text, starts = self._spelled
         return starts[token] if token < len(starts) else len(text)

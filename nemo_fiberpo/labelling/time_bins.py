@@ -29,20 +29,20 @@ class TimeBins:
         if bins[0] != 0:
             raise ValueError(f"bins: must begin with 0, the first token of a response, got {given!r}")
         if any(later <= earlier for earlier, later in pairwise(bins)):
-            raise ValueError(f"bins: must rise, got {given!r}")
+            raise ValueError(f"bins: must increase, got {given!r}")
         if len(bins) < 2:
             raise ValueError(f"bins: {given!r} is one bin of all tokens, which classifies nothing")
         object.__setattr__(self, "bins", bins)
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """Of the bins, in order."""
+        """Names of the bins, in order."""
         ends = [f"{start}-{end - 1}" for start, end in pairwise(self.bins)]
         return (*ends, f"{self.bins[-1]}-end")
 
     def check(self, speller: Speller) -> None:
-        """Nothing depends on the tokenizer."""
+        """Nothing to check: positions do not depend on the tokenizer."""
 
     def label(self, response: Response) -> list[int]:
-        """Bin of each token."""
+        """The bin of each token, as an index into `cells`."""
         return [bisect_right(self.bins, place) - 1 for place in range(len(response.ids))]

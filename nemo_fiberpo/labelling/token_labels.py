@@ -1,7 +1,7 @@
-"""`token_labels` of a hierarchy: columns of labels that the sampled tokens of a response decide, and tokens that the
-policy did not write.
+"""`token_labels` of a hierarchy: columns of labels that depend on the sampled tokens of a response, and spans of tokens
+that the policy did not write.
 
-Labels are data of the rollout, as the tokens are. Entry t of a column, [b, s - 1], belongs to the token at position
+Labels are data of the rollout, like the tokens. Entry t of a column, [b, s - 1], belongs to the token at position
 t + 1, as its log-prob.
 """
 
@@ -25,13 +25,13 @@ from .time_bins import TimeBins
 from .turns import Turns
 
 PREFIX = "token_labels."
-"""Columns of a rollout with labels are called by it and their name."""
+"""In a rollout, the name of a column of labels begins with this."""
 
 IGNORED = "ignored_tokens"
 """The column of a rollout that is 1 at tokens which the policy did not write."""
 
 TAKEN = ("domain", "prompt_group", "trajectory", "state", COLUMN)
-"""Columns with another origin."""
+"""Names of columns whose labels come from elsewhere."""
 
 
 class Source(Protocol):
@@ -39,18 +39,18 @@ class Source(Protocol):
 
     @property
     def cells(self) -> tuple[str, ...] | None:
-        """Names of the labels; None where the rollout decides them."""
+        """Names of the labels; None if they depend on the rollout."""
 
     def check(self, speller: Speller) -> None: ...
 
     def label(self, response: Response) -> Sequence[int] | Sequence[str]:
-        """Of each token; by name where `cells` are not known, and where a source finds that easier."""
+        """The label of each token, as an index into `cells` or by name; by name if `cells` is None."""
 
 
 KINDS: dict[str, Any] = {
     "markers": Markers, "bins": TimeBins, "split": Turns, "regex": Patterns, "function": OwnFunction
 }  # fmt: skip
-"""What a source is known by -> what reads it."""
+"""The key by which a source is recognized -> its class."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class TokenLabels:
                 )
 
     def check(self, speller: Speller, record: Any) -> None:
-        """ValueError naming the field for a marker that the tokenizer cannot make, or a function that fails or returns
-        what it must not, tried on the reference answer of a prompt's record, or else on the prompt."""
+        """ValueError naming the field for a marker that the tokenizer cannot produce, or a function that fails or
+        returns something invalid for the reference answer of a prompt's record, or for the prompt if there is none."""
         ids = speller.tokenizer.text_to_ids(record.response or record.prompt)
         for name, source in self.sources.items():
             with at(f"token_labels.{name}."):
@@ -156,7 +156,7 @@ def merged(column: str, names: Sequence[Sequence[str]]) -> list[str]:
 
 
 def renumbered(labels: Tensor, names: Sequence[str], into: Sequence[str]) -> Tensor:
-    """Labels of `names` as labels of `into`, a superset."""
+    """Labels that index `names` as labels that index `into`, which contains all of `names`."""
     if not names:
         return labels
     place = {name: number for number, name in enumerate(into)}

@@ -1,4 +1,4 @@
-"""Turns of a response of several, each begun by a marker."""
+"""Turns of a response that has several, each begun by a marker."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Turns:
     """Marker that begins each further turn and belongs to it."""
 
     most: int = setting(8, at_least=2)
-    """Turns that are told apart; later ones count with the last."""
+    """Number of turns that are distinguished; later ones count as the last."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "split", as_marker(self.split, "split"))
@@ -29,15 +29,15 @@ class Turns:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """turn_1, turn_2 and so on; the last has all later ones too."""
+        """turn_1, turn_2 and so on; the last includes all later turns."""
         return (*(f"turn_{number}" for number in range(1, self.most)), f"turn_{self.most}-end")
 
     def check(self, speller: Speller) -> None:
-        """ValueError for a marker that the tokenizer cannot make."""
+        """ValueError for a marker that the tokenizer cannot produce."""
         check_marker(self.split, speller, "split")
 
     def label(self, response: Response) -> list[int]:
-        """Turn of each token, from 0."""
+        """The turn of each token, as an index into `cells`."""
         out: list[int] = []
         turn = 0
         for mark in occurrences([self.split], response):

@@ -14,8 +14,8 @@ class Assumptions:
     """Machine and data, for `fiberpo plan`. Training reads only `host`."""
 
     host: str = setting("nemo_aligner", choices=("nemo_aligner", "megatron"))
-    """Who trains. `nemo_aligner`: this package's actor. `megatron`: a custom trainer on `nemo_fiberpo.megatron`,
-    which the training script refuses."""
+    """What runs the training. `nemo_aligner`: this package's actor. `megatron`: a custom trainer on
+    `nemo_fiberpo.megatron`, which the training script refuses."""
 
     gpu_memory_gib: float = setting(79.6, above=0)
     """Memory of one GPU, as its driver shows it."""

@@ -120,7 +120,7 @@ def step_cells(
     passes: int = 2,
     whole_groups: bool = False,
 ) -> StepCells:
-    """Of one optimizer step of whole prompt groups, dealt to the ranks as `aligner.rollout.deal_groups` deals them.
+    """The cells of an optimizer step of whole prompt groups, dealt to the ranks as `dealing.deal_groups` deals them.
 
     positions   tokens of a response, where states are a stratum
     of_tokens   names of the labels of `token_labels` by column

@@ -18,7 +18,7 @@ from .shape import ModelShape
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of an off-policy optimizer step, rows as long as they may get, and of our reductions in it."""
+    """Seconds of an off-policy optimizer step with rows of maximum length, and of our reductions in it."""
 
     step: float
     reductions: float
@@ -31,8 +31,8 @@ class Times:
 def times(
     shape: ModelShape, layout: Layout, samples: int, length: int, passes: int, calls: int, size: int, given: Assumptions
 ) -> Times:
-    """Of a step of `samples` rows of `length` tokens in `passes` forward passes, with `calls` reductions of `size`
-    bytes together."""
+    """The times of a step of `samples` rows of `length` tokens in `passes` forward passes, with `calls` reductions of
+    `size` bytes in total."""
     tokens = samples * length
     forward = 2 * shape.multiplied + 2 * shape.layers * shape.heads * shape.head_dim * length
     flops = (2 + passes) * forward * tokens

@@ -86,7 +86,7 @@ class Layout:
         return found
 
     def problems(self, shape: ModelShape | None) -> Iterator[str]:
-        """One message for everything that does not divide, by the field's name."""
+        """A message, naming the field, for everything that does not divide."""
         world, model_ranks = self.world, self.tp * self.pp * self.cp
         product = f"tensor x pipeline x context parallel = {self.tp} x {self.pp} x {self.cp} = {model_ranks}"
         if world % model_ranks:
@@ -140,7 +140,7 @@ class Layout:
             yield f"model.moe_router_topk: {shape.topk} of {shape.experts} experts; at most model.num_moe_experts"
 
     def warnings(self) -> Iterator[str]:
-        """What runs, but slowly."""
+        """Messages about what works, but slowly."""
         if self.devices % self.tp:
             yield (
                 f"model.tensor_model_parallel_size: groups of {self.tp} ranks reach across nodes of {self.devices}; "

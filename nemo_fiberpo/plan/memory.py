@@ -180,7 +180,7 @@ def _kept_behind_layers(shape: ModelShape, layout: Layout, run: Run, tokens: flo
 
 
 def memory(shape: ModelShape, layout: Layout, run: Run, imbalance: float) -> Memory:
-    """Of the rank, among one of each pipeline stage, that needs most."""
+    """Memory of the rank that needs most, among one rank of each pipeline stage."""
     stages = [_stage(shape, layout, run, imbalance, stage) for stage in range(layout.pp)]
     return max(stages, key=lambda entry: entry.peak)
 

@@ -24,10 +24,10 @@ from .shape import ModelShape
 class Request:
     """The parts of a run's configuration, resolved; None where they could not be read, which `problems` reports.
 
-    of_tokens  names of the labels of `token_labels` by column
+    of_tokens     names of the labels of `token_labels` by column
     kl            whether the initial policy is needed
     epochs        passes over a rollout
-    passes        most forward passes of a step
+    passes        maximum number of forward passes of a step
     all_forward   whether all forward passes of a step come before its backward passes
     whole_groups  whether a prompt group is dealt to one rank
     cpu           a run without GPUs: no times are estimated, and memory is not compared with `assumptions`
@@ -59,7 +59,7 @@ class Request:
 
 @dataclass
 class Plan:
-    """The results, None where a problem prevented them. Problems refuse the run, warnings do not; `unchecked` lists
+    """The results, None where a problem prevented them. Problems prevent the run, warnings do not; `unchecked` lists
     files that the configuration names and that do not exist."""
 
     name: str
@@ -160,7 +160,7 @@ def _add_memory(plan: Plan, request: Request, layout: Layout, shape: ModelShape,
 
 
 def _compare(plan: Plan, needed: Memory, given: Assumptions, layout: Layout, all_forward: bool) -> None:
-    """With what a GPU and its node have."""
+    """Compare the memory with that of a GPU and its node."""
     limit = given.gpu_memory_gib - given.reserve_gib
     peak = needed.peak / GIB
     if peak > limit:
@@ -182,7 +182,7 @@ def _compare(plan: Plan, needed: Memory, given: Assumptions, layout: Layout, all
 
 
 def _remedy(found: Memory, all_forward: bool) -> str:
-    """By what is largest."""
+    """Advice for the largest part of the memory."""
     static, training, log_probs, generation = (
         sum(part.values()) for part in (found.static, found.training, found.log_probs, found.generation)
     )

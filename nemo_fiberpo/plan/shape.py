@@ -104,7 +104,7 @@ class ModelShape:
         )
 
     def layer(self, tp: int = 1, ep: int = 1, etp: int = 1) -> Parameters:
-        """Of one layer, on one rank."""
+        """Parameters of one layer, on one rank."""
         h, query, keys = self.hidden, self.heads * self.head_dim, 2 * self.groups * self.head_dim
         dense = (h * (query + keys) + query * h) // tp
         dense += 2 * self.norm * h + (2 * self.norm * self.head_dim if self.qk_norm else 0)
@@ -136,7 +136,7 @@ class ModelShape:
         return layers // stages
 
     def stage(self, stage: int, pp: int, tp: int = 1, ep: int = 1, etp: int = 1) -> Parameters:
-        """On one rank of a pipeline stage. A tied embedding has a copy on the last stage."""
+        """Parameters on one rank of a pipeline stage. A tied embedding has a copy on the last stage."""
         layer = self.layer(tp, ep, etp)
         layers = self.layers_of(stage, pp)
         dense = layer.dense * layers
@@ -149,12 +149,12 @@ class ModelShape:
 
     @property
     def total(self) -> Parameters:
-        """Of the whole model."""
+        """Parameters of the whole model."""
         return dataclasses.replace(self, first_stage=0, last_stage=0).stage(0, 1)
 
     @property
     def active(self) -> int:
-        """Parameters that one token meets, the whole embedding included, as model cards count them."""
+        """Parameters that one token uses, the whole embedding included, as model cards count them."""
         total = self.total
         return total.dense + (total.expert // self.experts * self.topk if self.experts else 0)
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from nemo_fiberpo.aligner.rewards.reward_model import reward_metrics
-from nemo_fiberpo.aligner.rewards.rules import OK
 from nemo_fiberpo.aligner.rollout.experts import routing_metrics
 from nemo_fiberpo.cli import main
 from nemo_fiberpo.config import load_hierarchy
+from nemo_fiberpo.rewards import OK
 from tests.support.launching import ROOT, optimizer_steps
 
 pytestmark = pytest.mark.timeout(600)

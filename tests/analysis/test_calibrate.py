@@ -80,7 +80,8 @@ def test_channels_and_levels_keep_their_order_by_widening(tmp_path):
     assert proposal.budgets["domain"] == Budget(0.04, 0.03), "C- is 3/4 of C+"
     assert proposal.budgets["trajectory"] == Budget(0.04, 0.03), "no smaller than the coarser one"
     assert proposal.token_clip == 0.03, "the smaller budget of the finest stratum"
-    assert any("domain, pos: 0.01 by its drift, 0.04 since neg is 0.03" in line for line in proposal.widened)
+    why = "domain, pos: 0.01 by its drift, raised to 0.04 because neg is 0.03"
+    assert any(why in line for line in proposal.widened)
     assert all(share == 0.0 for shares in proposal.gated.values() for share in shares)
 
 
@@ -112,7 +113,7 @@ def test_several_runs_count_as_one(run, tmp_path):
     # by hand: 20 domains, of 0.03, 0.02, 0.01 and 0.001 five each; 70 percent are up to 0.02
     assert both.budgets["domain"].pos == 0.02 and both.rollouts == 10
     write_identity(other, hierarchy__strata__domain__budget__pos=0.05)
-    with pytest.raises(ValueError, match=r"other/run\.json: another hierarchy"):
+    with pytest.raises(ValueError, match=r"other/run\.json: its hierarchy differs"):
         calibrate([run, other])
 
 
@@ -167,7 +168,7 @@ def test_what_cannot_be_calibrated_is_explained(run):
     with pytest.raises(ValueError, match=r"no drift of a stratum.*algorithm\.optimizer_steps"):
         calibrate(run)
     write(run / "run.json", {"identity": {"seed": 1}})
-    with pytest.raises(ValueError, match=r"run\.json: records no hierarchy"):
+    with pytest.raises(ValueError, match=r"run\.json: does not record a hierarchy"):
         calibrate(run)
     (run / "run.json").write_text("[]")
     with pytest.raises(ValueError, match=r"run\.json: not the record of a run"):

@@ -62,7 +62,7 @@ def test_values_that_are_null_are_left_out(tmp_path):
 def test_held_out_answers_are_averaged_per_prompt_and_failures_left_out(tmp_path):
     path = write(tmp_path / "h.jsonl", answer(3, 1.0), answer(3, 0.0), answer(4, None), answer(3, 1.0, mode="greedy"))
     assert read_heldout(path) == {("math", "sampled"): {3: 0.5}, ("math", "greedy"): {3: 1.0}}
-    with pytest.raises(ValueError, match=r"h.jsonl:1: mode: 'beam'; valid are sampled, greedy"):
+    with pytest.raises(ValueError, match=r"h.jsonl:1: mode: 'beam' is unknown; valid: sampled, greedy"):
         read_heldout(write(path, answer(1, 1.0, mode="beam")))
     with pytest.raises(ValueError, match=r"h.jsonl:2: reward: missing"):
         read_heldout(write(path, answer(1, 1.0), {"prompt_index": 1, "domain": "math", "mode": "greedy"}))

@@ -96,8 +96,8 @@ def test_two_models_in_one_folder_are_refused(sharded: Path):
         (lambda shard: shard.write_bytes(shard.read_bytes()[:-1]), "is cut short or damaged"),
         (lambda shard: shard.write_bytes(b""), "is cut short or damaged"),
         (lambda shard: shard.unlink(), "there is no such file"),
-        (lambda shard: (shard.unlink(), os.mkfifo(shard)), "is no regular file"),
-        (lambda shard: (shard.unlink(), shard.symlink_to("/dev/zero")), "is no regular file"),
+        (lambda shard: (shard.unlink(), os.mkfifo(shard)), "is not a regular file"),
+        (lambda shard: (shard.unlink(), shard.symlink_to("/dev/zero")), "is not a regular file"),
         (lambda shard: save_file({"model.norm.weight": torch.ones(32)}, shard), "has no tensor"),
     ],
     ids=["truncated", "empty", "missing", "fifo", "device", "another"],
@@ -128,10 +128,10 @@ def test_an_index_that_is_none_is_refused(sharded: Path, text: str):
     ("change", "said"),
     [
         ({"num_hidden_layers": 10**8}, "num_hidden_layers: 100000000, but there are"),
-        ({"hidden_size": 10**9, "head_dim": 8}, "but config.json says (50, 1000000000)"),
-        ({"vocab_size": 10**9}, "but config.json says (1000000000, 32)"),
-        ({"intermediate_size": 10**9}, "but config.json says (1000000000, 32)"),
-        ({"num_attention_heads": 2 * 10**8, "head_dim": 8}, "but config.json says (1600000000, 32)"),
+        ({"hidden_size": 10**9, "head_dim": 8}, "but config.json implies (50, 1000000000)"),
+        ({"vocab_size": 10**9}, "but config.json implies (1000000000, 32)"),
+        ({"intermediate_size": 10**9}, "but config.json implies (1000000000, 32)"),
+        ({"num_attention_heads": 2 * 10**8, "head_dim": 8}, "but config.json implies (1600000000, 32)"),
     ],
 )
 def test_sizes_that_are_not_the_models_allocate_nothing(change: dict, said: str, tmp_path: Path):
@@ -156,7 +156,7 @@ def test_a_policy_of_another_size_than_its_configuration_is_refused(name: str, k
     config = OmegaConf.load(policy / "model_config.yaml")
     changed = {key: 10**8} | ({"moe_ffn_hidden_size": 10**8} if key == "ffn_hidden_size" else {})
     OmegaConf.save(OmegaConf.merge(config, changed), policy / "model_config.yaml")
-    with pytest.raises(ValueError, match=r"model_weights: .* has the shape .*, but model_config\.yaml says .*\d{9}"):
+    with pytest.raises(ValueError, match=r"model_weights: .* has the shape .*, but model_config\.yaml implies .*\d{9}"):
         files.export_huggingface(policy, tmp_path / "back")
 
 

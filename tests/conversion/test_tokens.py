@@ -139,4 +139,4 @@ def test_an_import_warns_of_other_ends_and_beginnings_of_responses(tmp_path: Pat
     assert said("<1>") == []
     for file in source.glob("*token*"):
         file.unlink()
-    assert files.import_huggingface(source, tmp_path / "bare.nemo")[0].startswith("no tokenizer there")
+    assert files.import_huggingface(source, tmp_path / "bare.nemo")[0].startswith("no tokenizer found")

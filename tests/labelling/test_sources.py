@@ -117,12 +117,12 @@ def test_patterns_have_the_tokens_that_they_match_a_part_of(source):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: TimeBins([0, 8, 4]), r"bins: must rise, got \[0, 8, 4\]"),
+        (lambda: TimeBins([0, 8, 4]), r"bins: must increase, got \[0, 8, 4\]"),
         (lambda: TimeBins([1, 8]), "bins: must begin with 0"),
         (lambda: TimeBins([0]), "one bin of all tokens"),
         (lambda: TimeBins("0"), "bins: must be a list of positions"),
-        (lambda: Turns("", 3), "split: a marker is a text or a list of token ids"),
-        (lambda: Turns([1, True]), "split: a marker is a text or a list of token ids"),
+        (lambda: Turns("", 3), "split: must be a text or a list of token ids"),
+        (lambda: Turns([1, True]), "split: must be a text or a list of token ids"),
         (lambda: Turns("a", 1), "most: must be a whole number of at least 2"),
         (lambda: Markers({}), "markers: must be a mapping"),
         (lambda: Markers({"a": "<a>"}), r"markers\.a: must be a pair of markers"),
@@ -131,7 +131,7 @@ def test_patterns_have_the_tokens_that_they_match_a_part_of(source):
         (lambda: Markers({"a": ["<", ">"]}, "a"), "rest: 'a' is a segment with markers"),
         (lambda: Markers({"a": ["<", ">"]}, first="b"), "first: must be one of the segments a, got 'b'"),
         (lambda: Markers({"a": ["<", ">"], "b": ["[", ">"]}), r"markers\.b: '>' is a marker of a already"),
-        (lambda: Patterns("("), r"regex: '\(' is no regular expression"),
+        (lambda: Patterns("("), r"regex: '\(' is not a regular expression"),
         (lambda: Patterns({"a": "x*"}), r"regex\.a: must be a regular expression that matches some text"),
         (lambda: Patterns("(x)"), "names: must list the names that the group may capture"),
         (lambda: Patterns("x"), "regex: 'x' must have one group"),
@@ -146,7 +146,7 @@ def test_what_makes_no_source_is_refused(make, said):
 
 def test_a_marker_that_the_tokenizer_cannot_make_is_refused():
     speller = Speller(Pieces(["<", "t", ">"], special=["<|end|>"]))
-    with pytest.raises(ValueError, match=r"markers\.think: the tokenizer cannot make '<think>': .* read '<t>'"):
+    with pytest.raises(ValueError, match=r"markers\.think: the tokenizer cannot produce '<think>': .* decode to '<t>'"):
         Markers({"think": ("<think>", "<t>")}).check(speller)
     with pytest.raises(ValueError, match=r"split: token 9 is outside the vocabulary of 4"):
         Turns([1, 9]).check(speller)

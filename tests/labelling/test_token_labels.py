@@ -81,7 +81,7 @@ def test_names_that_responses_give_are_the_same_on_every_rank():
 
 
 WRONG = {
-    "token_labels.time.bins: must rise": section(time={"bins": [0, 9, 3]}),
+    "token_labels.time.bins: must increase": section(time={"bins": [0, 9, 3]}),
     "token_labels.time.bin: unknown key": section(time={"bins": [0, 9], "bin": 3}),
     "token_labels.time: must have one of markers, bins, split, regex, function, got bin": section(time={"bin": [0]}),
     "token_labels.time: must have one of .*, got bins, split": section(time={"bins": [0, 2], "split": "a"}),

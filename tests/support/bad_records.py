@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_fiberpo.aligner.rewards.rules import RuleRewards
 from nemo_fiberpo.prompts.records import PromptRecord
+from nemo_fiberpo.rewards import RuleRewards
 
 HERE = str(Path(__file__).parent)
 BAD = {"bad": "bad_graders:grade"}

@@ -158,7 +158,7 @@ def _check_record(stored: Any) -> None:
 
 
 def _portable(identity: Mapping[str, Any], run_dir: str) -> dict[str, Any]:
-    """With paths inside the run's directory relative to it."""
+    """The identity, with paths inside the run's directory relative to it."""
     prefixes = {run_dir, os.path.abspath(run_dir), os.path.realpath(run_dir)}
 
     def moved(value: Any) -> Any:

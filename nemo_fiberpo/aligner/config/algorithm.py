@@ -7,37 +7,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_fiberpo.aligner.config.data import DataSettings
-from nemo_fiberpo.fields import check, setting
+from nemo_fiberpo.fields import Settings, setting
 from nemo_fiberpo.objective import OBJECTIVES, RatioGating, RolloutCorrection, Stratum
 from nemo_fiberpo.objective.surrogate import WEIGHTS
 
 
 @dataclass(frozen=True)
-class KlSettings:
+class KlSettings(Settings):
     """Penalty on the KL divergence to the initial policy, in the loss."""
 
     coefficient: float = setting(0.0, at_least=0)
     """Factor of the KL penalty; 0 disables it. The penalty is the k3 estimate of each token, exp(d) - d - 1 with d =
     log pi_init - log pi, weighted as the objective weights tokens."""
 
-    def __post_init__(self) -> None:
-        check(self)
-
 
 @dataclass(frozen=True)
-class HierarchyGating:
+class HierarchyGating(Settings):
     """FiberPO: gated by the hierarchy."""
 
     use_min: bool = setting(False)
     """Whether to take PPO's minimum on top of the gates: J = sum_i w_i min(r_i A_i, rhat_i A_i). `false` is (18) of the
     paper."""
 
-    def __post_init__(self) -> None:
-        check(self)
-
 
 @dataclass(frozen=True)
-class AlgorithmSettings:
+class AlgorithmSettings(Settings):
     """How rollouts become optimizer steps. conf/algorithm/ has a file for each objective."""
 
     samples_per_prompt: int = setting(at_least=1)
@@ -82,8 +76,7 @@ class AlgorithmSettings:
 
     truncated: str = setting("keep", choices=("keep", "mask"))
     """What happens to responses cut at the length limit. `keep`: they are trained on with their reward. `mask`: they
-    are
-        left out of the loss and of all cells, but their reward counts in the baseline of their group."""
+    are left out of the loss and of all cells, but their reward counts in the baseline of their group."""
 
     kl: KlSettings = setting(default_factory=KlSettings)
 
@@ -113,7 +106,7 @@ class AlgorithmSettings:
     stopped by a signal or its time limit. 0: only such a stopped run is saved, and no trained policy is written."""
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         kind = OBJECTIVES[self.objective] or HierarchyGating
         if not isinstance(self.gating, kind):
             raise ValueError(
@@ -168,10 +161,6 @@ class AlgorithmSettings:
         couples = self.gating_map is not None and self.gating_map.stratum is not None
         return False if couples and self.rollout_correction.active else None
 
-    @property
-    def samples_per_rollout(self) -> int:
-        return self.prompts_per_rollout * self.samples_per_prompt
-
     def total_steps(self, prompts: int) -> int:
         """Optimizer steps of the whole run on a data set of `prompts` prompts."""
         rl_steps = self.data_epochs * (prompts // self.prompts_per_rollout)
@@ -224,4 +213,4 @@ class AlgorithmSettings:
     @property
     def samples_per_step(self) -> int:
         """Samples per optimizer step over all ranks; NeMo's global batch size."""
-        return self.samples_per_rollout // self.optimizer_steps
+        return self.prompts_per_rollout * self.samples_per_prompt // self.optimizer_steps

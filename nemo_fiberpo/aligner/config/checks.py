@@ -13,16 +13,15 @@ from omegaconf import DictConfig
 from nemo_fiberpo.aligner.config.algorithm import AlgorithmSettings
 from nemo_fiberpo.aligner.config.data import DataSettings
 from nemo_fiberpo.aligner.config.model_checks import check_all_forward, model_problems, partition_table
-from nemo_fiberpo.aligner.config.parsing import build, plain
 from nemo_fiberpo.aligner.config.precision import check_precision
 from nemo_fiberpo.aligner.config.rewards import RewardSettings
-from nemo_fiberpo.aligner.config.run import PretrainedCheckpoint
 from nemo_fiberpo.aligner.config.sections import (
     algorithm_settings,
     check_resume,
     cluster_settings,
     data_settings,
     hierarchy_section,
+    pretrained_checkpoint,
     reward_settings,
     run_settings,
     warm_start_settings,
@@ -106,13 +105,6 @@ def read_training_config(cfg: DictConfig) -> RunConfig:
         return config
 
 
-def pretrained_checkpoint(cfg: DictConfig) -> PretrainedCheckpoint:
-    """The `pretrained_checkpoint` section."""
-    name = "pretrained_checkpoint"
-    made: PretrainedCheckpoint = build(PretrainedCheckpoint, plain(cfg, name), name)
-    return made
-
-
 def check_shape(cfg: DictConfig) -> None:
     """Check that sections are mappings and that top-level keys are known and of their types."""
     with named_references():
@@ -128,8 +120,7 @@ def check_shape(cfg: DictConfig) -> None:
 
 
 def check_sections(cfg: DictConfig) -> tuple[Hierarchy, ExpertPartitions | None, TokenLabels | None]:
-    """Refuse unknown sections and parse the hierarchy; logs `budget_warnings`."""
-    run_settings(cfg)
+    """Parse the hierarchy and check the sections that nothing else reads; logs `budget_warnings`."""
     check_resume(cfg)
     if (cfg.get("trainer") or {}).get("max_time") is not None:
         raise ValueError(

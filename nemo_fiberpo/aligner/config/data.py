@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_fiberpo.fields import check, setting
+from nemo_fiberpo.fields import Settings, setting
 
 
 @dataclass(frozen=True)
-class DataSettings:
+class DataSettings(Settings):
     """The prompts to train on and to hold out."""
 
     train: str = setting(may_change=True)
-    """JSON lines of prompts to train on, see nemo_fiberpo/prompts/records.py for their format. A resumed run may read
-    the
-        same content from another path."""
+    """JSON lines of prompts to train on, see docs/data.md for their format. A resumed run may read the same content
+    from another path."""
 
     heldout: str | None = setting(None, may_change=True)
     """JSON lines of prompts to evaluate on, before and after training and every `algorithm.val_check_interval` RL
@@ -30,7 +29,7 @@ class DataSettings:
     """Whether to evaluate held-out prompts with greedy decoding as well as sampling."""
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         for name in ("train", "heldout"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name}: is empty; name a JSONL file")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,10 +54,7 @@ def model_problems(cfg: DictConfig, on_cpu: bool) -> Iterator[str]:
     if not cfg.get("mcore_gpt", False):
         yield "model.mcore_gpt: must be true; NeMo's own GPT without Megatron-core is not supported"
     if cfg.get("precision") is not None and not OmegaConf.is_interpolation(cfg, "precision"):
-        try:
-            check_precision(cfg.precision, "model.precision")
-        except ValueError as error:
-            yield str(error)
+        yield from _problem("", check_precision, cfg.precision, "model.precision")
     virtual = cfg.get("virtual_pipeline_model_parallel_size")
     if (virtual or 1) > 1:
         yield (
@@ -84,16 +81,18 @@ def model_problems(cfg: DictConfig, on_cpu: bool) -> Iterator[str]:
     for name, off in (("offload_adam_states", False), ("entropy_bonus", 0.0), ("ratio_eps", 0.0)):
         if cfg.ppo.get(name):
             yield f"model.ppo.{name}: {cfg.ppo.get(name)} is not supported by this actor; set it to {off}"
-    try:
-        check_choice(cfg.get("logprobs") or "auto", "model.logprobs")
-    except ValueError as error:
-        yield str(error)
-    try:
-        refuse_inexact(cfg)  # the fields have the names that Megatron's config has
-    except ValueError as error:
-        yield f"model.{error}"
+    yield from _problem("", check_choice, cfg.get("logprobs") or "auto", "model.logprobs")
+    yield from _problem("model.", refuse_inexact, cfg)  # the fields have the names that Megatron's config has
     yield from _sampling_problems(cfg.ppo)
     yield from _adapter_problems(cfg.get("peft") or {}, on_cpu)
+
+
+def _problem(prefix: str, check: Callable[..., Any], *values: Any) -> Iterator[str]:
+    """The message of the ValueError that `check` raises for these values, if it does."""
+    try:
+        check(*values)
+    except ValueError as error:
+        yield f"{prefix}{error}"
 
 
 def _adapter_problems(peft: Any, on_cpu: bool) -> Iterator[str]:
@@ -200,8 +199,7 @@ def partition_table(partitions: ExpertPartitions, model: DictConfig) -> tuple[Te
 
 def _dispatcher_problems(cfg: DictConfig) -> Iterator[str]:
     """Megatron-core 0.11.0 unsorts tokens wrongly after the all-to-all if experts are split over TP and several are on
-    a
-        rank, unless Transformer Engine permutes them: the forward pass silently computes another function."""
+    a rank, unless Transformer Engine permutes them: the forward pass silently computes another function."""
     experts, expert_parallel = cfg.get("num_moe_experts") or 0, cfg.get("expert_model_parallel_size") or 1
     split = cfg.get("expert_tensor_parallel_size") or cfg.get("tensor_model_parallel_size") or 1
     if (

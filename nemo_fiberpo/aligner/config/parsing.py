@@ -1,14 +1,16 @@
-"""From a section of a config to its checked dataclass."""
+"""Parsing a section of a config into its checked dataclass."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig
 
 from nemo_fiberpo.config import mapping, reject_unknown_keys
 from nemo_fiberpo.plain import as_plain
+
+T = TypeVar("T")
 
 
 def plain(cfg: DictConfig, section: str) -> dict[str, Any]:
@@ -19,9 +21,14 @@ def plain(cfg: DictConfig, section: str) -> dict[str, Any]:
     return mapping(as_plain(node), section)
 
 
-def build(kind: type, values: dict[str, Any], where: str, **extra: Any) -> Any:
+def read_section(kind: type[T], cfg: DictConfig, name: str, *, optional: bool = False) -> T:
+    """A section as its dataclass `kind`; the defaults of `kind` if the section is optional and absent or null."""
+    return build(kind, {} if optional and cfg.get(name) is None else plain(cfg, name), name)
+
+
+def build(kind: type[T], values: dict[str, Any], where: str, **extra: Any) -> T:
     """The dataclass `kind` with these values and `extra`. ValueErrors name the field below `where`."""
-    fields = {entry.name: entry for entry in dataclasses.fields(kind)}
+    fields = {entry.name: entry for entry in dataclasses.fields(kind)}  # type: ignore[arg-type]
     reject_unknown_keys(values, fields, where)
     for name, entry in fields.items():
         required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_fiberpo.fields import check, setting
+from nemo_fiberpo.fields import Settings, setting
 from nemo_fiberpo.graders.builtin import UNSAFE_TASKS
 from nemo_fiberpo.values import nearest
 
 
 @dataclass(frozen=True)
-class RewardSettings:
+class RewardSettings(Settings):
     """How responses are scored: by graders in separate processes, or by a reward-model server."""
 
     kind: str = setting("rules", choices=("rules", "server"))
@@ -50,7 +50,7 @@ class RewardSettings:
     """Configuration of NeMo-Aligner's client of the reward-model server. Required for `kind: server`, only there."""
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         for task in self.unsafe_tasks or ():
             if task not in UNSAFE_TASKS:
                 raise ValueError(f"unsafe_tasks: {task!r} is unknown{nearest(task, UNSAFE_TASKS)}")

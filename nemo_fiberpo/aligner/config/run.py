@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nemo_fiberpo.fields import check, setting
+from nemo_fiberpo.fields import Settings, setting
 
 
 @dataclass(frozen=True)
-class RunSettings:
+class RunSettings(Settings):
     """Top-level keys of a run's config."""
 
     name: str = setting("fiberpo")
@@ -35,28 +35,19 @@ class RunSettings:
     """Seconds before a rank gives up on the others, in every process group. Must exceed the longest time that a rank is
     busy by itself: grading, saving a checkpoint, generating a much longer response."""
 
-    def __post_init__(self) -> None:
-        check(self)
-
 
 @dataclass(frozen=True)
-class ResumeSettings:
+class ResumeSettings(Settings):
     """What may differ when a run is resumed."""
 
     allow: Sequence[str] = setting(default_factory=list, form="list of keys, such as [hierarchy, model.optim.lr]")
     """Keys, or sections, that may have a new value, in addition to those that may always change; see
     docs/checkpoints.md."""
 
-    def __post_init__(self) -> None:
-        check(self)
-
 
 @dataclass(frozen=True)
-class PretrainedCheckpoint:
+class PretrainedCheckpoint(Settings):
     """The policy that training starts from."""
 
     restore_from_path: str = setting()
     """A .nemo file or folder, such as `fiberpo import-hf` writes."""
-
-    def __post_init__(self) -> None:
-        check(self)

@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 
 from nemo_fiberpo.aligner.config.algorithm import AlgorithmSettings, HierarchyGating, KlSettings
 from nemo_fiberpo.aligner.config.data import DataSettings
-from nemo_fiberpo.aligner.config.parsing import build, plain
+from nemo_fiberpo.aligner.config.parsing import build, plain, read_section
 from nemo_fiberpo.aligner.config.rewards import RewardSettings
-from nemo_fiberpo.aligner.config.run import ResumeSettings, RunSettings
+from nemo_fiberpo.aligner.config.run import PretrainedCheckpoint, ResumeSettings, RunSettings
 from nemo_fiberpo.aligner.config.warm_start import WarmStartSettings
 from nemo_fiberpo.config import (
     mapping,
@@ -76,28 +76,29 @@ def _gating(objective: Any, fields: Any) -> dict[str, Any]:
 
 def data_settings(cfg: DictConfig) -> DataSettings:
     """The `data` section."""
-    return build(DataSettings, plain(cfg, "data"), "data")
+    return read_section(DataSettings, cfg, "data")
 
 
 def reward_settings(cfg: DictConfig) -> RewardSettings:
     """The `rewards` section, or its defaults."""
-    return build(RewardSettings, _optional(cfg, "rewards"), "rewards")
+    return read_section(RewardSettings, cfg, "rewards", optional=True)
+
+
+def pretrained_checkpoint(cfg: DictConfig) -> PretrainedCheckpoint:
+    """The `pretrained_checkpoint` section."""
+    return read_section(PretrainedCheckpoint, cfg, "pretrained_checkpoint")
 
 
 def warm_start_settings(cfg: DictConfig) -> WarmStartSettings:
     """The `warm_start` section."""
-    return build(WarmStartSettings, plain(cfg, "warm_start"), "warm_start")
+    return read_section(WarmStartSettings, cfg, "warm_start")
 
 
 def cluster_settings(cfg: DictConfig) -> Assumptions:
     """The `cluster` section, or its defaults."""
-    return build(Assumptions, _optional(cfg, "cluster"), "cluster")
+    return read_section(Assumptions, cfg, "cluster", optional=True)
 
 
 def check_resume(cfg: DictConfig) -> None:
     """Check the form of the `resume` section; `RunRecord` checks its keys."""
-    build(ResumeSettings, _optional(cfg, "resume"), "resume")
-
-
-def _optional(cfg: DictConfig, section: str) -> dict[str, Any]:
-    return plain(cfg, section) if cfg.get(section) is not None else {}
+    read_section(ResumeSettings, cfg, "resume", optional=True)

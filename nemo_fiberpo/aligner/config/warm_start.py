@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_fiberpo.fields import check, setting
+from nemo_fiberpo.fields import Settings, setting
 
 
 @dataclass(frozen=True)
-class WarmStartSettings:
+class WarmStartSettings(Settings):
     """The supervised warm start of the quickstart, for examples/warm_start.py; other runs have no such section."""
 
     data: str = setting()
@@ -34,6 +34,3 @@ class WarmStartSettings:
 
     check_prompts: int = setting(at_least=1)
     """Training prompts per domain on which the reward is measured."""
-
-    def __post_init__(self) -> None:
-        check(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,10 +101,6 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
                     f"tokenizer's vocabulary of {vocab_size}"
                 )
 
-    def subset(self, places: Sequence[int]) -> PromptSubset:
-        """The prompts at `places`, with their `prompt_index` unchanged."""
-        return PromptSubset(self, places)
-
     def label_names(self, stratum: str, optional: bool = False) -> list[str]:
         """The names of a stratum's label values: the domains, or the records' own labels, sorted.
 
@@ -142,7 +138,7 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class PromptSubset(torch.utils.data.Subset[dict[str, Any]]):
-    """Some prompts of a data set, in any order."""
+    """The prompts at `places` of a data set, in that order, with their `prompt_index` unchanged."""
 
     def __init__(self, prompts: PromptDataset, places: Sequence[int]):
         super().__init__(prompts, places)
@@ -161,8 +157,3 @@ def collate_prompts(items: Sequence[dict[str, Any]], eos_id: int, generation_len
         row[: item["length"]] = item["text"]
     columns = {name: torch.tensor([item[name] for item in items]) for name in ("length", "prompt_index", "domain")}
     return {"text": text} | columns
-
-
-def make_collate(eos_id: int, generation_length: int) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
-    """`collate_prompts` with its constants bound, picklable for data-loader workers."""
-    return functools.partial(collate_prompts, eos_id=eos_id, generation_length=generation_length)

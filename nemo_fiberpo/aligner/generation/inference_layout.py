@@ -8,7 +8,7 @@ for the existing model, and back on for log-probs and training. Megatron-core 0.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -51,22 +51,35 @@ def whole_sequences(chunks: Iterable[torch.nn.Module]) -> Iterator[None]:
     """Switch off sequence and context parallelism of the model's chunks within the block."""
     modules = [module for chunk in chunks for module in chunk.modules()]
     holders = {id(holder): holder for module in modules for holder in (module, getattr(module, "config", None))}
-    before = [
-        (holder, name, getattr(holder, name))
-        for holder in holders.values()
-        for name, off in _SPLITS.items()
-        if getattr(holder, name, off) != off
-    ]
     with contextlib.ExitStack() as stack:
         if mpu.get_context_parallel_world_size() > 1:
             stack.enter_context(_no_context_parallel(modules))
-        try:
-            for holder, name, _ in before:
-                setattr(holder, name, _SPLITS[name])
-            yield
-        finally:
-            for holder, name, value in before:
-                setattr(holder, name, value)
+        stack.enter_context(_switched_off(holders.values(), _SPLITS))
+        yield
+
+
+def config_without_sequence_parallel(actor: Any) -> contextlib.AbstractContextManager[None]:
+    """Disable sequence parallelism in the configs that NeMo's generation reads beside the modules' own."""
+    configs = (actor.cfg, actor.model_parallel_config, actor.transformer_config)
+    return _switched_off(configs, {"sequence_parallel": False})
+
+
+@contextlib.contextmanager
+def _switched_off(holders: Iterable[Any], off: Mapping[str, Any]) -> Iterator[None]:
+    """Give the attributes that `holders` have the values of `off` within the block."""
+    before = [
+        (holder, name, getattr(holder, name))
+        for holder in holders
+        for name, value in off.items()
+        if getattr(holder, name, value) != value
+    ]
+    try:
+        for holder, name, _ in before:
+            setattr(holder, name, off[name])
+        yield
+    finally:
+        for holder, name, value in before:
+            setattr(holder, name, value)
 
 
 @contextlib.contextmanager
@@ -95,17 +108,3 @@ def _no_context_parallel(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
             module.set_context_parallel_group(group, ranks, stream, **more)  # type: ignore[operator]
         patches.undo()
         RotaryEmbedding.forward.cache_clear()
-
-
-@contextlib.contextmanager
-def config_without_sequence_parallel(actor: Any) -> Iterator[None]:
-    """Disable sequence parallelism in the configs that NeMo's generation reads beside the modules' own."""
-    holders = (actor.cfg, actor.model_parallel_config, actor.transformer_config)
-    before = [holder.sequence_parallel for holder in holders]
-    for holder in holders:
-        holder.sequence_parallel = False
-    try:
-        yield
-    finally:
-        for holder, value in zip(holders, before, strict=True):
-            holder.sequence_parallel = value

@@ -58,9 +58,10 @@ def install(main: str = "__main__") -> None:
 
 def shield_resource_tracker() -> None:
     """Start multiprocessing's resource tracker with signals blocked, so that a signal to the whole job does not end it.
-    It
-        ignores SIGTERM and SIGINT by itself but not SIGUSR1, and its replacement would print a traceback for each
-        semaphore it does not know."""
+
+    It ignores SIGTERM and SIGINT by itself but not SIGUSR1, and its replacement would print a traceback for each
+    semaphore it does not know.
+    """
     with signals_blocked():
         resource_tracker.ensure_running()
 

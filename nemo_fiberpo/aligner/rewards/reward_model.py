@@ -15,8 +15,8 @@ from torch import Tensor
 from nemo_fiberpo.aligner.config.rewards import RewardSettings
 from nemo_fiberpo.aligner.data.prompts import Tokenizer
 from nemo_fiberpo.aligner.rewards.critic import NoCritic
-from nemo_fiberpo.aligner.rewards.rules import CRASH, EXHAUSTED, OK, RuleRewards, Scores
 from nemo_fiberpo.prompts.records import PromptRecord
+from nemo_fiberpo.rewards import CRASH, EXHAUSTED, OK, RuleRewards, Scores
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from nemo_fiberpo.aligner.rewards.critic import NoCritic
-from nemo_fiberpo.aligner.rewards.rules import OK
+from nemo_fiberpo.rewards import OK
 
 
 class _RewardsOnly(FutureResult):

@@ -1,1 +1,1 @@
-"""From samples to the minibatches of the optimizer steps: advantages, labels of the strata, rows."""
+"""Turns samples into the minibatches of the optimizer steps: advantages, labels of the strata, rows."""

@@ -15,8 +15,8 @@ from nemo_fiberpo.aligner.data.prompts import PromptDataset, collate_prompts
 from nemo_fiberpo.aligner.generation.inference_layout import generation_axis
 from nemo_fiberpo.aligner.generation.lockstep import deterministic
 from nemo_fiberpo.aligner.rewards.reward_model import check_failures, decode_responses
-from nemo_fiberpo.aligner.rewards.rules import CRASH
 from nemo_fiberpo.aligner.rollout.dealing import padded_share
+from nemo_fiberpo.rewards import CRASH
 from nemo_fiberpo.storage.manifest import write_atomically
 
 

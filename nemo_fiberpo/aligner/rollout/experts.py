@@ -35,21 +35,17 @@ class ExpertLabels:
     def __init__(self, partitions: ExpertPartitions, model: DictConfig, chunks: Sequence[torch.nn.Module]):
         table, self.names = partition_table(partitions, model)
         self.partitions = partitions
-        self._capture = RoutingCapture(chunks, table, partitions.layers)
-
-    def watch(self, policy: Policy, microbatches: Sequence[Any]) -> contextlib.AbstractContextManager[Policy]:
-        """The same policy; its first pass over each micro-batch within the block is captured."""
-        return self._capture.watch(policy, microbatches)
+        self.capture = RoutingCapture(chunks, table, partitions.layers)
 
     def columns(self, rows: Sequence[Rows], samples: int, width: int) -> dict[str, Tensor]:
-        """Of the captured pass: `expert_partition`, uint8 or int16 [b, s - 1], and for soft membership
+        """Columns of the captured pass: `expert_partition`, uint8 or int16 [b, s - 1], and for soft membership
         `expert_membership`, uint8 [b, s - 1, partitions]. Entry t belongs to the token at position t + 1, routed at
         position t, as its log-prob.
 
         SPMD: collective over tp, pp and cp; the result is the same on all of them.
         """
-        masses = self._capture.masses()
-        self._capture.release()
+        masses = self.capture.masses()
+        self.capture.release()
         found = {COLUMN: [hard_labels(mass) for mass in masses]}
         if self.partitions.membership == "soft":
             found[MEMBERSHIP] = [soft_membership(mass) for mass in masses]
@@ -60,11 +56,11 @@ class ExpertLabels:
         another one: float64 [2, partitions]. SPMD: collective over tp and pp."""
         assert minibatch.expert_labels is not None
         counts = torch.zeros(2, len(self.names), dtype=torch.float64)
-        for mass, old, mask in zip(self._capture.masses(), minibatch.expert_labels, minibatch.mask, strict=True):
+        for mass, old, mask in zip(self.capture.masses(), minibatch.expert_labels, minibatch.mask, strict=True):
             old, new = old[mask].long().cpu(), hard_labels(mass).to(mask.device)[mask].long().cpu()
             counts[0] += torch.bincount(old, minlength=len(self.names))
             counts[1] += torch.bincount(old[old != new], minlength=len(self.names))
-        self._capture.release()
+        self.capture.release()
         return counts
 
 
@@ -81,13 +77,13 @@ def _in_samples(values: Sequence[Tensor], rows: Sequence[Rows], samples: int, wi
 def watched(
     experts: ExpertLabels | None, policy: Policy, microbatches: Sequence[Any]
 ) -> contextlib.AbstractContextManager[Policy]:
-    """`ExpertLabels.watch` where there are labels to capture, else the policy unchanged."""
-    return contextlib.nullcontext(policy) if experts is None else experts.watch(policy, microbatches)
+    """The same policy; its first pass over each micro-batch within the block is captured for `experts`, if given."""
+    return contextlib.nullcontext(policy) if experts is None else experts.capture.watch(policy, microbatches)
 
 
 def routing_metrics(counts: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """From `ExpertLabels.changed` summed over the ranks: the share of tokens that changed their partition, overall and
-    by partition, and each partition's share of the tokens."""
+    """Metrics from `ExpertLabels.changed`, summed over the ranks: the share of tokens that changed their partition,
+    overall and by partition, and each partition's share of the tokens."""
     live, changed = counts.tolist()
     out = {"routing/changed": sum(changed) / max(sum(live), 1.0)}
     for name, tokens, moved in zip(names, live, changed, strict=True):

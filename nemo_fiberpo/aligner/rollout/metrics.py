@@ -16,7 +16,7 @@ from nemo_fiberpo.megatron.step import StepResult
 
 
 def rollout_metrics(batch: Mapping[str, Tensor], prompts: PromptDataset, drops_failures: bool) -> dict[str, Any]:
-    """Of the whole, gathered rollout; docs/metrics.md lists them. Mean rewards are over the valid samples."""
+    """Metrics of the whole, gathered rollout; docs/metrics.md lists them. Mean rewards are over the valid samples."""
     length = (batch["response_lengths"] - batch["prompt_lengths"]).double()
     truncated = 1.0 - batch["is_end"].double()
     counted = batch["valid"].bool()
@@ -50,8 +50,8 @@ def first_sample(batch: Mapping[str, Tensor], tokenizer: Any) -> dict[str, Any]:
 
 
 def step_metrics(result: StepResult, minibatch: Minibatch, actor: Any, *, penalised: bool) -> dict[str, float]:
-    """Of an optimizer step over all ranks, by one exchange: the maximum recompute error, the KL penalty where there is
-    one, and counts of tokens that changed their experts. SPMD: every rank calls it."""
+    """Metrics of an optimizer step over all ranks, by one exchange: the maximum recompute error, the KL penalty if
+    there is one, and shares of tokens that changed their experts. SPMD: every rank calls it."""
     axes, experts = actor.reducer.axes, actor.experts
     counts = torch.zeros(2, 0, dtype=torch.float64)
     if minibatch.expert_labels is not None:

@@ -92,7 +92,7 @@ PARSERS: dict[str, Any] = {
     "rewards": sections.reward_settings,
     "warm_start": sections.warm_start_settings,
     "cluster": sections.cluster_settings,
-    "pretrained_checkpoint": checks.pretrained_checkpoint,
+    "pretrained_checkpoint": sections.pretrained_checkpoint,
 }
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_fiberpo.aligner.config.checks import check_batches, check_sections
+from nemo_fiberpo.aligner.config.checks import check_batches, check_sections, check_shape
 from nemo_fiberpo.aligner.config.model_checks import check_all_forward, recompute_warnings
 from nemo_fiberpo.aligner.config.precision import check_precision
 from nemo_fiberpo.aligner.config.sections import algorithm_settings, data_settings, reward_settings
@@ -77,7 +77,6 @@ def test_all_forward_refuses_by_the_name_of_the_key_and_warns_without_recomputat
 
 
 def test_sizes_follow():
-    assert settings().samples_per_rollout == 768
     assert settings().samples_per_step == 192
 
 
@@ -232,7 +231,6 @@ def test_unknown_keys_of_checked_sections_reach_the_check_past_hydra():
             {"hierarchy": {"token_clip": 1, "strata": STRATA | {"domian": {"slope": 3}}}},
             ["hierarchy.strata.domian.budget", "did you mean the stratum 'domain'"],
         ),
-        ({"hierarchy": HIERARCHY, "algoritm": {}}, ["algoritm", "did you mean 'algorithm'"]),
         ({"hierarchy": HIERARCHY | {"token_clip": 0}}, ["hierarchy.token_clip", "greater than 0"]),
         (
             {"hierarchy": {"token_clip": 1, "strata": STRATA | {"domain": {"budget": {"po": 3}}}}},
@@ -245,6 +243,11 @@ def test_section_and_hierarchy_refusals(cfg, words):
         check_sections(OmegaConf.create(cfg))
     for word in words:
         assert word in str(error.value)
+
+
+def test_an_unknown_section_is_refused():
+    with pytest.raises(ValueError, match=r"^algoritm: unknown key; did you mean 'algorithm'"):
+        check_shape(OmegaConf.create({"hierarchy": HIERARCHY, "algoritm": {}}))
 
 
 def batches(**model):

@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_fiberpo.aligner.rewards.reward_model import RuleRewardModel, decode_responses, reward_metrics
+from nemo_fiberpo.aligner.rewards.reward_model import (
+    RuleRewardModel,
+    check_failures,
+    decode_responses,
+    reward_metrics,
+    zero_failures,
+)
 from tests.support.bad_records import BAD, HERE, Letters, bad
 
 pytestmark = pytest.mark.usefixtures("find_bad_graders")
@@ -134,3 +140,20 @@ def test_remote_reward_model_adapts_the_servers_answer():
     Client.rewards = torch.tensor([[float("nan")], [1.0]])
     with pytest.raises(RuntimeError, match="not finite"):
         model.infer_rm_critic(batch).result()
+
+
+def test_more_failures_than_allowed_stop_the_run_with_the_first_reasons():
+    check_failures(4, 8, 0.5, ["a"])
+    with pytest.raises(RuntimeError, match=r"^5 of 8 responses .* rewards\.max_failed = 0\.5: a; b; c$"):
+        check_failures(5, 8, 0.5, ["a", "b", "c", "d"])
+    with pytest.raises(RuntimeError, match="output of the other ranks"):
+        check_failures(1, 8, 0.0, [])
+    check_failures(0, 0, 0.0, [])
+    check_failures(8, 8, 1.0, [])
+
+
+def test_an_answer_that_hangs_the_grader_is_not_left_out_of_the_loss():
+    """Else a policy would learn to hang the grader where it knows no answer."""
+    given, failed = torch.tensor([1.0, 0.5, 0.5]), torch.tensor([0, 1, 2])
+    assert [column.tolist() for column in zero_failures(given, failed, True)] == [[1.0, 0.0, 0.0], [1, 1, 0]]
+    assert [column.tolist() for column in zero_failures(given, failed, False)] == [[1.0, 0.0, 0.0], [1, 1, 1]]

@@ -109,7 +109,7 @@ def test_tokens_that_changed_their_partition_are_counted_by_the_one_they_had():
             pass
 
     experts = ExpertLabels.__new__(ExpertLabels)
-    experts.names, experts._capture = ("low", "high"), Capture()
+    experts.names, experts.capture = ("low", "high"), Capture()
     old = torch.tensor([[0, 1, 0, 1]], dtype=torch.uint8)
     for masked, counts in ((3, [[2, 1], [1, 0]]), (2, [[1, 2], [0, 1]])):
         mask = torch.ones(1, 4, dtype=torch.bool)

@@ -11,11 +11,11 @@ from omegaconf import OmegaConf
 
 from nemo_fiberpo.aligner.checkpoint.identity import hierarchy_of_record, identity_of, identity_of_record
 from nemo_fiberpo.aligner.config.sections import hierarchy_section
-from nemo_fiberpo.aligner.rollout.entropy import entropy_metrics
 from nemo_fiberpo.aligner.rollout.response_labels import ResponseLabels
 from nemo_fiberpo.aligner.rollout.strata import StrataLabels
 from nemo_fiberpo.cli.compose import compose
 from nemo_fiberpo.config import load_hierarchy, load_token_labels
+from nemo_fiberpo.diagnostics.entropy import entropy_metrics
 from nemo_fiberpo.labelling.token_labels import IGNORED, PREFIX
 from tests.labelling.tokenizers import Bytes
 from tests.support.launching import ROOT

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +13,10 @@ import pytest
 import transformers
 
 from nemo_fiberpo.aligner.data.prompts import PromptDataset
-from nemo_fiberpo.aligner.rewards.rules import RuleRewards
 from nemo_fiberpo.prompts.records import load_prompts
+from nemo_fiberpo.rewards import RuleRewards
 from tests.support.hf_models import write_tokenizer
+from tests.support.prompt_files import write_lines
 
 # <10> system, <11> user, <12> assistant; <1> ends a message. One of the two begins with BOS, which is <3>.
 TURNS = (
@@ -47,12 +48,7 @@ def nemo_tokenizer(folder: Path) -> Any:
 
 @pytest.fixture
 def write(tmp_path):
-    def write(*lines: dict[str, Any]) -> Path:
-        path = tmp_path / "chat.jsonl"
-        path.write_text("".join(json.dumps(one) + "\n" for one in lines))
-        return path
-
-    return write
+    return partial(write_lines, tmp_path, name="chat.jsonl")
 
 
 @pytest.mark.parametrize("bos_id", [None, 3])
@@ -78,7 +74,7 @@ def test_lengths_count_the_template(write, tmp_path):
 
 def test_a_warm_start_learns_to_answer_conversations(write, tmp_path, monkeypatch):
     pytest.importorskip("nemo_aligner")
-    path = Path(__file__).parents[3] / "examples" / "warm_start.py"
+    path = Path(__file__).parents[2] / "examples" / "warm_start.py"
     spec = importlib.util.spec_from_file_location("warm_start", path)
     assert spec is not None and spec.loader is not None
     warm_start = importlib.util.module_from_spec(spec)

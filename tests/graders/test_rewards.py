@@ -7,11 +7,11 @@ import os
 import pytest
 import torch
 
-from nemo_fiberpo.aligner.rewards.reward_model import RuleRewardModel, check_failures, zero_failures
-from nemo_fiberpo.aligner.rewards.rules import RuleRewards
+from nemo_fiberpo.aligner.rewards.reward_model import RuleRewardModel
 from nemo_fiberpo.graders.builtin import UNSAFE_TASKS
 from nemo_fiberpo.graders.pool import GraderPool
 from nemo_fiberpo.prompts.records import PromptRecord
+from nemo_fiberpo.rewards import RuleRewards
 from tests.support.bad_records import BAD, Letters, bad, gym, rewards_of, sum_entry
 
 pytestmark = pytest.mark.usefixtures("find_bad_graders")
@@ -136,16 +136,6 @@ def test_a_response_that_a_task_runs_affects_only_itself(tmp_path):
     assert not (tmp_path / "written").exists()
 
 
-def test_more_failures_than_allowed_stop_the_run_with_the_first_reasons():
-    check_failures(4, 8, 0.5, ["a"])
-    with pytest.raises(RuntimeError, match=r"^5 of 8 responses .* rewards\.max_failed = 0\.5: a; b; c$"):
-        check_failures(5, 8, 0.5, ["a", "b", "c", "d"])
-    with pytest.raises(RuntimeError, match="output of the other ranks"):
-        check_failures(1, 8, 0.0, [])
-    check_failures(0, 0, 0.0, [])
-    check_failures(8, 8, 1.0, [])
-
-
 def test_an_unknown_task_or_grader_is_named():
     with pytest.raises(RuntimeError, match=r"'chain_summ' is not a task of reasoning-gym.*'chain_sum'"):
         with RuleRewards([gym("chain_summ", sum_entry())]) as rewards:
@@ -187,10 +177,3 @@ def test_a_grading_process_has_no_torch_no_launcher_environment_and_no_open_file
         assert os.read(read, 1) == b""  # end of file: nobody else holds the other end
     assert scores.rewards.tolist() == [0.0, 0.0, 0.0]
     os.close(read)
-
-
-def test_an_answer_that_hangs_the_grader_is_not_left_out_of_the_loss():
-    """Else a policy would learn to hang the grader where it knows no answer."""
-    given, failed = torch.tensor([1.0, 0.5, 0.5]), torch.tensor([0, 1, 2])
-    assert [column.tolist() for column in zero_failures(given, failed, True)] == [[1.0, 0.0, 0.0], [1, 1, 0]]
-    assert [column.tolist() for column in zero_failures(given, failed, False)] == [[1.0, 0.0, 0.0], [1, 1, 1]]

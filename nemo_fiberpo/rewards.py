@@ -52,8 +52,8 @@ class RuleRewards:
     """Grades responses to `records` with their graders, in `workers` processes.
 
     score        "threshold": 1.0 for a score of at least 1, else 0.0; "raw": the score itself
-    on_failure   for a response whose grader crashed: the trainer applies "drop" and "zero", see `drops_failures`;
-                 "error" raises here, also for exhausted time or memory, which otherwise gives reward 0
+    on_failure   for a response whose grader crashed: "drop" and "zero" are left to the caller; "error" raises here,
+                 also for exhausted time or memory, which otherwise gives reward 0
     time_limit   wall-clock seconds per response
     graders      custom graders: {name: "package.module:function"}
     unsafe_tasks tasks of reasoning-gym that may evaluate responses as Python; others that do are refused
@@ -77,7 +77,7 @@ class RuleRewards:
         refuse_unsafe(records, unsafe_tasks)
         one_of(score, "score", ("threshold", "raw"))
         one_of(on_failure, "on_failure", ("drop", "zero", "error"))
-        self.records, self._score, self.on_failure = list(records), score, on_failure
+        self.records, self._score, self._on_failure = list(records), score, on_failure
         self._targets = targets = {name: name for name in GRADER_FIELDS} | (graders or {})
         samples = {(record.grader, record.fields.get("task")): record.fields for record in reversed(self.records)}
         self._pool = GraderPool(
@@ -87,11 +87,6 @@ class RuleRewards:
             time_limit=time_limit,
             memory_limit_mib=memory_limit_mib,
         )
-
-    @property
-    def drops_failures(self) -> bool:
-        """Whether a sample with grader_failed = CRASH is to be masked out of the loss and of every baseline."""
-        return self.on_failure == "drop"
 
     def wait_until_ready(self) -> str:
         """Wait until every worker has loaded its graders; returns a description of the isolation in force. Raises the
@@ -135,7 +130,7 @@ class RuleRewards:
                 f"{records[first].where}: {outcomes[first].failure}, {outcomes[first].reason}; "
                 f"the response was {responses[first][:200]!r}"
             )
-            if self.on_failure == "error":
+            if self._on_failure == "error":
                 raise RuntimeError(message)
             logger.warning(message)
         raw = torch.tensor([outcome.score for outcome in outcomes], dtype=torch.float64)

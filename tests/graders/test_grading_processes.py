@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_fiberpo.aligner.rewards.rules import RuleRewards
 from nemo_fiberpo.graders.pool import GraderPool
+from nemo_fiberpo.rewards import RuleRewards
 from tests.support.bad_records import BAD, HERE, LIMIT, bad, gym, rewards_of, sum_entry
 from tests.support.launching import wait_for
 
