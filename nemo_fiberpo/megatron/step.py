@@ -229,11 +229,12 @@ def shape_problem(index: int, log_probs: Tensor, old: Tensor) -> str | None:
     return f"log_probs: shape {shapes[0]} in micro-batch {index}, but old_log_probs have {shapes[1]}"
 
 
-def count_problem(microbatches: int, of_tokens: int) -> str | None:
-    """What is wrong with the number of micro-batches, None if nothing is."""
-    if microbatches == of_tokens and microbatches:
+def count_problem(microbatches: int, of_tokens: int, of_cells: int | None = None) -> str | None:
+    """What is wrong with the number of micro-batches, None if nothing is; `of_cells` where each has its own."""
+    if microbatches == of_tokens and of_cells in (None, microbatches) and microbatches:
         return None
-    return f"microbatches: {microbatches} of them, but tokens of {of_tokens}; at least one"
+    cells = "" if of_cells is None else f" and cells of {of_cells}"
+    return f"microbatches: {microbatches} of them, but tokens of {of_tokens}{cells}; at least one"
 
 
 def log_ratio_of(current: Sequence[Tensor], tokens: StepTokens) -> Tensor:
