@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_fiberpo.objective.hierarchy import Hierarchy
+from nemo_fiberpo.objective.optimistic import gates_can_pass
 from nemo_fiberpo.objective.ratio_gating import RatioGating
 
 from .assumptions import Assumptions
@@ -17,6 +18,7 @@ from .estimate import Times, times
 from .layout import Layout
 from .lengths import response_length, too_long
 from .memory import GIB, Memory, Run, memory
+from .passes import Dealing, StepCosts, step_costs
 from .shape import ModelShape
 
 
@@ -28,6 +30,8 @@ class Request:
     kl            whether the initial policy is needed
     epochs        passes over a rollout
     passes        most forward passes of a step
+    auto          with `algorithm.passes: auto`
+    recorded      a run, and its f at each off-policy place in the rollout
     whole_groups  whether a prompt group is dealt to one rank
     cpu           a run without GPUs: no times are estimated, and memory is not compared with `assumptions`
     """
@@ -46,6 +50,8 @@ class Request:
     kl: bool = False
     epochs: int = 1
     passes: int = 2
+    auto: bool = False
+    recorded: tuple[str, Sequence[float]] | None = None
     whole_groups: bool = False
     cpu: bool = False
 
@@ -72,6 +78,7 @@ class Plan:
     cells: StepCells | None = None
     counted: bool = False
     off_policy_steps: int = 0
+    costs: StepCosts | None = None
     times: Times | None = None
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -81,7 +88,7 @@ class Plan:
         """For JSON: the fields and derived values."""
         out: dict[str, Any] = {"name": self.name, "runs": not self.problems, "cpu": self.cpu}
         out |= {"problems": self.problems, "warnings": self.warnings, "unchecked": self.unchecked}
-        for name in ("layout", "shape", "batches", "memory", "cells", "times", "assumptions"):
+        for name in ("layout", "shape", "batches", "memory", "cells", "costs", "times", "assumptions"):
             value = getattr(self, name)
             out[name] = None if value is None else dataclasses.asdict(value)
         if self.cpu:  # the only ones used
@@ -118,8 +125,12 @@ def make_plan(request: Request, problems: list[str]) -> Plan:
     if len(plan.problems) > before or plan.shape is None:
         return plan
     _add_memory(plan, request, layout, plan.shape, request.batches)
-    if request.hierarchy is not None and request.prompts is not None:
-        _add_cells(plan, request, layout, plan.shape, request.batches, request.hierarchy, request.prompts)
+    if request.hierarchy is not None:
+        off_policy = request.batches.steps * request.epochs > 1
+        if off_policy and (request.auto or request.recorded is not None):
+            _add_costs(plan, request, layout, request.batches, request.hierarchy)
+        if request.prompts is not None:
+            _add_cells(plan, request, layout, plan.shape, request.batches, request.hierarchy, request.prompts)
     return plan
 
 
@@ -197,6 +208,14 @@ def _remedy(found: Memory) -> str:
     return "most of it is generation: lower model.ppo.rollout_micro_batch_size"
 
 
+def _add_costs(plan: Plan, request: Request, layout: Layout, batches: Batches, hierarchy: Hierarchy) -> None:
+    assert plan.run is not None
+    alone = layout.dp * layout.cp * batches.microbatches(layout.dp) == 1
+    dealing = Dealing(batches.group, batches.micro, request.whole_groups, layout.cp, alone)
+    recomputed = plan.run.recompute < 0
+    plan.costs = step_costs(hierarchy, request.gating, dealing, recomputed, request.recorded)
+
+
 def _add_cells(
     plan: Plan,
     request: Request,
@@ -226,6 +245,10 @@ def _add_cells(
     )
     if cells is None:
         return
+    if request.auto and gates_can_pass(hierarchy, request.gating):
+        # An optimistic step finds by one more reduction which micro-batches of any rank its second pass needs.
+        flags = 8 * layout.dp * batches.microbatches(layout.dp)
+        cells = dataclasses.replace(cells, calls=cells.calls + 1, bytes=cells.bytes + flags)
     plan.cells = cells
     # The first optimizer step after a rollout is on-policy: its reductions are skipped, but not those of one pass.
     plan.off_policy_steps = batches.steps * request.epochs - (1 if request.passes == 2 else 0)
