@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.growth import HIERARCHY, Job, step_reductions, world_of
+from benchmarks.growth import Job, step_reductions, world_of
+from benchmarks.token_coefficients import HIERARCHY
 from nemo_fiberpo.megatron import optimistic, step
 from nemo_fiberpo.megatron.exchange import exchange
 from nemo_fiberpo.megatron.groups import Reducer

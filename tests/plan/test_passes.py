@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -124,12 +125,12 @@ def test_the_plan_prints_six_lines_and_counts_the_third_reduction(run: Run):
     assert json.loads(run("quickstart", *OVERRIDES, "--json")[1])["costs"]["of"][2]["passes"] == "auto"
 
 
-def steps_of(folder: Path, *rollouts: list[float | None]) -> Path:
+def steps_of(folder: Path, *rollouts: Sequence[float | None]) -> Path:
     """A run: f of the off-policy optimizer steps of each rollout, None for a step of two passes."""
-    lines = []
+    lines: list[dict[str, float]] = []
     for rl_step, shares in enumerate(rollouts):
         for place, share in enumerate([None, *shares]):
-            row = {"rl_step": rl_step, "step": len(lines), "train_optim/grad_norm": 1.0}
+            row: dict[str, float] = {"rl_step": rl_step, "step": len(lines), "train_optim/grad_norm": 1.0}
             row["train_optim/on_policy"] = float(place == 0)
             lines.append(row if share is None else row | {"train_optim/second_pass": share})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
