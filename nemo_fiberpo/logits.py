@@ -30,6 +30,11 @@ def is_large(tokens: int, columns: int) -> bool:
     return 4 * tokens * columns >= AUTO_BYTES
 
 
+def block_width(columns: int) -> int:
+    """Columns of a block of the chunked path, of the `columns` of the vocabulary on a rank."""
+    return min(max(-(-columns // BLOCKS), LEAST_COLUMNS), max(columns, 1))
+
+
 def chosen(
     logprobs: str, *, samples: int, length: int, vocabulary: int, tensor_parallel: int, context_parallel: int
 ) -> str:

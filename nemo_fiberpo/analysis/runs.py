@@ -33,6 +33,7 @@ METRIC_KEYS = {
 }
 PASS_THROUGH = re.compile(r"train_optim/gates/(?P<stratum>[^/.]+)/(pos|neg)/pass_through")
 GATES = "train_optim/gates/"
+SECOND_PASS = "train_optim/second_pass"
 MODES = ("sampled", "greedy")
 
 
@@ -131,6 +132,24 @@ class Run:
             if histograms and steps and steps[-1].metrics["step"] == row["step"]:
                 steps[-1].histograms.update(histograms)
         return steps
+
+    def second_shares(self) -> list[float]:
+        """Mean share of micro-batches that second passes ran over (`algorithm.passes: auto`), for each off-policy place
+        in the rollout. A place without an optimistic step has that of the place before, by which it was decided.
+        ValueError without any."""
+        of_place: dict[int, list[float]] = defaultdict(list)
+        for step in self.optimizer_steps:
+            if not step.metrics.get("train_optim/on_policy"):
+                of_place[step.position] += [step.metrics[SECOND_PASS]] if SECOND_PASS in step.metrics else []
+        shares: list[float] = []
+        for _, found in sorted(of_place.items()):
+            shares += [float(np.mean(found))] if found else shares[-1:]
+        if not shares:
+            raise ValueError(
+                f"{self.path / 'metrics.jsonl'}: no optimizer step has {SECOND_PASS!r}; those of a run with "
+                "algorithm.passes: auto have it, but for the first of a rollout"
+            )
+        return shares
 
     def gates_at_work(self) -> dict[str, float]:
         """By stratum, the fraction of optimizer steps in which at least one of its cells left pass-through. On-policy

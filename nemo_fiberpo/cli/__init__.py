@@ -32,6 +32,7 @@ EXAMPLES = """examples:
 PLAN_EXAMPLES = """examples:
   fiberpo plan cluster/llama3_1_8b trainer.num_nodes=2 hierarchy=tree
   fiberpo plan /data/my_run.yaml --json
+  fiberpo plan my_run algorithm.passes=auto --run runs/my_run
 
 configurations that can be named:
   {names}
@@ -76,7 +77,7 @@ def _main(arguments: Sequence[str] | None) -> int:
             every = sys.argv[1:] if arguments is None else arguments
             return verifying.verify(given, every, partial(_say, stream=sys.stdout))
         if given.command == "plan":
-            return _plan(given.config, given.overrides, given.json)
+            return _plan(given.config, given.overrides, given.json, given.run)
         if given.command == "config":
             _say(reference.config(given.section, given.markdown) + "\n", sys.stdout)
             return 0
@@ -121,6 +122,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         description="Ranks, groups, memory, cells and collectives of a run, or why it cannot run.",
         epilog=PLAN_EXAMPLES.format(names="\n  ".join(known()) or "none: there is no conf/ here"),
     )
+    plan.add_argument(
+        "--run",
+        type=Path,
+        metavar="RUN",
+        help="the run_dir of a run with algorithm.passes: auto; what steps cost in it",
+    )
     plan.add_argument("--json", action="store_true", help="print everything as JSON")
     verifying.add_command(add)
     reference.add_command(commands, raw)
@@ -135,12 +142,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     return parser, of_runs
 
 
-def _plan(config: str, overrides: Sequence[str], as_json: bool) -> int:
+def _plan(config: str, overrides: Sequence[str], as_json: bool, run: Path | None) -> int:
     from nemo_fiberpo.cli.compose import compose
     from nemo_fiberpo.cli.planning import plan_of
     from nemo_fiberpo.plan.table import format_plan
 
-    found = plan_of(compose(config, overrides), config)
+    found = plan_of(compose(config, overrides), config, run)
     _say((json.dumps(found.as_dict(), indent=1) if as_json else format_plan(found)) + "\n", sys.stdout)
     for problem in found.problems:
         _say(f"error: {problem}\n", sys.stderr)

@@ -17,6 +17,7 @@ from nemo_fiberpo.aligner.config.checks import RunConfig, batch_sizes, on_cpu, r
 from nemo_fiberpo.aligner.config.data import DataSettings
 from nemo_fiberpo.aligner.config.model_checks import model_problems, partition_table
 from nemo_fiberpo.aligner.config.sections import cluster_settings, reward_settings
+from nemo_fiberpo.analysis.runs import Run
 from nemo_fiberpo.labelling.expert_partitions import COLUMN
 from nemo_fiberpo.labelling.token_labels import TokenLabels
 from nemo_fiberpo.objective import ExpertPartitions, Hierarchy
@@ -30,8 +31,11 @@ SECTIONS = ("model", "trainer", "algorithm", "hierarchy", "data", "rewards", "pr
 """The sections that a plan needs."""
 
 
-def plan_of(cfg: DictConfig, name: str) -> Plan:
-    """The plan of a composed configuration, with all its problems. ValueError if whole sections are missing."""
+def plan_of(cfg: DictConfig, name: str, run: Path | None = None) -> Plan:
+    """The plan of a composed configuration, with all its problems. ValueError if whole sections are missing.
+
+    run   the folder of a run with `algorithm.passes: auto`, whose second passes the cost of a step is estimated from
+    """
     lacking = [section for section in SECTIONS if not isinstance(cfg.get(section), DictConfig)]
     if lacking:
         raise ValueError(
@@ -61,7 +65,8 @@ def plan_of(cfg: DictConfig, name: str) -> Plan:
     tried(lambda: add_checkpoint(cfg))
     if assumptions.host == "nemo_aligner":
         problems += model_problems(cfg.model, bool(cfg.get("cpu", False)))
-    request = tried(lambda: _request(cfg, name, assumptions, config, tried))
+    recorded = None if run is None else (str(run), Run(run).second_shares())
+    request = tried(lambda: _request(cfg, name, assumptions, config, tried, recorded))
     if request is None:
         return Plan(name, assumptions, on_cpu(cfg), problems=problems)
     plan = make_plan(request, problems)
@@ -131,6 +136,7 @@ def _request(
     assumptions: Assumptions,
     config: RunConfig,
     tried: Callable[[Callable[[], Any]], Any],
+    recorded: tuple[str, list[float]] | None,
 ) -> Request:
     settings, data, partitions = config.algorithm, config.data, config.partitions
     hierarchy: Hierarchy | None = config.hierarchy
@@ -162,6 +168,8 @@ def _request(
         epochs=settings.epochs if settings is not None else 1,
         passes=1 if settings is not None and settings.passes == 1 else 2,
         all_forward=settings is not None and settings.all_forward,
+        auto=settings is not None and settings.passes == "auto",
+        recorded=recorded,
         whole_groups=settings is not None and settings.whole_groups,
         cpu=on_cpu(cfg),
     )

@@ -6,8 +6,8 @@ from typing import Any
 
 from nemo_fiberpo.megatron.optimistic import optimistic_step
 from nemo_fiberpo.megatron.step import StepResult, exact_step
+from nemo_fiberpo.step_cost import pays
 
-FORWARD = 0.32  # cost of the forward pass by which `exact_step` exceeds one forward and backward pass
 RECENT = 0.3  # weight of the newest share in the running mean
 RETRY = 16  # an optimistic step is tried again at every such visit to a place where it does not pay
 
@@ -28,7 +28,7 @@ class StepChoice:
         """Whether the optimistic step is taken at a visit to the place."""
         self._visits[place] = self._visits.get(place, 0) + 1
         known = self._share.get(place, self._share.get(place - 1, 0.0))
-        return known < FORWARD or self._visits[place] % RETRY == 0
+        return pays(known) or self._visits[place] % RETRY == 0
 
     def note(self, place: int, share: float) -> None:
         """Record the share of an optimistic step."""

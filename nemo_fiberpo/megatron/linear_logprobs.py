@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_fiberpo.logits import BLOCKS, LEAST_COLUMNS
+from nemo_fiberpo.logits import block_width
 from nemo_fiberpo.megatron.logprobs import (
     accumulate_dtype,
     own_columns,
@@ -70,7 +70,7 @@ class _Blocks:
 
     def __init__(self, h_TH: Tensor, weight_VH: Tensor, columns: int):
         self.h_TH, self.weight_VH, self.columns = h_TH, weight_VH, columns
-        self.width = min(max(-(-columns // BLOCKS), LEAST_COLUMNS), max(columns, 1))
+        self.width = block_width(columns)
         number = h_TH.shape[0] * self.width
         self.narrow = torch.empty(number, dtype=h_TH.dtype, device=h_TH.device)
         dtype = accumulate_dtype(h_TH)

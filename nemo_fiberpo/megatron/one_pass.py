@@ -16,7 +16,7 @@ from torch import Tensor
 from nemo_fiberpo.megatron.exchange import gather_censuses
 from nemo_fiberpo.megatron.groups import Reducer, TokenAxes
 from nemo_fiberpo.megatron.schedule import Policy, loss_scale, refuse_inexact
-from nemo_fiberpo.megatron.step import StepResult, StepTokens, backward_pass, shape_problem
+from nemo_fiberpo.megatron.step import StepResult, StepTokens, backward_pass, count_problem, shape_problem
 from nemo_fiberpo.objective import Cells, Hierarchy, RatioGating, SharedCells, Surrogate, surrogate
 from nemo_fiberpo.objective.report import empty_fields, make_report, merge, pack, unpack
 from nemo_fiberpo.objective.sharing import all_reduce
@@ -92,11 +92,9 @@ def one_pass_step(
     sequence is split over cp, per micro-batch as many more over that axis as `exact_step` has.
     """
     refuse_inexact(policy.config)
-    if not len(microbatches) == len(tokens.old_log_probs) == len(parts) or not microbatches:
-        raise ValueError(
-            f"microbatches: {len(microbatches)} of them, but tokens of {len(tokens.old_log_probs)} and cells of "
-            f"{len(parts)}; at least one"
-        )
+    problem = count_problem(len(microbatches), len(tokens.old_log_probs), len(parts))
+    if problem is not None:
+        raise ValueError(problem)
     within = _within_context_parallel(reducer.axes)
     results: list[Surrogate] = []
     coefficients = [torch.zeros_like(old) for old in tokens.old_log_probs]

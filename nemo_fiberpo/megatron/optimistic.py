@@ -57,9 +57,9 @@ def optimistic_step(
     SPMD: every rank calls this. One all-reduce over `reducer.axes.group` more than `exact_step`.
     """
     refuse_inexact(policy.config)
-    problem = count_problem(len(microbatches), len(tokens.old_log_probs))
-    if problem is not None or len(parts) != len(microbatches):
-        raise ValueError(problem or f"parts: {len(parts)} of them, but {len(microbatches)} micro-batches")
+    problem = count_problem(len(microbatches), len(tokens.old_log_probs), len(parts))
+    if problem is not None:
+        raise ValueError(problem)
     guesses = _Guesses(tokens, parts, hierarchy, gating, use_min)
     with without_gradient_sync(policy) as finalise:
         scale = loss_scale(len(microbatches), reducer.axes)

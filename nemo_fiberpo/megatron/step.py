@@ -250,11 +250,12 @@ def told_problem(policy: Policy, microbatches: Sequence[Any], tokens: StepTokens
     return problem
 
 
-def count_problem(microbatches: int, of_tokens: int) -> str | None:
-    """What is wrong with the number of micro-batches, None if nothing is."""
-    if microbatches == of_tokens and microbatches:
+def count_problem(microbatches: int, of_tokens: int, of_cells: int | None = None) -> str | None:
+    """What is wrong with the number of micro-batches, None if nothing is; `of_cells` where each has its own."""
+    if microbatches == of_tokens and of_cells in (None, microbatches) and microbatches:
         return None
-    return f"microbatches: {microbatches} of them, but tokens of {of_tokens}; at least one"
+    cells = "" if of_cells is None else f" and cells of {of_cells}"
+    return f"microbatches: {microbatches} of them, but tokens of {of_tokens}{cells}; at least one"
 
 
 def log_ratio_of(current: Sequence[Tensor], tokens: StepTokens) -> Tensor:

@@ -128,7 +128,7 @@ def step_cells(
     chosen = prompts.most_varied(prompts_per_step)
     samples = torch.arange(prompts_per_step * group)
     together = whole_groups or passes == 1
-    of_ranks = [samples.chunk(dp)[rank] if together else samples[rank::dp] for rank in range(dp)]
+    of_ranks = samples.chunk(dp) if together else [samples[rank::dp] for rank in range(dp)]
     shards = [own for own in of_ranks for _ in range(cp)]
     made = [
         _cells(hierarchy, prompts, chosen, own, group, positions, partitions, of_tokens or {})

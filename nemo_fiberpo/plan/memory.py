@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_fiberpo.logits import BLOCKS, CHUNK_ELEMENTS, CHUNKS, LEAST_COLUMNS, chosen
+from nemo_fiberpo.logits import CHUNK_ELEMENTS, CHUNKS, block_width, chosen
 
 from .layout import Layout
 from .shape import ModelShape
@@ -149,7 +149,7 @@ def _log_probs(shape: ModelShape, layout: Layout, run: Run, tokens: float, backw
     `megatron.logprobs` and `megatron.linear_logprobs`. The gradient of the output layer's weight is not counted."""
     columns = shape.vocab / layout.tp
     if _chunked(shape, layout, run):
-        width = min(max(columns / BLOCKS, LEAST_COLUMNS), columns)
+        width = block_width(math.ceil(columns))
         # Logits of a block in bf16 and float32; hidden states of all ranks, and their gradient in both.
         return {"log-probs in blocks": round(tokens * (6 * width + (8 if backward else 2) * shape.hidden))}
     if backward:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_fiberpo.objective.hierarchy import Hierarchy
+from nemo_fiberpo.objective.optimistic import gates_can_pass
 from nemo_fiberpo.objective.ratio_gating import RatioGating
 
 from .assumptions import Assumptions
@@ -17,6 +18,7 @@ from .estimate import Times, times
 from .layout import Layout
 from .lengths import response_length, too_long
 from .memory import GIB, Memory, Run, memory
+from .passes import Dealing, StepCosts, step_costs
 from .shape import ModelShape
 
 
@@ -29,6 +31,8 @@ class Request:
     epochs        passes over a rollout
     passes        maximum number of forward passes of a step
     all_forward   whether all forward passes of a step come before its backward passes
+    auto          with `algorithm.passes: auto`
+    recorded      a run, and its f at each off-policy place in the rollout
     whole_groups  whether a prompt group is dealt to one rank
     cpu           a run without GPUs: no times are estimated, and memory is not compared with `assumptions`
     """
@@ -48,6 +52,8 @@ class Request:
     epochs: int = 1
     passes: int = 2
     all_forward: bool = False
+    auto: bool = False
+    recorded: tuple[str, Sequence[float]] | None = None
     whole_groups: bool = False
     cpu: bool = False
 
@@ -74,6 +80,7 @@ class Plan:
     cells: StepCells | None = None
     counted: bool = False
     off_policy_steps: int = 0
+    costs: StepCosts | None = None
     times: Times | None = None
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -83,7 +90,7 @@ class Plan:
         """For JSON: the fields and derived values."""
         out: dict[str, Any] = {"name": self.name, "runs": not self.problems, "cpu": self.cpu}
         out |= {"problems": self.problems, "warnings": self.warnings, "unchecked": self.unchecked}
-        for name in ("layout", "shape", "batches", "memory", "cells", "times", "assumptions"):
+        for name in ("layout", "shape", "batches", "memory", "cells", "costs", "times", "assumptions"):
             value = getattr(self, name)
             out[name] = None if value is None else dataclasses.asdict(value)
         if self.cpu:  # the only ones used
@@ -120,8 +127,12 @@ def make_plan(request: Request, problems: list[str]) -> Plan:
     if len(plan.problems) > before or plan.shape is None:
         return plan
     _add_memory(plan, request, layout, plan.shape, request.batches)
-    if request.hierarchy is not None and request.prompts is not None:
-        _add_cells(plan, request, layout, plan.shape, request.batches, request.hierarchy, request.prompts)
+    if request.hierarchy is not None:
+        off_policy = request.batches.steps * request.epochs > 1
+        if off_policy and (request.auto or request.recorded is not None):
+            _add_costs(plan, request, layout, request.batches, request.hierarchy)
+        if request.prompts is not None:
+            _add_cells(plan, request, layout, plan.shape, request.batches, request.hierarchy, request.prompts)
     return plan
 
 
@@ -206,6 +217,14 @@ def _remedy(found: Memory, all_forward: bool) -> str:
     return "most of it is generation: lower model.ppo.rollout_micro_batch_size"
 
 
+def _add_costs(plan: Plan, request: Request, layout: Layout, batches: Batches, hierarchy: Hierarchy) -> None:
+    assert plan.run is not None
+    alone = layout.dp * layout.cp * batches.microbatches(layout.dp) == 1
+    dealing = Dealing(batches.group, batches.micro, request.whole_groups, layout.cp, alone)
+    recomputed = plan.run.recompute < 0
+    plan.costs = step_costs(hierarchy, request.gating, dealing, recomputed, request.recorded)
+
+
 def _add_cells(
     plan: Plan,
     request: Request,
@@ -235,6 +254,10 @@ def _add_cells(
     )
     if cells is None:
         return
+    if request.auto and gates_can_pass(hierarchy, request.gating):
+        # An optimistic step finds by one more reduction which micro-batches of any rank its second pass needs.
+        flags = 8 * layout.dp * batches.microbatches(layout.dp)
+        cells = dataclasses.replace(cells, calls=cells.calls + 1, bytes=cells.bytes + flags)
     plan.cells = cells
     # The first optimizer step after a rollout is on-policy: its reductions are skipped, but not those of one pass.
     plan.off_policy_steps = batches.steps * request.epochs - (1 if request.passes == 2 else 0)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from .layout import Layout
 from .memory import GIB, MIB, Memory
+from .passes import StepCosts
 from .plan import Plan
 
 MEANING = {
@@ -30,6 +31,8 @@ def format_plan(plan: Plan) -> str:
         lines += ["", *_memory(plan, plan.memory)]
     if plan.batches is not None and plan.cells is not None:
         lines += ["", *_cells(plan)]
+    if plan.costs is not None:
+        lines += ["", *_costs(plan.costs)]
     lines += [""] + [f"warning: {warning}" for warning in plan.warnings] if plan.warnings else []
     lines += [""] + [f"not checked: {file}" for file in plan.unchecked] if plan.unchecked else []
     if plan.problems:
@@ -115,8 +118,22 @@ def _cells(plan: Plan) -> Iterator[str]:
     )
     if plan.times is not None:
         given = plan.assumptions
+        step = "a step of two passes" if plan.costs else "a step"
         yield (
-            f"estimate: a step takes {plan.times.step:.3g} s ({given.peak_tflops:g} TFLOPS x MFU {given.mfu:g}, "
+            f"estimate: {step} takes {plan.times.step:.3g} s ({given.peak_tflops:g} TFLOPS x MFU {given.mfu:g}, "
             f"longest rows), reductions {1e3 * plan.times.reductions:.3g} ms ({given.latency_us:g} us a hop, "
             f"{given.bandwidth_gb_per_s:g} GB/s): {plan.times.share:.4%} of it"
         )
+
+
+def _costs(costs: StepCosts) -> Iterator[str]:
+    unit = "one forward and backward pass" + (" with full recomputation" if costs.recomputed else "")
+    yield f"an optimizer step after the first of a rollout; cost 1 is {unit}"
+    yield f"  {'algorithm.passes':<20}{'forward passes':<18}cost"
+    for entry in costs.of:
+        forward, cost = (
+            " to ".join(dict.fromkeys(f"{end:.2f}" for end in ends)) for ends in (entry.forward, entry.cost)
+        )
+        yield f"  {entry.passes:<20}{forward:<18}{cost:<16}{entry.why}".rstrip()
+    if costs.advice is not None:
+        yield f"  {costs.advice}"

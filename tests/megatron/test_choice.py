@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from nemo_fiberpo.megatron.choice import FORWARD, RETRY, StepChoice
+from nemo_fiberpo.megatron.choice import RETRY, StepChoice
+from nemo_fiberpo.step_cost import FORWARD
 
 
 def visits(choice: StepChoice, place: int, share: float, number: int) -> list[bool]:

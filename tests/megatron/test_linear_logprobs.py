@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.token_coefficients import peak_bytes
+from nemo_fiberpo import logits as pieces
 from nemo_fiberpo.logits import AUTO_BYTES, check_choice, is_large
-from nemo_fiberpo.megatron import linear_logprobs
 from nemo_fiberpo.megatron.liger import liger_fits, liger_installed, liger_log_probs
 from nemo_fiberpo.megatron.linear_logprobs import linear_log_probs
 from nemo_fiberpo.megatron.logprobs import vocab_parallel_log_probs
@@ -63,7 +63,7 @@ def plain(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def worker(rank: int, world: int) -> list[Result]:
-    linear_logprobs.LEAST_COLUMNS = 2
+    pieces.LEAST_COLUMNS = 2
     results = []
     for size in SIZES:
         hidden, weight, target, upstream = data(size)
@@ -95,11 +95,11 @@ def test_shards_give_the_log_softmax_of_the_whole(world: int) -> None:
 def test_it_is_the_plain_path_to_rounding(
     monkeypatch: pytest.MonkeyPatch, columns: int, dtype: torch.dtype, tolerance: float
 ) -> None:
-    monkeypatch.setattr(linear_logprobs, "LEAST_COLUMNS", columns)
-    found, logits = gradients_of(linear_log_probs, *data(V, dtype)), gradients_of(plain, *data(V, dtype))
+    monkeypatch.setattr(pieces, "LEAST_COLUMNS", columns)
+    found, wanted = gradients_of(linear_log_probs, *data(V, dtype)), gradients_of(plain, *data(V, dtype))
     assert found[0].dtype == torch.float32 and found[1].dtype == found[2].dtype == dtype
-    torch.testing.assert_close(found[0], logits[0], rtol=1e-5, atol=1e-5)
-    for one, other in zip(found[1:], logits[1:], strict=True):
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5)
+    for one, other in zip(found[1:], wanted[1:], strict=True):
         assert float((one.double() - other.double()).norm() / other.double().norm()) < tolerance
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from nemo_fiberpo.megatron import cpu, linear_logprobs
+from nemo_fiberpo import logits
+from nemo_fiberpo.megatron import cpu
 from nemo_fiberpo.verification import model
 from nemo_fiberpo.verification.model import EXPERTS, MAX_POSITIONS, Layout, make_model
 
@@ -20,6 +21,6 @@ HIDDEN, HEADS, VOCAB = model.TINY.hidden, model.TINY.heads, model.TINY.vocab
 def megatron(layout: Layout) -> Iterator[None]:
     """Megatron on CPU in float64, with initialised process groups."""
     torch.set_default_dtype(torch.float64)
-    linear_logprobs.LEAST_COLUMNS = 5  # several blocks of the small vocabulary, and a narrower one at the end
+    logits.LEAST_COLUMNS = 5  # several blocks of the small vocabulary, and a narrower one at the end
     with cpu.megatron_on_cpu(), model.float64_softmax(), model.process_groups(layout):
         yield

@@ -79,8 +79,9 @@ def deal_groups(
             raise ValueError(
                 f"{len(samples)} samples per optimizer step cannot be dealt equally to {ranks} data-parallel ranks"
             )
-        for rank in range(ranks):
-            dealt[rank].append(samples.chunk(ranks)[rank] if whole_groups else samples[rank::ranks])
+        parts = samples.chunk(ranks) if whole_groups else [samples[rank::ranks] for rank in range(ranks)]
+        for own, part in zip(dealt, parts, strict=True):
+            own.append(part)
     return dealt
 
 
