@@ -40,17 +40,17 @@ MEASURED = (
 """By benchmarks/second_pass.py, with 4 optimizer steps a rollout."""
 
 
-def pays(share: float) -> bool:
-    """Whether an optimistic step that is expected to repeat this share of its micro-batches is taken."""
-    return share < FORWARD
+def pays(share: float, forward: float) -> bool:
+    """Whether an optimistic step that is expected to repeat this share of its micro-batches is taken, by the cost of a
+    forward pass."""
+    return share < forward
 
 
-def auto_cost(shares: Sequence[float], forward: float = FORWARD) -> float:
-    """Mean cost of steps with `passes: auto`, from f at each place in the rollout; `forward` is that of a forward
-    pass."""
-    return fmean(1.0 + (share if pays(share) else forward) for share in shares)
+def auto_cost(shares: Sequence[float], forward: float) -> float:
+    """Mean cost of steps with `passes: auto`, from f at each place in the rollout and the cost of a forward pass."""
+    return fmean(1.0 + (share if pays(share, forward) else forward) for share in shares)
 
 
-def auto_forward_passes(shares: Sequence[float]) -> float:
+def auto_forward_passes(shares: Sequence[float], forward: float) -> float:
     """Their mean number of forward passes; those of optimistic steps have a backward pass each."""
-    return fmean(1.0 + (share if pays(share) else 1.0) for share in shares)
+    return fmean(1.0 + (share if pays(share, forward) else 1.0) for share in shares)

@@ -6,7 +6,7 @@ from typing import Any
 
 from nemo_fiberpo.megatron.optimistic import optimistic_step
 from nemo_fiberpo.megatron.step import StepResult, exact_step
-from nemo_fiberpo.step_cost import pays
+from nemo_fiberpo.step_cost import FORWARD, FORWARD_RECOMPUTED, pays
 
 RECENT = 0.3  # weight of the newest share in the running mean
 RETRY = 16  # an optimistic step is tried again at every such visit to a place where it does not pay
@@ -24,11 +24,11 @@ class StepChoice:
         self._share: dict[int, float] = {}
         self._visits: dict[int, int] = {}
 
-    def optimistic(self, place: int) -> bool:
-        """Whether the optimistic step is taken at a visit to the place."""
+    def optimistic(self, place: int, forward: float = FORWARD) -> bool:
+        """Whether the optimistic step is taken at a visit to the place; `forward` is the cost of a forward pass."""
         self._visits[place] = self._visits.get(place, 0) + 1
         known = self._share.get(place, self._share.get(place - 1, 0.0))
-        return pays(known) or self._visits[place] % RETRY == 0
+        return pays(known, forward) or self._visits[place] % RETRY == 0
 
     def note(self, place: int, share: float) -> None:
         """Record the share of an optimistic step."""
@@ -41,7 +41,8 @@ class StepChoice:
         place   optimizer steps since the old log-probs were computed, at least 1
         """
         policy, microbatches, tokens, *rest = given
-        if not self.optimistic(place):
+        recomputed = getattr(policy.config, "recompute_granularity", None) == "full"
+        if not self.optimistic(place, FORWARD_RECOMPUTED if recomputed else FORWARD):
             return exact_step(*given, **options)
         result = optimistic_step(policy, microbatches, tokens, guessed, *rest, **options)
         assert result.second_share is not None

@@ -23,10 +23,9 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class PassesCost:
-    """Forward passes and cost of a step with `passes`, the least and the most; a cost of 1 is one forward and backward
-    pass. `why` is where they are from, or why a run is refused."""
+    """Forward passes and cost of a step, the least and the most; a cost of 1 is one forward and backward pass. `why` is
+    where they are from, or why a run is refused."""
 
-    passes: str
     forward: Range
     cost: Range
     why: str
@@ -34,9 +33,9 @@ class PassesCost:
 
 @dataclass(frozen=True)
 class StepCosts:
-    """For 1, 2 and auto, in this order; `advice` where another setting costs less."""
+    """By value of `algorithm.passes`; `advice` where another setting costs less."""
 
-    of: tuple[PassesCost, ...]
+    of: dict[str, PassesCost]
     recomputed: bool
     advice: str | None
 
@@ -76,9 +75,14 @@ def step_costs(
     """
     forward = FORWARD_RECOMPUTED if recomputed else FORWARD
     auto = _auto(hierarchy, gating, dealing, forward, recorded)
-    one = PassesCost("1", (1.0, 1.0), (1.0, 1.0), _one_pass(hierarchy, dealing))
-    two = PassesCost("2", (2.0, 2.0), (1.0 + forward, 1.0 + forward), "")
-    return StepCosts((one, two, auto), recomputed, _advice(hierarchy, gating, dealing, forward, auto))
+    once, kept = (1.0, 1.0), "checkpoints" if recomputed else "activations"
+    of = {
+        "1": PassesCost(once, once, _one_pass(hierarchy, dealing)),
+        "2": PassesCost((2.0, 2.0), (1.0 + forward, 1.0 + forward), ""),
+        "auto": auto,
+        "all_forward": PassesCost(once, once, f"holds the {kept} of all micro-batches"),
+    }
+    return StepCosts(of, recomputed, _advice(hierarchy, gating, dealing, forward, auto))
 
 
 def _one_pass(hierarchy: Hierarchy, dealing: Dealing) -> str:
@@ -102,18 +106,16 @@ def _auto(
     recorded: tuple[str, Sequence[float]] | None,
 ) -> PassesCost:
     if not gates_can_pass(hierarchy, gating):
-        return PassesCost("auto", (2.0, 2.0), (1.0 + forward,) * 2, "a gate never passes exactly: always two passes")
+        return PassesCost((2.0, 2.0), (1.0 + forward,) * 2, "a gate never passes exactly: always two passes")
     coupled = gating is None or gating.stratum is not None
     split = dealing.cp > 1 and coupled and bool(hierarchy.active)
     if dealing.alone or (spanning(hierarchy, gating, dealing.whole_groups) is None and not split):
-        return PassesCost("auto", (1.0, 1.0), (1.0, 1.0), "f is 0: no gate couples two micro-batches")
+        return PassesCost((1.0, 1.0), (1.0, 1.0), "f is 0: no gate couples two micro-batches")
     if recorded is not None:
         run, shares = recorded
         return _of_shares([shares], forward, f"of {run}")
     if not _is_measured(hierarchy, gating, dealing):
-        return PassesCost(
-            "auto", (1.0, 2.0), (1.0, 1.0 + FORWARD), "f was not measured for this; --run takes it from a run"
-        )
+        return PassesCost((1.0, 2.0), (1.0, 1.0 + forward), "f was not measured for this; --run takes it from a run")
     rows = WHOLE_GROUPS if dealing.whole_groups else SHUFFLED
     return _measured(rows, forward)
 
@@ -130,10 +132,10 @@ def _measured(rows: str, forward: float) -> PassesCost:
 
 
 def _of_shares(shares: Sequence[Sequence[float]], forward: float, source: str) -> PassesCost:
-    passes, costs = ([auto_forward_passes(one) for one in shares], [auto_cost(one, forward) for one in shares])
+    passes, costs = ([auto_forward_passes(one, forward) for one in shares], [auto_cost(one, forward) for one in shares])
     means = [sum(one) / len(one) for one in shares]
     f = " to ".join(dict.fromkeys(f"{mean:.2f}" for mean in (min(means), max(means))))
-    return PassesCost("auto", (min(passes), max(passes)), (min(costs), max(costs)), f"f {f}, {source}")
+    return PassesCost((min(passes), max(passes)), (min(costs), max(costs)), f"f {f}, {source}")
 
 
 def _advice(

@@ -130,10 +130,10 @@ def _costs(costs: StepCosts) -> Iterator[str]:
     unit = "one forward and backward pass" + (" with full recomputation" if costs.recomputed else "")
     yield f"an optimizer step after the first of a rollout; cost 1 is {unit}"
     yield f"  {'algorithm.passes':<20}{'forward passes':<18}cost"
-    for entry in costs.of:
+    for passes, entry in costs.of.items():
         forward, cost = (
             " to ".join(dict.fromkeys(f"{end:.2f}" for end in ends)) for ends in (entry.forward, entry.cost)
         )
-        yield f"  {entry.passes:<20}{forward:<18}{cost:<16}{entry.why}".rstrip()
+        yield f"  {passes:<20}{forward:<18}{cost:<16}{entry.why}".rstrip()
     if costs.advice is not None:
         yield f"  {costs.advice}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nemo_fiberpo.megatron.choice import RETRY, StepChoice
-from nemo_fiberpo.step_cost import FORWARD
+from nemo_fiberpo.step_cost import FORWARD, FORWARD_RECOMPUTED
 
 
 def visits(choice: StepChoice, place: int, share: float, number: int) -> list[bool]:
@@ -18,6 +18,12 @@ def visits(choice: StepChoice, place: int, share: float, number: int) -> list[bo
 
 def test_it_is_taken_where_it_is_cheaper_than_a_forward_pass():
     assert all(visits(StepChoice(), 1, FORWARD - 0.01, 3 * RETRY))
+
+
+def test_recomputation_makes_a_forward_pass_cheaper():
+    choice = StepChoice()
+    choice.note(1, 0.3)
+    assert choice.optimistic(1) and not choice.optimistic(1, FORWARD_RECOMPUTED)
 
 
 def test_elsewhere_it_is_tried_once_and_then_now_and_again():

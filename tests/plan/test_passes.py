@@ -33,13 +33,13 @@ def costs_of(
 
 
 def auto_of(*given: object, **more: object) -> PassesCost:
-    return costs_of(*given, **more).of[2]  # type: ignore[arg-type]
+    return costs_of(*given, **more).of["auto"]  # type: ignore[arg-type]
 
 
 def row_of(entry: MeasuredShares) -> str:
     mean = sum(entry.shares) / len(entry.shares)
     by_place = ", ".join(f"{share:.2f}" for share in entry.shares)
-    costs = f"{1 + mean:.2f} | {auto_cost(entry.shares):.2f}"
+    costs = f"{1 + mean:.2f} | {auto_cost(entry.shares, FORWARD):.2f}"
     return f"| {entry.rows} | {entry.microbatches} | {by_place} | {mean:.2f} | {costs} |"
 
 
@@ -51,13 +51,15 @@ def test_the_document_has_the_measured_shares_and_what_follows_from_them():
     for entry in MEASURED:
         assert row_of(entry) in tables[entry.run], row_of(entry)
     assert sum(table.count("\n| ") for table in tables.values()) == len(MEASURED)
-    assert f"| `2` | 2 | {1 + FORWARD:.2f} |" in text and f"recomputation it is {1 + FORWARD_RECOMPUTED:.2f}." in text
+    assert f"| `2` | 2 | {1 + FORWARD:.2f} | {1 + FORWARD_RECOMPUTED:.2f} |" in text
 
 
 def test_a_mean_cost_by_hand():
-    """Steps with f = 0.1 and 0.5: the first is optimistic, 1.1, the second has two passes, 1.32, 1.25 if recomputed."""
-    assert auto_cost((0.1, 0.5)) == pytest.approx((1.1 + 1.32) / 2)
+    """Steps with f = 0.1 and 0.5: the first is optimistic, 1.1, the second has two passes, 1.32, 1.25 if recomputed.
+    With f = 0.3 recomputation decides."""
+    assert auto_cost((0.1, 0.5), FORWARD) == pytest.approx((1.1 + 1.32) / 2)
     assert auto_cost((0.1, 0.5), FORWARD_RECOMPUTED) == pytest.approx((1.1 + 1.25) / 2)
+    assert auto_cost((0.3,), FORWARD) == 1.3 and auto_cost((0.3,), FORWARD_RECOMPUTED) == 1.25
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,11 @@ def test_f_is_zero_where_no_gate_couples_two_micro_batches(name: str, dealing: D
 )
 def test_what_was_not_measured_has_its_bounds(name: str, dealing: Dealing, gating: RatioGating | None):
     found = costs_of(hierarchy_of(name), dealing, gating)
-    assert found.of[2].cost == (1.0, 1.0 + FORWARD) and "not measured" in found.of[2].why and found.advice is None
+    assert (
+        found.of["auto"].cost == (1.0, 1.0 + FORWARD)
+        and "not measured" in found.of["auto"].why
+        and found.advice is None
+    )
 
 
 def test_gates_that_never_pass_take_two_passes():
@@ -94,7 +100,7 @@ def test_gates_that_never_pass_take_two_passes():
 
 def test_whole_groups_are_recommended_where_they_cost_less():
     shuffled, whole = costs_of(hierarchy_of("domain")), costs_of(hierarchy_of("domain"), WHOLE)
-    assert shuffled.of[2].cost[1] > whole.of[2].cost[1]
+    assert shuffled.of["auto"].cost[1] > whole.of["auto"].cost[1]
     assert shuffled.advice is not None and "whole_groups" in shuffled.advice and whole.advice is None
     assert costs_of(hierarchy_of("trajectory")).advice is None
     narrow = costs_of(hierarchy_of("domain"), Dealing(group=8, micro=1, whole_groups=False, cp=1, alone=False)).advice
@@ -104,25 +110,25 @@ def test_whole_groups_are_recommended_where_they_cost_less():
 
 
 def test_one_pass_is_refused_by_the_stratum_that_spans_micro_batches():
-    assert costs_of(hierarchy_of("domain")).of[0].why == "refused if a cell of domain spans micro-batches"
-    assert costs_of(hierarchy_of("trajectory")).of[0].why == costs_of(hierarchy_of("group")).of[0].why == ""
+    assert costs_of(hierarchy_of("domain")).of["1"].why == "refused if a cell of domain spans micro-batches"
+    assert costs_of(hierarchy_of("trajectory")).of["1"].why == costs_of(hierarchy_of("group")).of["1"].why == ""
 
 
 def test_recomputation_lowers_the_cost_of_two_passes():
-    assert costs_of(hierarchy_of("domain"), recomputed=True).of[1].cost == (1.25, 1.25)
+    assert costs_of(hierarchy_of("domain"), recomputed=True).of["2"].cost == (1.25, 1.25)
     plan = plan_of("cluster/llama3_1_8b", "algorithm.passes=auto")
     assert plan.costs is not None and plan.costs.recomputed
 
 
-def test_the_plan_prints_six_lines_and_counts_the_third_reduction(run: Run):
+def test_the_plan_prints_seven_lines_and_counts_the_third_reduction(run: Run):
     printed = run("quickstart", *OVERRIDES)[1]
     block = next(part for part in printed.split("\n\n") if "algorithm.passes" in part)
-    assert len(block.splitlines()) <= 6 and "measured on quickstart and study, shuffled" in block
+    assert len(block.splitlines()) <= 7 and "measured on quickstart and study, shuffled" in block
     two, auto = plan_of("quickstart", OVERRIDES[1]), plan_of("quickstart", *OVERRIDES)
     assert two.costs is None and two.cells is not None and auto.cells is not None and auto.batches is not None
     flags = 2 * auto.batches.microbatches(2)
     assert (auto.cells.calls, auto.cells.bytes) == (two.cells.calls + 1, two.cells.bytes + 8 * flags)
-    assert json.loads(run("quickstart", *OVERRIDES, "--json")[1])["costs"]["of"][2]["passes"] == "auto"
+    assert json.loads(run("quickstart", *OVERRIDES, "--json")[1])["costs"]["of"]["auto"]["cost"]
 
 
 def steps_of(folder: Path, *rollouts: Sequence[float | None]) -> Path:
