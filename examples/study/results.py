@@ -124,7 +124,8 @@ def tables(arms: Mapping[Arm, Mapping[int, Result]], references: Collection[str]
     for title, here in panels(arms):
         ordered = sorted(here, key=lambda arm: -mean_reward(here[arm]))
         best = next((arm for arm in ordered if arm[1] in references), None)
-        out += ["", f"### {title}", "", *rule(OUTCOME)]
+        names = " / ".join(domain_means(next(iter(here[ordered[0]].values()))))
+        out += ["", f"### {title}", "", *rule([one.replace("by domain", names) for one in OUTCOME])]
         for arm in ordered:
             results = list(here[arm].values())
             domains = [domain_means(result) for result in results]
