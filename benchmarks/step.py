@@ -8,11 +8,12 @@ optimistic steps in which the gates of none, a quarter, half and all of the doma
 two micro-batches. With `--recompute` every layer's activations are recomputed in all of them, with `--recompute both`
 there is a table with and one without it.
 
-On a GPU models are in bf16, of about a billion parameters (dense) and half a billion (a mixture of 8 experts), and times
-are wall time until the device is done. On a CPU they are small and in float32, and times are processor time. All steps
-take turns in one process; printed are medians, and medians of the ratios to the plain step of the same turn. Memory is
-the peak beyond what is held between steps (parameters and gradients), from `torch.cuda.max_memory_allocated` on a GPU
-and from the allocator's events on a CPU. There is one rank, so neither gradients nor gates cross a network.
+On a GPU models are in bf16, of about a billion parameters (dense) and half a billion (a mixture of 8 experts), and
+times are wall time until the device is done. On a CPU they are small and in float32, and times are processor time. All
+steps take turns in one process; printed are medians, and medians of the ratios to the plain step of the same turn.
+Memory is the peak beyond what is held between steps (parameters and gradients), from
+`torch.cuda.max_memory_allocated` on a GPU, and with `--memory` from the allocator's events on a CPU. There is one rank,
+so neither gradients nor gates cross a network.
 """
 
 from __future__ import annotations
@@ -193,12 +194,12 @@ def measure(name: str, sizes: Sizes, recompute: bool, args: argparse.Namespace) 
     model = make_model(sizes, recompute, getattr(torch, args.dtype))
     steps = works_of(model, sizes, args.samples, args.microbatches)
     works = {row: from_zero(model, work) for row, work in steps.items()}
-    peaks = {row: peak_bytes(work, ON_GPU) for row, work in works.items()}
-    times = timed(works, args.repeats, time.perf_counter if ON_GPU else time.process_time, warm_up=False)
+    peaks = {row: peak_bytes(work, ON_GPU) for row, work in works.items()} if args.memory else {}
+    times = timed(works, args.repeats, time.perf_counter if ON_GPU else time.process_time, warm_up=not peaks)
     table = {}
     for row, spent in times.items():
         ratio = statistics.median(one / plain for one, plain in zip(spent, times[PLAIN], strict=True))
-        figures = statistics.median(spent) * 1e3, ratio, peaks[row] / 2**20
+        figures = statistics.median(spent) * 1e3, ratio, peaks[row] / 2**20 if peaks else None
         table[row] = dict(zip(COLUMNS, figures, strict=True))
     parameters = list(model.parameters())
     held = sum(one.numel() * (one.element_size() + one.main_grad.element_size()) for one in parameters)
@@ -225,7 +226,8 @@ def markdown(result: dict[str, Any]) -> str:
         "|---" * (len(COLUMNS) + 1) + "|",
     ]
     for row, figures in result["table"].items():
-        lines.append(f"| {row} | {figures['ms']:.0f} | {figures['x plain']:.2f} | {figures['peak MiB']:.4g} |")
+        peak = "" if figures["peak MiB"] is None else f"{figures['peak MiB']:.4g}"
+        lines.append(f"| {row} | {figures['ms']:.0f} | {figures['x plain']:.2f} | {peak} |")
     return "\n".join(lines)
 
 
@@ -245,6 +247,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--microbatches", type=int, default=8, help="a multiple of 8")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if ON_GPU else "float32")
     parser.add_argument("--repeats", type=int, default=3 if ON_GPU else 9)
+    parser.add_argument(
+        "--memory", action=argparse.BooleanOptionalAction, default=ON_GPU,
+        help="peak memory, default: on a GPU; on a CPU it takes several times as long as the times",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
     return parser.parse_args()
 
