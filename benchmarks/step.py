@@ -61,7 +61,7 @@ TRAJECTORIES = Hierarchy((Stratum("trajectory", WIDE),), token_clip=1.0)
 ACTING = (0.0, 0.25, 0.5, 1.0)
 PLAIN = "plain"
 COLUMNS = ("ms", "x plain", "peak MiB")
-RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+RECOMPUTED: dict[str, Any] = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 Work = Callable[[], Any]
 
 
