@@ -39,15 +39,23 @@ from nemo_fiberpo.objective import ExpertPartitions
 VOCABULARY = 1024
 
 
-def make_spec(args: argparse.Namespace) -> tuple[TransformerConfig, TransformerBlockSubmodules]:
-    """Of a GPT all of whose layers are mixtures."""
+def make_spec(
+    layers: int, hidden: int, experts: int, **options: Any
+) -> tuple[TransformerConfig, TransformerBlockSubmodules]:
+    """Of a GPT all of whose layers are mixtures of so many experts, or dense for 0; `options` are fields of the config,
+    in float32 on a CPU without them."""
+    given: dict[str, Any] = {"use_cpu_initialization": True}
+    if experts:
+        given |= {
+            "num_moe_experts": experts, "moe_router_topk": 2, "moe_router_load_balancing_type": "aux_loss",
+            "moe_aux_loss_coeff": 0.01, "moe_token_dispatcher_type": "alltoall",
+        }  # fmt: skip
     config = TransformerConfig(
-        num_layers=args.layers, hidden_size=args.hidden, num_attention_heads=args.hidden // 64,
-        ffn_hidden_size=2 * args.hidden, add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0,
-        use_cpu_initialization=True, num_moe_experts=args.experts, moe_router_topk=2,
-        moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.01, moe_token_dispatcher_type="alltoall",
+        num_layers=layers, hidden_size=hidden, num_attention_heads=hidden // 64,
+        ffn_hidden_size=(2 if experts else 4) * hidden, add_bias_linear=False, hidden_dropout=0.0,
+        attention_dropout=0.0, **(given | options),
     )  # fmt: skip
-    return config, local_block_spec(config, args.layers)
+    return config, local_block_spec(config, layers)
 
 
 def pairs(plain: Callable[[], Any], watched: Callable[[], Any], repeats: int) -> list[tuple[float, float]]:
@@ -106,7 +114,8 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=21)
     args = parser.parse_args()
-    spec = make_spec(args)  # before: importing layers compiles functions, which must not meet the stand-ins for CUDA
+    # Before: importing layers compiles functions, which must not meet the stand-ins for CUDA.
+    spec = make_spec(args.layers, args.hidden, args.experts)
     with tempfile.TemporaryDirectory() as folder, cpu.megatron_on_cpu():
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         parallel_state.initialize_model_parallel()

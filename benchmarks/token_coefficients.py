@@ -77,10 +77,13 @@ def medians(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
     return {name: statistics.median(spent) for name, spent in timed(works, repeats, clock).items()}
 
 
-def timed(works: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of each in every round, in which they run in turns, after one round that is not counted."""
+def timed(
+    works: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float], warm_up: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of each in every round, in which they run in turns, after one round that is not counted; without that
+    round where all have run before."""
     times: dict[str, list[float]] = {name: [] for name in works}
-    for work in works.values():
+    for work in works.values() if warm_up else ():
         work()
     for _ in range(repeats):
         for name, work in works.items():

@@ -1,9 +1,9 @@
-"""report.md and report.json of `run.sh`, from the results of pytest, of `measure` and of `benchmarks.logprobs`.
+"""report.md and report.json of `run.sh`, from the results of pytest, of `measure` and of two benchmarks.
 
     python -m tests.gpu.report FOLDER --stages "name status seconds ..."
 
-FOLDER holds junit.xml, measure.json and logprobs.json, as far as its stages came; the exit status is 0 where every
-check passed.
+FOLDER holds junit.xml, measure.json, logprobs.json and step.json, as far as its stages came; the exit status is 0 where
+every check passed.
 """
 
 from __future__ import annotations
@@ -78,6 +78,10 @@ def make_report(folder: Path, stages: dict[str, tuple[int, int]]) -> dict[str, A
         report["log-probs"] = json.loads((folder / "logprobs.json").read_text())
     else:
         problems.append("measuring log-probs did not end: there is no logprobs.json")
+    if (folder / "step.json").exists():
+        report["steps"] = json.loads((folder / "step.json").read_text())
+    else:
+        problems.append("measuring steps did not end: there is no step.json")
     return {**report, "problems": problems, "ok": not problems}
 
 
@@ -101,6 +105,11 @@ def as_markdown(report: dict[str, Any]) -> str:
             lines += ["", f"Nothing compiled was measured: {report['measured']['not compiled']}."]
     if "log-probs" in report:
         lines += ["", "## Log-probs", "", logprobs.markdown(report["log-probs"])]
+    if "steps" in report:
+        from benchmarks import step  # it imports Megatron, which a machine may lack
+
+        lines += ["", "## Steps"]
+        lines += [line for result in report["steps"] for line in ("", step.markdown(result))]
     return "\n".join(lines) + "\n"
 
 

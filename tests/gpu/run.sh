@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks this package on one GPU, in at most 6 minutes, where there is torch with Triton but neither a network nor .venv.
+# Checks this package on one GPU, in at most 8 minutes, where there is torch with Triton but neither a network nor .venv.
 #   bash tests/gpu/run.sh --wheels DIR [--out DIR]     with the wheels of DIR
 #   bash tests/gpu/run.sh [--out DIR]                  with what the Python has, such as that of NVIDIA's NeMo container
 #   bash tests/gpu/run.sh --download DIR               fetches those wheels, on a machine with a network
@@ -69,6 +69,9 @@ stage measure 75 "$python" -m tests.gpu.measure --out "$out/measure.json"
 sizes=(--tokens 8192 --hidden 4096 --repeats 5)
 [ "$slow" -eq 1 ] || sizes=(--tokens 64 --hidden 64 --vocab 16384 --repeats 3)
 stage logprobs 20 "$python" -m benchmarks.logprobs --no-aligner "${sizes[@]}" --out "$out/logprobs.json"
+sizes=()
+[ "$slow" -eq 1 ] || sizes=(--layers 1 --hidden 64 --experts 2 --vocab 128 --length 16 --samples 1 --repeats 1)
+stage step 120 "$python" -W ignore -m benchmarks.step --model dense moe --recompute both "${sizes[@]}" --out "$out/step.json"
 "$python" -m tests.gpu.report "$out" --stages "$stages" || failed=1
 cat "$out/report.md"
 echo "== $([ $failed -eq 0 ] && echo passed || echo failed) in $SECONDS s; $out/report.md, $out/report.json"
