@@ -230,12 +230,12 @@ class FiberPOActor(MegatronGPTActorModel):
         use_min: bool = False,
         kl_coefficient: float = 0.0,
         on_policy: bool | None = None,
-        all_forward: bool = False,
+        kept_on: str | None = None,
     ) -> StepResult:
         """Accumulate the gradient of one optimizer step: -J of the global minibatch, plus the KL penalty.
 
         gating, use_min, on_policy   as in `exact_step`; on_policy None: whether no step has begun since `old_policy`
-        all_forward                  `all_forward_step` in its place where the step is not on-policy
+        kept_on                      "device" or "host": `all_forward_step` where the step is not on-policy
 
         Call between `prepare_for_training_step` and `finish_training_step`. SPMD: every rank calls it.
         """
@@ -255,9 +255,9 @@ class FiberPOActor(MegatronGPTActorModel):
                 return one_pass_step(*given, minibatch.microbatch_cells, *after, **options)
             if minibatch.guessed is not None and not on_policy:
                 return self._choice.step(place, minibatch.guessed, *given, *after, **options)
-            keeps = all_forward and not on_policy
-            step = all_forward_step if keeps else functools.partial(exact_step, on_policy=on_policy)
-            return step(*given, *after, **options)
+            if kept_on is not None and not on_policy:
+                return all_forward_step(*given, *after, **options, on_host=kept_on == "host")
+            return exact_step(*given, *after, **options, on_policy=on_policy)
 
     def _policy(self, rows: Sequence[Rows]) -> Policy:
         group = mpu.get_tensor_model_parallel_group()

@@ -90,7 +90,7 @@ class FiberPOTrainer(PPOTrainer):
         super().__init__(**parent, batch_iterator_cls=repeated_prompts(settings.samples_per_prompt))
         if settings.packing and not self.model.cfg.get("transformer_engine", True) and not cpu.installed():
             raise ValueError("algorithm.packing: true needs model.transformer_engine: true on a GPU")
-        if settings.all_forward and not cpu.installed():
+        if settings.all_forward and settings.kept_on == "device" and not cpu.installed():
             log_budget_warnings(recompute_warnings(self.model.cfg))
         self._rollout_cls = grouped_rollout(settings.optimizer_steps, whole_groups=settings.whole_groups)
         self._minibatches: list[Minibatch] = []
@@ -234,7 +234,7 @@ class FiberPOTrainer(PPOTrainer):
             use_min=self.settings.use_min,
             kl_coefficient=self.settings.kl.coefficient,
             on_policy=self.settings.on_policy,
-            all_forward=self.settings.all_forward,
+            kept_on=self.settings.kept_on if self.settings.all_forward else None,
         )
         self.model.finish_training_step()
         lr = self.optimizer.param_groups[0]["lr"]

@@ -168,6 +168,7 @@ def _request(
         epochs=settings.epochs if settings is not None else 1,
         passes=1 if settings is not None and settings.passes == 1 else 2,
         all_forward=settings is not None and settings.all_forward,
+        on_host=settings is not None and settings.kept_on == "host",
         auto=settings is not None and settings.passes == "auto",
         recorded=recorded,
         whole_groups=settings is not None and settings.whole_groups,

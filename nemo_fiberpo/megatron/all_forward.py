@@ -15,6 +15,7 @@ activations a second time; what a stage receives in D is only where its gradient
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from nemo_fiberpo.megatron.groups import Reducer
+from nemo_fiberpo.megatron.host_copies import saved_on_host
 from nemo_fiberpo.megatron.router_losses import balancing_real_tokens
 from nemo_fiberpo.megatron.schedule import Policy, loss_scale, refuse_inexact, run, without_sync_hooks
 from nemo_fiberpo.megatron.step import StepResult, StepTokens, backward_pass, gated, split_like, told_problem
@@ -36,12 +38,15 @@ _REFUSED = {
     "fine_grained_activation_offloading": "Megatron offloads by the order in which its schedule runs backward passes",
     "defer_embedding_wgrad_compute": "Megatron empties the buffer of deferred gradients before the backward passes",
 }
+_REFUSED_ON_HOST = {
+    "gradient_accumulation_fusion": "weights reach backward passes without `main_grad` with graphs in host memory",
+}
 
 
-def refuse_unkept(config: Any) -> None:
+def refuse_unkept(config: Any, on_host: bool = False) -> None:
     """ValueError naming the first field of a TransformerConfig under which graphs of several micro-batches cannot be
-    kept."""
-    for name, reason in _REFUSED.items():
+    kept, or not in host memory."""
+    for name, reason in (_REFUSED | _REFUSED_ON_HOST if on_host else _REFUSED).items():
         value = getattr(config, name, None)
         if value not in (None, False, "none"):
             raise ValueError(
@@ -60,20 +65,22 @@ def all_forward_step(
     gating: RatioGating | None = None,
     use_min: bool = False,
     extra_loss: Callable[[Tensor, Any], Tensor] | None = None,
+    on_host: bool = False,
 ) -> StepResult:
     """Accumulate the gradient of -J(global batch) (+ extra losses), as `exact_step` does, with one forward pass.
 
     Arguments, refusals and reductions as those of `exact_step`; refused beside them are the fields of `refuse_unkept`.
     Nothing is computed twice but what Megatron recomputes, so `recompute_error` is 0.
 
-    Memory: what the backward pass of a micro-batch needs, of all micro-batches at once.
+    Memory: what the backward pass of a micro-batch needs, of all micro-batches at once; in host memory with `on_host`.
     """
     refuse_inexact(policy.config)
-    refuse_unkept(policy.config)
+    refuse_unkept(policy.config, on_host)
     problem = told_problem(policy, microbatches, tokens)
     kept = [_Kept(batch) for batch in microbatches]
     with balancing_real_tokens(policy) as balanced:
-        current = _forward_passes(balanced, kept) if problem is None else []
+        with saved_on_host(policy.chunks) if on_host else contextlib.nullcontext():
+            current = _forward_passes(balanced, kept) if problem is None else []
         result = gated(current, problem, len(microbatches), tokens, hierarchy, reducer, gating, use_min)
         coefficients = split_like(result.coefficients, tokens.old_log_probs)
         extra = backward_pass(

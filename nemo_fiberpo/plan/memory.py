@@ -38,6 +38,7 @@ class Run:
     allgather          the dispatcher of tokens to experts gathers all of them
     logprobs           as `model.logprobs`
     all_forward        all forward passes of a step come before its backward passes
+    on_host            what they need is kept in host memory
     """
 
     prompt: int
@@ -55,6 +56,7 @@ class Run:
     allgather: bool
     logprobs: str = "auto"
     all_forward: bool = False
+    on_host: bool = False
 
     @classmethod
     def from_config(
@@ -68,6 +70,7 @@ class Run:
         generated: int,
         micro: int,
         all_forward: bool = False,
+        on_host: bool = False,
     ) -> Run:
         """From NeMo's `model` section; `micro` is the number of micro-batches."""
         half = str(precision) in ("bf16", "bf16-mixed", "16", "16-mixed")
@@ -91,6 +94,7 @@ class Run:
             allgather=model.get("moe_token_dispatcher_type", "allgather") == "allgather",
             logprobs=model.get("logprobs") or "auto",
             all_forward=all_forward,
+            on_host=on_host,
         )
 
     @property
@@ -105,6 +109,7 @@ class Memory:
     static      by item: what stays
     training, log_probs, generation   by item: they take turns. log_probs, the pass of old ones, is empty where its
                 micro-batches are no larger than those of training, which needs more then
+    on_host     in host memory for the backward passes
     """
 
     stage: int
@@ -112,6 +117,7 @@ class Memory:
     training: dict[str, int]
     log_probs: dict[str, int]
     generation: dict[str, int]
+    on_host: int = 0
 
     @property
     def peak(self) -> int:
@@ -196,7 +202,8 @@ def _stage(shape: ModelShape, layout: Layout, run: Run, imbalance: float, stage:
         "gradients": own.total * run.gradient_bytes,
         "optimizer": round(run.optimizer_bytes * (own.dense / (layout.dp * layout.cp) + own.expert / layout.expert_dp)),
     }
-    flight = float(run.microbatches if run.all_forward else min(layout.pp - stage, run.microbatches))
+    kept = run.microbatches if run.all_forward else min(layout.pp - stage, run.microbatches)
+    flight = 1.0 if run.on_host else float(kept)
     if layout.vpp > 1 and not run.all_forward:
         flight *= 1 + (layout.pp - 1) / (layout.pp * layout.vpp)
     one = layer_bytes(shape, layout, run, tokens, imbalance, layout.sequence_parallel)
@@ -210,7 +217,12 @@ def _stage(shape: ModelShape, layout: Layout, run: Run, imbalance: float, stage:
     }
     if stage == layout.pp - 1:
         training |= _log_probs(shape, layout, run, tokens, backward=True)
-    training |= _kept_behind_layers(shape, layout, run, tokens, stage == layout.pp - 1)
+    behind, on_host = _kept_behind_layers(shape, layout, run, tokens, stage == layout.pp - 1), 0
+    if run.on_host:  # outputs of a stage stay, as the schedule wants them
+        on_host = kept * (training["activation checkpoints"] + training["activations kept"])
+        if stage == layout.pp - 1:
+            on_host, behind = on_host + sum(behind.values()), {}
+    training |= behind
     scoring = {}
     if run.forward > run.rows:
         tokens = run.forward * length / layout.cp
@@ -219,11 +231,11 @@ def _stage(shape: ModelShape, layout: Layout, run: Run, imbalance: float, stage:
         if stage == layout.pp - 1:
             scoring |= _log_probs(shape, layout, run, tokens, backward=False)
     if not run.generated:
-        return Memory(stage, static, training, scoring, {})
+        return Memory(stage, static, training, scoring, {}, on_host)
     rows = run.generated + (GUARD_ROWS if layout.ep > 1 else 0)
     cache = 2 * rows * run.length * shape.groups * shape.head_dim / layout.tp * layers * element
     prefill = layer_bytes(shape, layout, run, rows * run.prompt, imbalance, False)
     generation = {"keys and values": round(cache), "prompts through a layer": round(prefill)}
     if stage == layout.pp - 1:
         generation["logits of the prompts"] = round(rows * run.prompt * shape.vocab / layout.tp * 6)
-    return Memory(stage, static, training, scoring, generation)
+    return Memory(stage, static, training, scoring, generation, on_host)

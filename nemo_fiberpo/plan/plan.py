@@ -31,6 +31,7 @@ class Request:
     epochs        passes over a rollout
     passes        maximum number of forward passes of a step
     all_forward   whether all forward passes of a step come before its backward passes
+    on_host       whether what they need is kept in host memory
     auto          with `algorithm.passes: auto`
     recorded      a run, and its f at each off-policy place in the rollout
     whole_groups  whether a prompt group is dealt to one rank
@@ -52,6 +53,7 @@ class Request:
     epochs: int = 1
     passes: int = 2
     all_forward: bool = False
+    on_host: bool = False
     auto: bool = False
     recorded: tuple[str, Sequence[float]] | None = None
     whole_groups: bool = False
@@ -162,10 +164,10 @@ def _add_memory(plan: Plan, request: Request, layout: Layout, shape: ModelShape,
     given = request.assumptions
     generated = batches.generation if given.host == "nemo_aligner" else 0
     sizes = batches.micro, batches.forward, generated, number
-    run = Run.from_config(request.model, precision, *lengths, *sizes, request.all_forward)
+    run = Run.from_config(request.model, precision, *lengths, *sizes, request.all_forward, request.on_host)
     plan.run, plan.memory = run, memory(shape, layout, run, given.expert_imbalance)
-    if request.kl:
-        plan.host_bytes = plan.memory.static["weights"] * min(layout.devices, layout.world)
+    on_host = (plan.memory.static["weights"] if request.kl else 0) + plan.memory.on_host
+    plan.host_bytes = on_host * min(layout.devices, layout.world)
     if not request.cpu:
         _compare(plan, plan.memory, given, layout, request.all_forward)
 
@@ -186,9 +188,9 @@ def _compare(plan: Plan, needed: Memory, given: Assumptions, layout: Layout, all
         )
     if plan.host_bytes > given.host_memory_gib * GIB:
         plan.problems.append(
-            f"cluster.host_memory_gib: the initial policy of {layout.devices} ranks is "
-            f"{plan.host_bytes / GIB:.0f} GiB on a node of {given.host_memory_gib:g}; set "
-            "algorithm.kl.coefficient to 0, or shard the policy further"
+            f"cluster.host_memory_gib: {layout.devices} ranks hold {plan.host_bytes / GIB:.0f} GiB in host memory on "
+            f"a node of {given.host_memory_gib:g}; set algorithm.kl.coefficient to 0, algorithm.kept_on to device, or "
+            "shard the policy further"
         )
 
 
@@ -207,7 +209,8 @@ def _remedy(found: Memory, all_forward: bool) -> str:
     if training >= generation and all_forward:
         return (
             "most of it are activations of all micro-batches of an optimizer step, which algorithm.passes: all_forward "
-            "holds at once: set it to 2, model.activations_checkpoint_granularity to full, or model.logprobs to chunked"
+            "holds at once: set it to 2, algorithm.kept_on to host, model.activations_checkpoint_granularity to full, "
+            "or model.logprobs to chunked"
         )
     if training >= generation:
         return (

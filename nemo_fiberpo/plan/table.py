@@ -91,7 +91,7 @@ def _memory(plan: Plan, memory: Memory) -> Iterator[str]:
     yield f"  {'peak':<40}{memory.peak / unit:8.2f}   {of}"
     if plan.host_bytes:
         of = "" if plan.cpu else f"   of {given.host_memory_gib * GIB / unit:g}"
-        yield f"  {'initial policy, host memory of a node':<40}{plan.host_bytes / unit:8.2f}{of}"
+        yield f"  {'host memory of a node':<40}{plan.host_bytes / unit:8.2f}{of}"
 
 
 def _cells(plan: Plan) -> Iterator[str]:

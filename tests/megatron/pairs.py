@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -78,7 +79,7 @@ def problems_for(layouts: Sequence[Layout], names: Sequence[str] = tuple(PROBLEM
 
 
 def step_of(layout: Layout, batch: Batch, name: str, step_kind: str, **options: Any) -> Found:
-    """A step of the kind `exact`, `optimistic` or `all_forward`; `options` go to it."""
+    """A step of the kind `exact`, `optimistic`, `all_forward` or `on_host`; `options` go to it."""
     model, strata = tiny.make_model(layout), PROBLEMS[name][1]
     axes = TokenAxes.from_parallel_state(gathered={"cp": layout.gathered} if layout.gathered else None)
     step, reducer = batches.make_step(layout, batch, strata, axes), Reducer(axes)
@@ -104,6 +105,7 @@ def step_of(layout: Layout, batch: Batch, name: str, step_kind: str, **options: 
         "exact": exact_step,
         "optimistic": optimistic_step,
         "all_forward": all_forward_step,
+        "on_host": functools.partial(all_forward_step, on_host=True),
     }
     result = kinds[step_kind](counting, step.microbatches, step.tokens, *parts, chain, reducer, **options)
     assert result.loss is not None and result.report is not None

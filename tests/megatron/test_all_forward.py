@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_fiberpo.megatron import all_forward
+from nemo_fiberpo.megatron import all_forward, host_copies
 from nemo_fiberpo.megatron.groups import TokenAxes
 from nemo_fiberpo.objective import Gspo, PpoClip
 from nemo_fiberpo.plan.layout import Layout as PlannedLayout
@@ -111,6 +111,42 @@ def test_random_problems(problems) -> None:
         for two, one in pairs:
             check(two, one, layout)
     assert len({pairs[0].loss for pairs in ranks[0]}) == len(seeds)
+
+
+HOST_RUNS = [
+    (1, [Layout(microbatches=4, logprobs="chunked", recompute=True), Layout(microbatches=4, **ROUTER_LOSSES)]),
+    (2, [Layout(tp=2, microbatches=4, tied=True, experts=0), Layout(tp=2, microbatches=4, recompute=True, **SPREAD)]),
+    (2, [Layout(pp=2, microbatches=4, recompute=True, overlap=True)]),
+]
+
+
+def host_worker(rank: int, world: int, layouts: list[Layout], pickled: bytes) -> list[list[tuple[Found, Found]]]:
+    host_copies.LEAST_BYTES = 0
+    return pairs_worker(rank, world, layouts, pickled, "on_host")
+
+
+@pytest.mark.parametrize(("world", "layouts"), HOST_RUNS, ids=[f"{world}-{layouts[0]}" for world, layouts in HOST_RUNS])
+def test_what_is_kept_in_host_memory_comes_back(problems, world: int, layouts: list[Layout]) -> None:
+    ranks = distributed.run(host_worker, world, layouts, problems, timeout=400.0)
+    for layout, of_layout in zip(layouts, zip(*ranks, strict=True), strict=True):
+        for name, pairs in zip(NAMES, zip(*of_layout, strict=True), strict=True):
+            assert largest_difference(pairs) <= BOUND, (layout, name)
+            for two, one in pairs:
+                check(two, one, layout)
+
+
+@pytest.mark.parametrize(("least", "copied"), [(0, True), (1 << 20, False)])
+def test_saved_tensors_are_copies_and_parameters_are_not(monkeypatch, least: int, copied: bool) -> None:
+    monkeypatch.setattr(host_copies, "LEAST_BYTES", least)
+    module = torch.nn.Linear(3, 3, bias=False)
+    x = torch.full((3, 3), 2.0, requires_grad=True)
+    with host_copies.saved_on_host([module]):
+        y = x * module.weight
+    x.data.zero_()  # a graph that holds x itself sees this
+    module.weight.data.fill_(5.0)  # and this is seen in any case
+    y.sum().backward()
+    assert module.weight.grad is not None and torch.all(module.weight.grad == (2.0 if copied else 0.0))
+    assert x.grad is not None and torch.all(x.grad == 5.0)
 
 
 def recompute_worker(rank: int, world: int, layouts: list[Layout], pickled: bytes) -> list[Found]:
@@ -263,3 +299,7 @@ def test_what_is_off_is_not_refused(value: Any) -> None:
     all_forward.refuse_unkept(SimpleNamespace(cpu_offloading=False, enable_cuda_graph=value, cuda_graph_impl=value))
     with pytest.raises(ValueError, match="cuda_graph_impl: local is refused"):
         all_forward.refuse_unkept(SimpleNamespace(cuda_graph_impl="local"))
+    fused = SimpleNamespace(gradient_accumulation_fusion=True)
+    all_forward.refuse_unkept(fused)
+    with pytest.raises(ValueError, match="gradient_accumulation_fusion: True is refused"):
+        all_forward.refuse_unkept(fused, on_host=True)

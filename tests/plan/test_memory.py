@@ -143,6 +143,26 @@ def test_the_initial_policy_lies_in_host_memory_where_a_penalty_needs_it():
     assert "cluster.host_memory_gib" in refused.problems[0]
 
 
+def test_what_is_kept_on_the_host_is_not_on_the_device():
+    """With recomputation of all 32 layers: what one micro-batch keeps stays, as with two passes; all go to the host."""
+    two, device, host = (
+        plan_of("cluster/llama3_1_8b", *changes).memory
+        for changes in (
+            (),
+            ("algorithm.passes=all_forward",),
+            ("algorithm.passes=all_forward", "algorithm.kept_on=host"),
+        )
+    )
+    assert two is not None and device is not None and host is not None
+    assert host.training == two.training and two.on_host == device.on_host == 0
+    number = device.training["activation checkpoints"] / two.training["activation checkpoints"]
+    behind = sum(device.training.values()) - sum(two.training.values())
+    behind -= (number - 1) * two.training["activation checkpoints"]
+    assert number > 1 and host.on_host == pytest.approx(number * two.training["activation checkpoints"] + behind)
+    plan = plan_of("cluster/llama3_1_8b", "algorithm.passes=all_forward", "algorithm.kept_on=host")
+    assert plan.host_bytes == 8 * host.on_host
+
+
 # Layers and their parameters from the published configurations: attention h (a + 2 g) d + a d h, two norms, a router
 # h E, experts 3 h f: (dense, of experts, ranks that share the optimizer of the one, of the other) of the fullest rank.
 BY_HAND = {

@@ -94,6 +94,10 @@ class AlgorithmSettings(Settings):
     backward passes. It holds what the backward passes need of all micro-batches at once, so it is meant for
     `model.activations_checkpoint_granularity: full`; `fiberpo plan` counts that memory. See docs/performance.md."""
 
+    kept_on: str = setting("device", choices=("device", "host"))
+    """Where `passes: all_forward` keeps what the backward passes need. `host`: in pinned host memory, which a step
+    copies to and from."""
+
     micro_batches: str = setting("any", choices=("any", "whole_groups"))
     """Which samples share a micro-batch. `whole_groups`: all responses to a prompt, so that prompt groups and
     trajectories are cells of one micro-batch. `model.micro_batch_size` must be a multiple of `samples_per_prompt`."""
@@ -116,6 +120,8 @@ class AlgorithmSettings(Settings):
             raise ValueError(f"compile: must be auto, true or false, got {self.compile!r}")
         if self.passes not in (1, 2, "auto", "all_forward") or isinstance(self.passes, bool):
             raise ValueError(f"passes: must be 1, 2, auto or all_forward, got {self.passes!r}")
+        if self.kept_on == "host" and not self.all_forward:
+            raise ValueError(f"kept_on: host goes with passes: all_forward, got passes: {self.passes}; leave it out")
         if self.prompts_per_rollout % self.optimizer_steps:
             raise ValueError(
                 f"optimizer_steps: {self.optimizer_steps} must divide prompts_per_rollout = "

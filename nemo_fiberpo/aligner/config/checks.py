@@ -83,7 +83,7 @@ def read_config(cfg: DictConfig, attempt: Attempt = _call) -> RunConfig:
         attempt(lambda: check_gating(algorithm.gating_map, hierarchy, soft))
         attempt(lambda: algorithm.check_passes(hierarchy.active, cfg.model.micro_batch_size))
     if algorithm is not None and algorithm.all_forward:
-        attempt(lambda: check_all_forward(cfg.model))
+        attempt(lambda: check_all_forward(cfg.model, algorithm.kept_on == "host"))
     attempt(lambda: check_nemo_keys(cfg))
     return RunConfig(hierarchy, partitions, labels, algorithm, data, rewards)
 

@@ -25,10 +25,10 @@ def check_model(cfg: DictConfig) -> None:
         raise ValueError(problem)
 
 
-def check_all_forward(cfg: DictConfig) -> None:
+def check_all_forward(cfg: DictConfig, on_host: bool = False) -> None:
     """ValueError naming the first field of the model config that `algorithm.passes: all_forward` does not support."""
     try:
-        refuse_unkept(cfg)  # the fields have the names that Megatron's config has
+        refuse_unkept(cfg, on_host)  # the fields have the names that Megatron's config has
     except ValueError as error:
         raise ValueError(f"algorithm.passes: all_forward, but model.{error}") from None
 
@@ -40,7 +40,8 @@ def recompute_warnings(cfg: DictConfig) -> list[str]:
     return [
         "algorithm.passes: all_forward holds the activations of all micro-batches of an optimizer step at once; set "
         "model.activations_checkpoint_granularity to full, activations_checkpoint_method to uniform and "
-        "activations_checkpoint_num_layers to 1, or passes to 2 where memory is short (`fiberpo plan` estimates it)"
+        "activations_checkpoint_num_layers to 1, algorithm.kept_on to host, or passes to 2 where memory is short "
+        "(`fiberpo plan` estimates it)"
     ]
 
 

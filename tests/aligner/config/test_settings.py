@@ -63,6 +63,12 @@ def test_passes_are_one_two_auto_or_all_forward(passes):
         settings(passes=passes)
 
 
+def test_what_is_kept_on_the_host_is_kept_by_all_forward():
+    assert settings(passes="all_forward", kept_on="host").kept_on == "host"
+    with pytest.raises(ValueError, match=r"kept_on: host goes with passes: all_forward, got passes: 2; leave it out"):
+        settings(kept_on="host")
+
+
 def test_all_forward_refuses_by_the_name_of_the_key_and_warns_without_recomputation():
     model = OmegaConf.create({"cpu_offloading": True})
     with pytest.raises(ValueError, match=r"^algorithm.passes: all_forward, but model.cpu_offloading: True is refused"):
