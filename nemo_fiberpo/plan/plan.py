@@ -169,18 +169,19 @@ def _add_memory(plan: Plan, request: Request, layout: Layout, shape: ModelShape,
     on_host = (plan.memory.static["weights"] if request.kl else 0) + plan.memory.on_host
     plan.host_bytes = on_host * min(layout.devices, layout.world)
     if not request.cpu:
-        _compare(plan, plan.memory, given, layout, request.all_forward)
+        _compare(plan, plan.memory, given, layout, request.all_forward and not request.on_host)
 
 
-def _compare(plan: Plan, needed: Memory, given: Assumptions, layout: Layout, all_forward: bool) -> None:
-    """Compare the memory with that of a GPU and its node."""
+def _compare(plan: Plan, needed: Memory, given: Assumptions, layout: Layout, keeps_all: bool) -> None:
+    """Compare the memory with that of a GPU and its node. `keeps_all`: the activations of all micro-batches of an
+    optimizer step are on the device."""
     limit = given.gpu_memory_gib - given.reserve_gib
     peak = needed.peak / GIB
     if peak > limit:
         plan.problems.append(
             f"cluster.gpu_memory_gib: a rank of pipeline stage {needed.stage} needs {peak:.1f} GiB, and "
             f"{given.gpu_memory_gib:g} - reserve {given.reserve_gib:g} = {limit:.1f} GiB are there; "
-            + _remedy(needed, all_forward)
+            + _remedy(needed, keeps_all)
         )
     elif peak > 0.92 * limit:
         plan.warnings.append(
@@ -194,7 +195,7 @@ def _compare(plan: Plan, needed: Memory, given: Assumptions, layout: Layout, all
         )
 
 
-def _remedy(found: Memory, all_forward: bool) -> str:
+def _remedy(found: Memory, keeps_all: bool) -> str:
     """Advice for the largest part of the memory."""
     static, training, log_probs, generation = (
         sum(part.values()) for part in (found.static, found.training, found.log_probs, found.generation)
@@ -206,7 +207,7 @@ def _remedy(found: Memory, all_forward: bool) -> str:
         )
     if log_probs > max(training, generation):
         return "most of it is the pass of old log-probs: lower model.ppo.forward_micro_batch_size"
-    if training >= generation and all_forward:
+    if training >= generation and keeps_all:
         return (
             "most of it are activations of all micro-batches of an optimizer step, which algorithm.passes: all_forward "
             "holds at once: set it to 2, algorithm.kept_on to host, model.activations_checkpoint_granularity to full, "

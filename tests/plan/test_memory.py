@@ -161,6 +161,9 @@ def test_what_is_kept_on_the_host_is_not_on_the_device():
     assert number > 1 and host.on_host == pytest.approx(number * two.training["activation checkpoints"] + behind)
     plan = plan_of("cluster/llama3_1_8b", "algorithm.passes=all_forward", "algorithm.kept_on=host")
     assert plan.host_bytes == 8 * host.on_host
+    large = ("model.activations_checkpoint_granularity=null", "model.micro_batch_size=8")
+    refused = plan_of("cluster/llama3_1_8b", "algorithm.passes=all_forward", "algorithm.kept_on=host", *large)
+    assert "lower model.micro_batch_size" in refused.problems[0], "kept_on is on the host already"
 
 
 # Layers and their parameters from the published configurations: attention h (a + 2 g) d + a d h, two norms, a router
