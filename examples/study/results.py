@@ -119,7 +119,7 @@ OUTCOME = (
 
 def tables(arms: Mapping[Arm, Mapping[int, Result]], references: Collection[str] = BASELINES) -> list[str]:
     """Markdown of every panel: outcomes, with a row for each arm, best first, compared with the best of the references
-    in the panel; and means over the last five RL steps of what was inside the runs."""
+    in the panel; then `inside` of the same arms."""
     out = []
     for title, here in panels(arms):
         ordered = sorted(here, key=lambda arm: -mean_reward(here[arm]))
@@ -144,13 +144,14 @@ def tables(arms: Mapping[Arm, Mapping[int, Result]], references: Collection[str]
                 cells += [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", told]
             else:
                 cells += ["", "reference" if arm == best else ""]
-            out.append(f"| {' | '.join(cells)} |")
+            out.append(row(cells))
         out += ["", *inside({arm: list(here[arm].values()) for arm in ordered})]
     return out
 
 
 def inside(arms: Mapping[Arm, Sequence[Result]]) -> list[str]:
-    """Markdown: entropy, share of tokens that their clip cuts, and by stratum the largest drift of a cell in nats."""
+    """Markdown of means over the last five RL steps: entropy, the share of tokens that their clip cuts, and by stratum
+    the largest drift of a cell in nats."""
     curves = [name for results in arms.values() for result in results for name in result["curves"]]
     strata = sorted({name.split("/")[2] for name in curves if name.endswith("/drift_max")})
     out = rule(["objective", "entropy", "tokens cut", *(f"drift of {stratum}, up and down" for stratum in strata)])
@@ -160,12 +161,16 @@ def inside(arms: Mapping[Arm, Sequence[Result]]) -> list[str]:
         for stratum in strata:
             drifts = [last(results, f"train_optim/gates/{stratum}/{sign}/drift_max") for sign in ("pos", "neg")]
             cells.append("" if np.isnan(drifts).all() else f"{drifts[0]:.2f}, {drifts[1]:.2f}")
-        out.append(f"| {' | '.join(cells)} |")
+        out.append(row(cells))
     return out
 
 
+def row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
 def rule(head: Sequence[str]) -> list[str]:
-    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return [row(head), "|---" * len(head) + "|"]
 
 
 def mean_reward(of_seed: Mapping[int, Result]) -> float:

@@ -83,7 +83,7 @@ def off_by_one(record: dict[str, Any], index: int) -> None:
 
 
 def eighths(record: dict[str, Any], index: int) -> None:
-    """Label the prompt with one of eight parts, by chance."""
+    """Assign the prompt to one of eight parts at random."""
     record["strata"] = {"eighth": str(random.Random(index).randrange(8))}
 
 

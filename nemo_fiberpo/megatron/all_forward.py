@@ -69,10 +69,10 @@ def all_forward_step(
 ) -> StepResult:
     """Accumulate the gradient of -J(global batch) (+ extra losses), as `exact_step` does, with one forward pass.
 
-    Arguments, refusals and reductions as those of `exact_step`; refused beside them are the fields of `refuse_unkept`.
-    Nothing is computed twice but what Megatron recomputes, so `recompute_error` is 0.
+    Arguments, errors and reductions are those of `exact_step`, and `refuse_unkept` raises too. Only what Megatron
+    recomputes is computed twice, so `recompute_error` is 0.
 
-    Memory: what the backward pass of a micro-batch needs, of all micro-batches at once; in host memory with `on_host`.
+    on_host   keep what the backward passes of all micro-batches need in host memory, rather than on the device
     """
     refuse_inexact(policy.config)
     refuse_unkept(policy.config, on_host)
