@@ -45,6 +45,7 @@ SECOND: dict[str, list[str]] = {
     "algorithm.kl": ["={coefficient: 0.1}"],
     "algorithm.packing": ["=true"],
     "algorithm.passes": ["=1", "hierarchy=trajectory"],
+    "algorithm.kept_on": ["=host", "algorithm.passes=all_forward"],
     "algorithm.val_check_interval": ["=3", "algorithm.save_interval=3"],
     "algorithm.save_interval": ["=7"],
     "data.train": ["=other.jsonl"],
