@@ -152,27 +152,32 @@ def _request(
         known, of_tokens = hierarchy, _of_tokens(config.token_labels, assumptions)
         per_step = settings.prompts_per_rollout // settings.optimizer_steps
         prompts = tried(lambda: _labels(cfg, known, assumptions, per_step, of_tokens))
+    of_algorithm: dict[str, Any] = {}
+    if settings is not None:
+        of_algorithm = {
+            "batches": batch_sizes(cfg),
+            "gating": settings.gating_map,
+            "kl": settings.kl.coefficient > 0,
+            "epochs": settings.epochs,
+            "passes": 1 if settings.passes == 1 else 2,
+            "all_forward": settings.all_forward,
+            "on_host": settings.kept_on == "host",
+            "auto": settings.passes == "auto",
+            "whole_groups": settings.whole_groups,
+        }
     return Request(
         name=name,
         model={str(key): value for key, value in model.items()},
         trainer=trainer,
         assumptions=assumptions,
-        batches=batch_sizes(cfg) if settings is not None else None,
         prompt_length=(data or DataSettings("train.jsonl")).max_prompt_length,
         hierarchy=hierarchy,
         prompts=prompts,
         partitions=table,
         of_tokens=of_tokens,
-        gating=settings.gating_map if settings is not None else None,
-        kl=settings is not None and settings.kl.coefficient > 0,
-        epochs=settings.epochs if settings is not None else 1,
-        passes=1 if settings is not None and settings.passes == 1 else 2,
-        all_forward=settings is not None and settings.all_forward,
-        on_host=settings is not None and settings.kept_on == "host",
-        auto=settings is not None and settings.passes == "auto",
         recorded=recorded,
-        whole_groups=settings is not None and settings.whole_groups,
         cpu=on_cpu(cfg),
+        **of_algorithm,
     )
 
 

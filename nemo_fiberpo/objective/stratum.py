@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..fields import check, setting
+from ..fields import Settings, setting
 from ..values import nearest, positive_number, short, whole_number
 from .gates import Gate, constant, find_gate
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Settings):
     """Budgets of the two channels of a cell: the drift up to which its gate passes, in nats of log-ratio per token."""
 
     pos: float = setting(above=0)
@@ -23,19 +23,13 @@ class Budget:
     neg: float = setting(above=0)
     """C-, for log-probs that fall."""
 
-    def __post_init__(self) -> None:
-        check(self)
-
 
 @dataclass(frozen=True)
-class SlopeCap:
+class SlopeCap(Settings):
     """Rollback slope k = min(token count of the cell, `cap`)."""
 
     cap: float = setting(above=0)
     """Largest slope."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 @dataclass(frozen=True)

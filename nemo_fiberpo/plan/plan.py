@@ -42,9 +42,9 @@ class Request:
     model: Mapping[str, Any]
     trainer: Mapping[str, Any]
     assumptions: Assumptions
-    batches: Batches | None
     prompt_length: int
     hierarchy: Hierarchy | None
+    batches: Batches | None = None
     prompts: PromptLabels | None = None
     partitions: Partitions | None = None
     of_tokens: Mapping[str, Sequence[str]] = field(default_factory=dict)

@@ -3,7 +3,8 @@
 `launch` and `begin` take what those of `launching` take, which type the command line; importing is most of what a short
 run costs. The process that has everything imported makes no process group, no thread and no random number, and undoes
 the CPU mode in every rank before its script installs it as its configuration says: a rank is what a fresh process would
-be, but for Python's hash seed, which it shares with the others. It is started by the first run of a test session and
+be, but for Python's hash seed, which it shares with the others, and for the picture of the report, which takes longer
+to draw than the run and is left out. It is started by the first run of a test session and
 ends with it, and its runs with it, even if the session is killed.
 """
 
@@ -167,6 +168,7 @@ def import_everything() -> None:
     nemo_cpu.install()
     for name in IMPORTED:
         importlib.import_module(name)
+    sys.modules["nemo_fiberpo.analysis.report"].plot_report = lambda *_, **__: None  # type: ignore[attr-defined]
     gc.collect()
     gc.freeze()
 
