@@ -58,7 +58,7 @@ def uninterrupted(start, tmp_path_factory) -> Path:
     """A run of four RL steps on two ranks that nothing interrupted."""
 
     def make(run_dir: Path) -> None:
-        launch("train_gpt_fiberpo.py", fresh(start, run_dir.parent, run_dir.name), *TWO_EPOCHS)
+        forked.launch("train_gpt_fiberpo.py", fresh(start, run_dir.parent, run_dir.name), *TWO_EPOCHS)
 
     return once(tmp_path_factory, "uninterrupted", make)
 

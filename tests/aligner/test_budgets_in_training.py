@@ -9,6 +9,8 @@ import pytest
 from tests.support import forked
 from tests.support.launching import fresh, optimizer_steps
 
+OFF = [f"hierarchy.strata.{name}.enabled=false" for name in ("domain", "prompt_group", "trajectory")]
+
 
 @pytest.mark.slow
 @pytest.mark.distributed
@@ -17,14 +19,15 @@ def test_only_a_token_clip_trains(start, tmp_path, passes: int):
     """Two optimizer steps, the second off-policy with a clip that cuts; no stratum is reported."""
     run_dir = fresh(start, tmp_path, "run")
     forked.launch(
-        "train_gpt_fiberpo.py", run_dir, "hierarchy=trajectory", "hierarchy.strata.trajectory.enabled=false",
-        "hierarchy.token_clip=1e-4", "algorithm.rl_steps=1", "algorithm.save_interval=0", f"algorithm.passes={passes}",
+        "train_gpt_fiberpo.py", run_dir, *OFF, "hierarchy.token_clip=1e-4",
+        "algorithm.rl_steps=1", "algorithm.save_interval=0", f"algorithm.passes={passes}",
     )  # fmt: skip
     first, second = optimizer_steps(run_dir)
     assert first["train_optim/on_policy"] == float(passes == 2)
     assert 0 < second["train_optim/gates/token/clipped"] <= 1
     assert math.isfinite(second["train_optim/loss"]) and second["train_optim/grad_norm"] > 0
-    assert not [name for name in second if name.startswith("train_optim/gates/trajectory/")]
+    strata = ("domain", "prompt_group", "trajectory")
+    assert not [name for name in second if name.startswith(tuple(f"train_optim/gates/{stratum}" for stratum in strata))]
 
 
 @pytest.mark.slow

@@ -219,4 +219,7 @@ def test_generation_hands_over_the_log_probs_of_the_tokens_that_it_sampled(
     assert rollout["train_rollouts/rollout_correction/abs_log_ratio"] < rounding
     assert rollout["train_rollouts/rollout_correction/touched"] == 0
     assert rollout["train_rollouts/rollout_correction/mean_weight"] == pytest.approx(1, abs=10 * rounding)
-    assert len(optimizer_steps(run_dir)) == 2
+    first, second = optimizer_steps(run_dir)
+    assert first["train_optim/on_policy"] == 1.0 and second["train_optim/gate_all_reduces"] == 2.0
+    # In bfloat16 with experts on two ranks, too, the passes differ by rounding at most.
+    assert first["train_optim/recompute_error"] < max(1e-5, 2 * rounding)

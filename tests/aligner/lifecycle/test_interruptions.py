@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -55,7 +56,10 @@ def test_a_signal_to_one_rank_saves_and_a_damaged_checkpoint_gives_way_to_the_on
     assert f"checkpoint {newest.name}: damaged: __1_0.distcp: its SHA-256 differs" in said
     assert "resuming from fiberpo-step=2-" in said
     assert metrics(run_dir) == metrics(uninterrupted)
-    assert (run_dir / "prompts.jsonl").read_text() == (uninterrupted / "prompts.jsonl").read_text()
+    used = (run_dir / "prompts.jsonl").read_text()
+    assert used == (uninterrupted / "prompts.jsonl").read_text(), "a prompt was skipped or used twice"
+    lines = [line for row in map(json.loads, used.splitlines()) for line in row["lines"]]
+    assert len(lines) == len(set(lines)) == 4 * 8, "within an epoch every prompt comes once"
     assert (run_dir / "nemo" / "checkpoints-damaged" / newest.name).is_dir()
 
 
