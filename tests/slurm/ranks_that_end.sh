@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# In place of PYTHON: a rank that ends as ENDS says for its start, "START/START/..." with an entry per rank in each:
+# In place of PYTHON: a rank that ends as ENDS says for its start, "START/START/..." with an entry per rank in each (the
+# tasks of an array count as starts):
 # a status, a signal that it sends itself, wait: for SIGTERM or SIGUSR1, to end with 75 as a training script does, or
 # start: which SIGTERM ends at once, as it does a training script that has no handler yet.
 # Under torchrun also then:STATUS: that status, once another rank of the node has ended with one that is not 0.
@@ -8,9 +9,10 @@ set -euo pipefail
 if [ "$1" = -m ]; then exec "$REAL_PYTHON" "$@"; fi # torchrun itself
 
 IFS=/ read -ra starts <<<"$ENDS"
-read -ra ranks <<<"${starts[${SLURM_RESTART_COUNT:-0}]}"
+start=$((${SLURM_RESTART_COUNT:-0} + ${SLURM_ARRAY_TASK_ID:-1} - 1))
+read -ra ranks <<<"${starts[$start]}"
 end=${ranks[$RANK]}
-echo "rank $RANK ends with $end in start ${SLURM_RESTART_COUNT:-0}"
+echo "rank $RANK ends with $end in start $start"
 case "$end" in
     then:*)
         until [ -s "$FIBERPO_STATUSES" ]; do sleep 0.05; done # rank.sh's own list

@@ -68,38 +68,35 @@ def test_a_job_outlives_the_death_of_each_of_its_nodes(cluster, job, uninterrupt
     same_metrics(job, uninterrupted)
 
 
-@pytest.mark.parametrize(
-    ("launcher", "array", "signal"),
-    [("srun", False, "USR1"), ("torchrun", True, "TERM")],
-    ids=["srun-requeue", "torchrun-array"],
-)
-def test_a_warned_job_saves_and_resumes(
-    cluster, job, uninterrupted, record_property, launcher: str, array: bool, signal: str
-):
-    """By requeue, or as the next task of an array. The signal comes as that of --signal=B:USR1@SECONDS does; SIGTERM is
-    told from a cancelled job's by the state of the job."""
-    job.submit(env={"LAUNCHER": launcher}, options=[*ONE_RANK_EACH, *(["--array=1-3%1"] if array else [])])
-    first = f"{job.id}_1" if array else job.id
-    array_job, job.id = job.id, first
+def test_a_warned_job_saves_and_resumes(cluster, job, uninterrupted, record_property):
+    """With ranks that torchrun starts. The signal comes as that of --signal=B:USR1@SECONDS does; SIGTERM is told from a
+    cancelled job's by the state of the job."""
+    job.submit(env={"LAUNCHER": "torchrun"})
     job.wait_for_rows(3)
     begun = time.monotonic()
-    with contextlib.suppress(SlurmError):  # for a task of an array, SLURM 22.05 signals and yet reports no success
-        cluster.command("scancel", f"--signal={signal}", "--batch", job.id)
-    if array:
-        job.ends_as("COMPLETED")
-        job.id = f"{array_job}_2"
-    else:
-        job.wait_for_restart(1)
+    cluster.command("scancel", "--signal=TERM", "--batch", job.id)
+    job.wait_for_restart(1)
     record_property("seconds from the warning to the requeue", seconds_since(begun))
     job.wait_for_rows(job.rows() + 1)
     record_property("seconds from the warning to the next optimizer step", seconds_since(begun))
     job.ends_as("COMPLETED")
     said = job.output()
-    assert "the ranks are asked to save and to stop" in said
-    assert ("the next array task goes on" if array else "the run can go on: requeued") in said
-    if array:
-        assert "CANCELLED" in cluster.job(f"{array_job}_3")["JobState"], "there was nothing left to do"
+    assert "the ranks are asked to save and to stop" in said and "the run can go on: requeued" in said
     same_metrics(job, uninterrupted)
+
+
+def test_a_warned_task_of_an_array_leaves_the_rest_to_the_next(cluster, job):
+    job.submit(env=ranks_that_end("wait wait/0 0"), options=[*ONE_RANK_EACH, "--array=1-3%1"])
+    array, job.id = job.id, f"{job.id}_1"
+    job.wait_for_waiting_ranks(2)
+    with contextlib.suppress(SlurmError):  # SLURM 22.05 signals the task and yet reports no success
+        cluster.command("scancel", "--signal=USR1", "--batch", job.id)
+    job.ends_as("COMPLETED")
+    job.id = f"{array}_2"
+    job.ends_as("COMPLETED")
+    said = job.output()
+    assert "the ranks are asked to save and to stop" in said and "the next array task goes on" in said
+    assert "CANCELLED" in cluster.job(f"{array}_3")["JobState"], "there was nothing left to do"
 
 
 def test_a_cancelled_job_ends_and_leaves_no_process(cluster, job):
