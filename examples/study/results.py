@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from numpy.typing import NDArray
-from study_runs import Run, read_outcomes, read_references, read_study
+from study_runs import Run, read_outcomes, read_references, read_study, read_titles
 
 from nemo_fiberpo.analysis.summary import first_at
 
@@ -31,6 +31,7 @@ MARGIN = -0.03  # "not inferior": the lower bound of the difference to the best 
 SEEDS = 5  # fewer get no verdict: their intervals cover little but the spread of prompts
 RESAMPLES = 10_000
 OUTCOMES = read_outcomes()
+TITLES = read_titles()
 Result = dict[str, Any]
 Arm = tuple[str, str, float]  # setting, objective, learning rate
 
@@ -107,7 +108,8 @@ def panels(arms: Mapping[Arm, Mapping[int, Result]]) -> list[tuple[str, dict[Arm
     out: dict[tuple[str, float], dict[Arm, Mapping[int, Result]]] = defaultdict(dict)
     for arm, of_seed in arms.items():
         out[arm[0], arm[2] if by_rate else 0.0][arm] = of_seed
-    return [(setting + (f", learning rate {lr:.1e}" if lr else ""), out[setting, lr]) for setting, lr in sorted(out)]
+    rates = {(setting, lr): f", learning rate {lr:.1e}" if lr else "" for setting, lr in sorted(out)}
+    return [(TITLES.get(setting, setting) + rate, out[setting, lr]) for (setting, lr), rate in rates.items()]
 
 
 GAIN = 0.1  # "steps": the first RL step at which the mean reward of five is this much above the held-out reward before
@@ -218,9 +220,10 @@ def picture(arms: Mapping[Arm, Mapping[int, Result]], path: Path) -> None:
                 label=f"{objective}, {count(of_seed)}",
             )
             axis.fill_between(steps, np.nanmin(values, 0), np.nanmax(values, 0), color=colours[objective], alpha=0.1)
-        axis.set(title=title, xlabel="RL step")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("RL step")
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("reward of the sampled responses")
+    axes[0][0].set_ylabel("training reward, mean of 5 RL steps")
     entries = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     labels = sorted(entries)
     figure.legend(

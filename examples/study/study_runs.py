@@ -48,6 +48,12 @@ def read_outcomes(path: Path = FILE) -> dict[str, list[str]]:
     return outcomes
 
 
+def read_titles(path: Path = FILE) -> dict[str, str]:
+    """What tables and pictures call each setting."""
+    titles: dict[str, str] = OmegaConf.to_container(OmegaConf.load(path).titles)  # type: ignore[assignment]
+    return titles
+
+
 def read_references(path: Path = FILE) -> dict[str, list[str]]:
     """By stage, the objective with which the others are compared, where that is not the best baseline."""
     stages = OmegaConf.load(path).stages.items()
