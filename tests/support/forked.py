@@ -3,9 +3,9 @@
 `launch` and `begin` take what those of `launching` take, which type the command line; importing is most of what a short
 run costs. The process that has everything imported makes no process group, no thread and no random number, and undoes
 the CPU mode in every rank before its script installs it as its configuration says: a rank is what a fresh process would
-be, but for Python's hash seed, which it shares with the others, and for the picture of the report, which takes longer
-to draw than the run and is left out. It is started by the first run of a test session and
-ends with it, and its runs with it, even if the session is killed.
+be, but for Python's hash seed, which it shares with the others, and for the picture of the report, which would take
+longer than the run. It is started by the first run of a test session and ends with it, and its runs with it, even if
+the session is killed.
 """
 
 from __future__ import annotations
