@@ -122,7 +122,7 @@ def _plot_budgets(figure: SubFigure, curves: Curves) -> list[Axes]:
         _plot_budget(axes, stratum, curves)
     figure.suptitle("Drift against budget, largest cell of each stratum", fontsize=12)
     figure.supylabel("budget used, |drift| / budget", fontsize=10)
-    rows[-1].set_xlabel("RL step\n\nshaded: past the budget the gate leaves pass-through: first rollback, then zero")
+    rows[-1].set_xlabel("RL step\n\nshaded: past the budget, where the gate acts")
     if strata:
         rows[0].legend(loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=2, frameon=False, fontsize=9)
     return list(rows)
