@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from numpy.typing import NDArray
-from study_runs import Run, read_outcomes, read_references, read_study, read_titles
+from study_runs import Run, read_by_setting, read_references, read_study
 
 from nemo_fiberpo.analysis.summary import first_at
 
@@ -30,8 +30,8 @@ BASELINES = ("grpo", "clip_higher", "ppo", "gspo")
 MARGIN = -0.03  # "not inferior": the lower bound of the difference to the best baseline is above this
 SEEDS = 5  # fewer get no verdict: their intervals cover little but the spread of prompts
 RESAMPLES = 10_000
-OUTCOMES = read_outcomes()
-TITLES = read_titles()
+OUTCOMES: dict[str, list[str]] = read_by_setting("outcome")
+TITLES: dict[str, str] = read_by_setting("titles")
 Result = dict[str, Any]
 Arm = tuple[str, str, float]  # setting, objective, learning rate
 
@@ -108,8 +108,10 @@ def panels(arms: Mapping[Arm, Mapping[int, Result]]) -> list[tuple[str, dict[Arm
     out: dict[tuple[str, float], dict[Arm, Mapping[int, Result]]] = defaultdict(dict)
     for arm, of_seed in arms.items():
         out[arm[0], arm[2] if by_rate else 0.0][arm] = of_seed
-    rates = {(setting, lr): f", learning rate {lr:.1e}" if lr else "" for setting, lr in sorted(out)}
-    return [(TITLES.get(setting, setting) + rate, out[setting, lr]) for (setting, lr), rate in rates.items()]
+    return [
+        (TITLES.get(setting, setting) + (f", learning rate {lr:.1e}" if lr else ""), out[setting, lr])
+        for setting, lr in sorted(out)
+    ]
 
 
 GAIN = 0.1  # "steps": the first RL step at which the mean reward of five is this much above the held-out reward before

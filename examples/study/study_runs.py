@@ -42,16 +42,11 @@ def read_study(path: Path = FILE) -> dict[str, list[Run]]:
     return stages
 
 
-def read_outcomes(path: Path = FILE) -> dict[str, list[str]]:
-    """By setting, the domains whose held-out reward is the outcome; a setting that is not there counts all."""
-    outcomes: dict[str, list[str]] = OmegaConf.to_container(OmegaConf.load(path).outcome)  # type: ignore[assignment]
-    return outcomes
-
-
-def read_titles(path: Path = FILE) -> dict[str, str]:
-    """What tables and pictures call each setting."""
-    titles: dict[str, str] = OmegaConf.to_container(OmegaConf.load(path).titles)  # type: ignore[assignment]
-    return titles
+def read_by_setting(name: str, path: Path = FILE) -> dict[str, Any]:
+    """A section of study.yaml with an entry for some settings: `titles`, or `outcome`, the domains that count."""
+    study: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[assignment]
+    section: dict[str, Any] = study[name]
+    return section
 
 
 def read_references(path: Path = FILE) -> dict[str, list[str]]:

@@ -152,20 +152,8 @@ def _request(
         known, of_tokens = hierarchy, _of_tokens(config.token_labels, assumptions)
         per_step = settings.prompts_per_rollout // settings.optimizer_steps
         prompts = tried(lambda: _labels(cfg, known, assumptions, per_step, of_tokens))
-    of_algorithm: dict[str, Any] = {}
-    if settings is not None:
-        of_algorithm = {
-            "batches": batch_sizes(cfg),
-            "gating": settings.gating_map,
-            "kl": settings.kl.coefficient > 0,
-            "epochs": settings.epochs,
-            "passes": 1 if settings.passes == 1 else 2,
-            "all_forward": settings.all_forward,
-            "on_host": settings.kept_on == "host",
-            "auto": settings.passes == "auto",
-            "whole_groups": settings.whole_groups,
-        }
-    return Request(
+    request = partial(
+        Request,
         name=name,
         model={str(key): value for key, value in model.items()},
         trainer=trainer,
@@ -177,7 +165,19 @@ def _request(
         of_tokens=of_tokens,
         recorded=recorded,
         cpu=on_cpu(cfg),
-        **of_algorithm,
+    )
+    if settings is None:
+        return request()
+    return request(
+        batches=batch_sizes(cfg),
+        gating=settings.gating_map,
+        kl=settings.kl.coefficient > 0,
+        epochs=settings.epochs,
+        passes=1 if settings.passes == 1 else 2,
+        all_forward=settings.all_forward,
+        on_host=settings.kept_on == "host",
+        auto=settings.passes == "auto",
+        whole_groups=settings.whole_groups,
     )
 
 

@@ -168,8 +168,8 @@ def _chunked(shape: ModelShape, layout: Layout, run: Run) -> bool:
     return chosen(run.logprobs, samples=max(run.rows, run.forward), length=run.length, **sizes) == "chunked"
 
 
-def _kept_behind_layers(shape: ModelShape, layout: Layout, run: Run, tokens: float, last: bool) -> dict[str, int]:
-    """By item: what all but one of the micro-batches keep behind their layers where forward passes come first: on the
+def _kept_after_layers(shape: ModelShape, layout: Layout, run: Run, tokens: float, last: bool) -> dict[str, int]:
+    """By item: what all but one of the micro-batches keep after their layers where forward passes come first: on the
     last stage the inputs of the final norm and of the log-probs, on the others what was sent to the next stage."""
     if not run.all_forward:
         return {}
@@ -217,12 +217,12 @@ def _stage(shape: ModelShape, layout: Layout, run: Run, imbalance: float, stage:
     }
     if stage == layout.pp - 1:
         training |= _log_probs(shape, layout, run, tokens, backward=True)
-    behind, on_host = _kept_behind_layers(shape, layout, run, tokens, stage == layout.pp - 1), 0
+    after, on_host = _kept_after_layers(shape, layout, run, tokens, stage == layout.pp - 1), 0
     if run.on_host:  # outputs of a stage stay, as the schedule wants them
         on_host = kept * (training["activation checkpoints"] + training["activations kept"])
         if stage == layout.pp - 1:
-            on_host, behind = on_host + sum(behind.values()), {}
-    training |= behind
+            on_host, after = on_host + sum(after.values()), {}
+    training |= after
     scoring = {}
     if run.forward > run.rows:
         tokens = run.forward * length / layout.cp

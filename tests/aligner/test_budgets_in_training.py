@@ -9,7 +9,8 @@ import pytest
 from tests.support import forked
 from tests.support.launching import fresh, optimizer_steps
 
-OFF = [f"hierarchy.strata.{name}.enabled=false" for name in ("domain", "prompt_group", "trajectory")]
+STRATA = ("domain", "prompt_group", "trajectory")
+OFF = [f"hierarchy.strata.{name}.enabled=false" for name in STRATA]
 
 
 @pytest.mark.slow
@@ -26,8 +27,9 @@ def test_only_a_token_clip_trains(start, tmp_path, passes: int):
     assert first["train_optim/on_policy"] == float(passes == 2)
     assert 0 < second["train_optim/gates/token/clipped"] <= 1
     assert math.isfinite(second["train_optim/loss"]) and second["train_optim/grad_norm"] > 0
-    strata = ("domain", "prompt_group", "trajectory")
-    assert not [name for name in second if name.startswith(tuple(f"train_optim/gates/{stratum}" for stratum in strata))]
+    if passes == 2:
+        assert second["train_optim/gate_all_reduces"] == 2.0 and first["train_optim/recompute_error"] < 1e-5
+    assert not [name for name in second if name.startswith(tuple(f"train_optim/gates/{stratum}" for stratum in STRATA))]
 
 
 @pytest.mark.slow

@@ -223,3 +223,4 @@ def test_generation_hands_over_the_log_probs_of_the_tokens_that_it_sampled(
     assert first["train_optim/on_policy"] == 1.0 and second["train_optim/gate_all_reduces"] == 2.0
     # In bfloat16 with experts on two ranks, too, the passes differ by rounding at most.
     assert first["train_optim/recompute_error"] < max(1e-5, 2 * rounding)
+    assert second["train_optim/gates/trajectory/cells"] == 16.0

@@ -48,7 +48,7 @@ def test_a_run_that_resumes_from_elsewhere_is_counted(said, expected, status, wr
 @pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path):
-    arguments = ["--kills", "2", "--steps", "4", "--seed", "1", "--directory", str(tmp_path)]
+    arguments = ["--kills", "3", "--steps", "4", "--seed", "1", "--directory", str(tmp_path)]
     arguments += ["--sigusr1", "0.3", "--save-last"]
     done = subprocess.run(
         [sys.executable, "-m", "tests.kill", *arguments],
@@ -60,4 +60,4 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_pat
     )
     assert done.returncode == 0, done.stdout[-8000:]
     counts = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")][-1]
-    assert counts["kills"] >= 2 and counts["runs_to_the_end"] >= 1 and counts["resumptions_checked"] >= 1
+    assert counts["kills"] >= 3 and counts["runs_to_the_end"] >= 1 and counts["resumptions_checked"] >= 1

@@ -156,9 +156,9 @@ def test_what_is_kept_on_the_host_is_not_on_the_device():
     assert two is not None and device is not None and host is not None
     assert host.training == two.training and two.on_host == device.on_host == 0
     number = device.training["activation checkpoints"] / two.training["activation checkpoints"]
-    behind = sum(device.training.values()) - sum(two.training.values())
-    behind -= (number - 1) * two.training["activation checkpoints"]
-    assert number > 1 and host.on_host == pytest.approx(number * two.training["activation checkpoints"] + behind)
+    after = sum(device.training.values()) - sum(two.training.values())
+    after -= (number - 1) * two.training["activation checkpoints"]
+    assert number > 1 and host.on_host == pytest.approx(number * two.training["activation checkpoints"] + after)
     plan = plan_of("cluster/llama3_1_8b", "algorithm.passes=all_forward", "algorithm.kept_on=host")
     assert plan.host_bytes == 8 * host.on_host
     large = ("model.activations_checkpoint_granularity=null", "model.micro_batch_size=8")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# In place of PYTHON: a rank that ends as ENDS says for its start, "START/START/..." with an entry per rank in each (the
-# tasks of an array count as starts):
+# In place of PYTHON: a rank that ends as ENDS says for its start, "START/START/..." with an entry per rank in each. The
+# tasks of an array count as starts. An entry is
 # a status, a signal that it sends itself, wait: for SIGTERM or SIGUSR1, to end with 75 as a training script does, or
 # start: which SIGTERM ends at once, as it does a training script that has no handler yet.
 # Under torchrun also then:STATUS: that status, once another rank of the node has ended with one that is not 0.
