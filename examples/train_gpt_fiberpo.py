@@ -19,7 +19,6 @@ from omegaconf import DictConfig
 
 from nemo_fiberpo.aligner.lifecycle import preemption
 from nemo_fiberpo.aligner.lifecycle.ending import run_main
-from nemo_fiberpo.aligner.run import Run
 from nemo_fiberpo.hydra_support.command_line import command_line, find_modules_in, folders_of_config, prepare_hydra
 
 prepare_hydra()
@@ -28,6 +27,8 @@ CHECK_ONLY = "--check" in sys.argv
 
 
 def train(cfg: DictConfig) -> None:
+    from nemo_fiberpo.aligner.run import Run  # not above: child processes of a rank import this file again
+
     with Run(cfg) as run:  # the config is checked
         if CHECK_ONLY:
             print("\n".join(run.check()))

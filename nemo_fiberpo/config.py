@@ -37,11 +37,8 @@ from .budget_warnings import budget_warnings, log_budget_warnings
 from .labelling.expert_partitions import COLUMN
 from .labelling.token_labels import TokenLabels
 from .objective import Budget, ExpertPartitions, Hierarchy, SlopeCap, Stratum
-from .plain import as_plain, read_yaml
+from .plain import NAMED, as_plain, read_yaml
 from .values import at, nearest, positive_number
-
-NAMED = ("strata", "branches")
-"""The keys of a hierarchy that hold strata, by name or as a list."""
 
 Source = Mapping[str, Any] | DictConfig | str | os.PathLike[str]
 
@@ -109,17 +106,6 @@ def parse_token_labels(cfg: Mapping[str, Any], hierarchy: Hierarchy) -> TokenLab
         everywhere = (*hierarchy.strata, *hierarchy.branches)
         found.check_columns([column for stratum in everywhere for column in stratum.columns])
     return found
-
-
-def strata_by_name(value: Any) -> Any:
-    """A list of strata as a mapping by name, in order. Anything else, or a list without unique names, is returned as
-    is; `load_hierarchy` reports the error."""
-    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-        return value
-    names = [entry.get("name") for entry in value]
-    if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
-        return value
-    return {entry["name"]: {key: field for key, field in entry.items() if key != "name"} for entry in value}
 
 
 def _users(strata: Iterable[Stratum]) -> str:

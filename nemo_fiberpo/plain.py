@@ -13,6 +13,9 @@ from yaml import YAMLError
 
 from .yaml_text import check_yaml
 
+NAMED = ("strata", "branches")
+"""The keys of a hierarchy that hold strata, by name or as a list."""
+
 
 def read_yaml(path: str) -> Any:
     try:
@@ -38,6 +41,17 @@ def as_plain(cfg: Any) -> Any:
     with named_references():
         node = cfg if OmegaConf.is_config(cfg) else OmegaConf.create(cfg)
         return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+
+
+def strata_by_name(value: Any) -> Any:
+    """A list of strata as a mapping by name, in order. Anything else, or a list without unique names, is returned as
+    is; `load_hierarchy` reports the error."""
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        return value
+    names = [entry.get("name") for entry in value]
+    if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+        return value
+    return {entry["name"]: {key: field for key, field in entry.items() if key != "name"} for entry in value}
 
 
 @contextmanager

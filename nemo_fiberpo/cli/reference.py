@@ -9,11 +9,13 @@ import shutil
 import textwrap
 from collections.abc import Mapping
 from dataclasses import MISSING
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_fiberpo.cli.compose import SHIPPED
-from nemo_fiberpo.cli.config_keys import TOP_LEVEL, Section, find, sections
-from nemo_fiberpo.fields import Key
+
+if TYPE_CHECKING:
+    from nemo_fiberpo.cli.config_keys import Section
+    from nemo_fiberpo.fields import Key
 
 MAY_CHANGE = "A resumed run may change it."
 WIDEST = 120
@@ -38,6 +40,8 @@ This file is written by `python -m nemo_fiberpo.cli config --markdown > docs/con
 
 def config(path: str | None, markdown: bool) -> str:
     """The output of `fiberpo config [SECTION]`. ValueError for an unknown name."""
+    from nemo_fiberpo.cli.config_keys import find, sections
+
     every = sections(SHIPPED)
     if markdown:
         return as_markdown(every)
@@ -47,6 +51,8 @@ def config(path: str | None, markdown: bool) -> str:
 
 def overview(every: Mapping[str, Section], width: int) -> str:
     """A line for every section and top-level key."""
+    from nemo_fiberpo.cli.config_keys import TOP_LEVEL
+
     groups = {
         "Keys at the top level": [(key.name, key.meaning) for key in every[TOP_LEVEL].blocks[0].keys],
         "Sections": [(section.name, section.summary) for section in every.values() if section.name],

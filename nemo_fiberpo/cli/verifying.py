@@ -6,12 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
 from nemo_fiberpo.plan.layout import Layout
-from nemo_fiberpo.verification.plans import Sizes
+
+if TYPE_CHECKING:
+    from nemo_fiberpo.verification.plans import Sizes
 
 DESCRIPTION = """Runs optimizer steps of a small random model on a layout of ranks and on one rank, and prints by how
 much the loss, the log-probs and the gradients of all parameters differ. The layout comes from a config, from the
@@ -50,6 +52,8 @@ def add_command(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _sizes(given: argparse.Namespace) -> Sizes:
     """Those of the config, where one is named, and over them those of the options."""
+    from nemo_fiberpo.verification.plans import Sizes
+
     of_options = {name: size for name in _AXES if (size := getattr(given, name)) is not None}
     if given.config is None:
         if given.overrides:

@@ -13,8 +13,8 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 
-from nemo_fiberpo.config import NAMED, strata_by_name
 from nemo_fiberpo.megatron.patching import Patch, Patches
+from nemo_fiberpo.plain import NAMED, strata_by_name
 from nemo_fiberpo.yaml_text import check_yaml
 
 _LOADER = "hydra._internal.config_loader_impl:ConfigLoaderImpl"

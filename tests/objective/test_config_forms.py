@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import nemo_fiberpo as fpo
 from nemo_fiberpo.budget_warnings import overrun_warnings
-from nemo_fiberpo.config import strata_by_name
+from nemo_fiberpo.plain import strata_by_name
 from tests.objective.config_edits import BRANCHED, BRANCHED_LISTED, YAML, by_name, edited
 
 CONF = Path(__file__).parents[2] / "conf" / "hierarchy"

@@ -3,9 +3,9 @@
 `launch` and `begin` take what those of `launching` take, which type the command line; importing is most of what a short
 run costs. The process that has everything imported makes no process group, no thread and no random number, and undoes
 the CPU mode in every rank before its script installs it as its configuration says: a rank is what a fresh process would
-be, but for Python's hash seed, which it shares with the others, and for the picture of the report, which would take
-longer than the run. It is started by the first run of a test session and ends with it, and its runs with it, even if
-the session is killed.
+be, but for Python's hash seed, which it shares with the others, for the picture of the report, which would take longer
+than the run, and for the process in which Megatron collects what was written, which is forked too. It is started by the
+first run of a test session and ends with it, and its runs with it, even if the session is killed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,6 +47,7 @@ IMPORTED = (
     "nemo_fiberpo.analysis.report",
     "torch.utils.tensorboard",
 )
+WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 PATIENCE = 30  # seconds between SIGTERM and SIGKILL to the ranks that are left, as torchrun
 
 
@@ -181,6 +183,10 @@ def run_as_rank(script: str, arguments: list[str], rank: int, processes: int, po
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "ROLE_RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in (sizes | ranks | {"TORCHELASTIC_RUN_ID": "forked"}).items()}
     nemo_cpu.uninstall()
+    if writer := sys.modules.get(WRITER):
+        manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+        manager.start(die_with_parent, (os.getpid(),))  # now, since it holds what the rank has open until the rank ends
+        writer._results_queue = manager.Queue()  # type: ignore[attr-defined]
     sys.path[0] = str(Path(script).parent)
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from nemo_fiberpo.aligner.lifecycle.first_rank import FirstRankError
 from nemo_fiberpo.aligner.lifecycle.preemption import LAUNCHED, NOT_FINISHED, Stopped, finish
+
+
+class FirstRankError(ValueError):
+    """An error of the first rank, raised on another rank; the first rank prints it."""
 
 
 def destroy_process_groups() -> None:
@@ -23,8 +24,9 @@ def destroy_process_groups() -> None:
     A process that leaves this to interpreter shutdown can abort: a gloo thread may still hold the last tensor of a
     collective, and freeing it needs the interpreter.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    distributed = sys.modules.get("torch.distributed")  # a run that ends early may not have imported it
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def run_main(main: Callable[[], None]) -> None:

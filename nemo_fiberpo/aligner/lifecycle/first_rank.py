@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from nemo_fiberpo.aligner.lifecycle.ending import FirstRankError
 from nemo_fiberpo.aligner.lifecycle.preemption import Stopped
 
 # Seconds that the first rank, whose process may serve the store, waits for the others to receive its decision.
@@ -26,10 +27,6 @@ SECRET = "FIBERPO_JOB_SECRET"
 Message = dict[str, Any]  # JSON
 _SIGNED = 64  # length of the signature before a message
 _stores: list[Any] = []  # kept open: the first rank's serves the others until process groups exist
-
-
-class FirstRankError(ValueError):
-    """An error of the first rank, raised on another rank; the first rank prints it."""
 
 
 class Ranks:

@@ -14,8 +14,6 @@ from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
 
-import torch
-
 from nemo_fiberpo.graders.signals import SIGNALS, die_with_parent, signals_blocked
 
 NOT_FINISHED = os.EX_TEMPFAIL  # 75: not an error, run the same command again
@@ -93,6 +91,8 @@ def agreed_reason(time_is_up: bool = False) -> str | None:
 
     time_is_up  as the first rank sees it
     """
+    import torch
+
     first = torch.distributed.get_rank() == 0
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     own = torch.tensor([_received, int(time_is_up and first)], device=device)

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from nemo_fiberpo.aligner.checkpoint import resume
 from nemo_fiberpo.aligner.checkpoint.run_record import RunRecord
 from nemo_fiberpo.aligner.lifecycle import first_rank
-from nemo_fiberpo.aligner.lifecycle.first_rank import FirstRankError, Ranks
+from nemo_fiberpo.aligner.lifecycle.ending import FirstRankError
+from nemo_fiberpo.aligner.lifecycle.first_rank import Ranks
 from nemo_fiberpo.aligner.lifecycle.preemption import Stopped
 from nemo_fiberpo.storage import reading, run_lock
 from tests.aligner.checkpoint.test_changes import changed

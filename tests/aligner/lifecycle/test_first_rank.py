@@ -14,8 +14,8 @@ import pytest
 import torch.distributed as dist
 
 from nemo_fiberpo.aligner.lifecycle import first_rank
-from nemo_fiberpo.aligner.lifecycle.ending import run_main
-from nemo_fiberpo.aligner.lifecycle.first_rank import FirstRankError, Ranks
+from nemo_fiberpo.aligner.lifecycle.ending import FirstRankError, run_main
+from nemo_fiberpo.aligner.lifecycle.first_rank import Ranks
 from nemo_fiberpo.aligner.lifecycle.preemption import Stopped
 from tests.storage.test_run_lock import holder, start
 from tests.support.launching import ROOT, arguments, environment, free_ports
