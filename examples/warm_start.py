@@ -72,7 +72,7 @@ def run(cfg: DictConfig) -> None:
     actor = FiberPOActor(cfg.model, trainer)
     init_distributed(trainer, actor)
     bos_id = first_token(cfg.model, actor.tokenizer)
-    checks = PromptDataset(data.train, actor.tokenizer, data.max_prompt_length, bos_id=bos_id)
+    checks = PromptDataset(load_prompts(data.train), actor.tokenizer, data.max_prompt_length, bos_id=bos_id)
     optimizer, scheduler, _ = build.initialise(cfg, trainer, actor, checks, settings.steps)
     examples = tokenize(load_prompts(settings.data), actor.tokenizer, bos_id)
     grader = make_reward_model(reward, checks.records, actor.tokenizer)

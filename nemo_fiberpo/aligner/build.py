@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging as std_logging
-import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_fiberpo import cores
 from nemo_fiberpo.aligner.config.checks import check_lengths
 from nemo_fiberpo.aligner.config.sections import data_settings
 from nemo_fiberpo.aligner.lifecycle.preemption import shield_resource_tracker
@@ -40,7 +40,7 @@ def start(cfg: DictConfig) -> None:
         logging.setLevel(logging.ERROR)
         for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "megatron"):
             std_logging.getLogger(name).setLevel(std_logging.ERROR)
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(cores.of_this_rank())
 
 
 def create_trainer(cfg: DictConfig) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -16,7 +16,7 @@ from nemo_fiberpo.aligner.config.checks import check_batches, check_graders, rea
 from nemo_fiberpo.aligner.config.model_checks import first_token
 from nemo_fiberpo.aligner.lifecycle import preemption
 from nemo_fiberpo.aligner.lifecycle.first_rank import is_first_rank
-from nemo_fiberpo.prompts.records import load_prompts
+from nemo_fiberpo.prompts.records import PromptRecord, load_prompts
 from nemo_fiberpo.storage.policy_file import read_config as read_policy_config
 
 if TYPE_CHECKING:
@@ -68,17 +68,21 @@ class Run:
         yield f"run_dir: {self.run_dir}: {state}"
 
     def load(self) -> None:
-        """Choose the checkpoint to resume from, then load the policy, the prompts and the reward model.
+        """Choose the checkpoint to resume from, then load the prompts, the policy and the reward model.
 
         Raises ValueError on every rank if one of them is invalid, and `preemption.Stopped` if the run is to end.
         """
         found = find_checkpoint(self.cfg, self.record)
         self._restored = dict(found[1].state) if found else None
+        data, own = self.config.data, tuple(self.config.rewards.graders or ())
+        # Before the policy, which may take minutes to load: a mistake in a line is said at once.
+        train = load_prompts(data.train, own)
+        heldout = load_prompts(data.heldout, own) if data.heldout is not None else None
         _print_rank_0(f"loading the policy {self.cfg.pretrained_checkpoint.restore_from_path}")
         build.start(self.cfg)
         self._load_policy(found[0] if found else None)
         self._stop_before_training()
-        self._load_prompts()
+        self._tokenize(train, heldout)
         from nemo_fiberpo.aligner.rewards.reward_model import make_reward_model
 
         records = self.prompts.records + (self.heldout.records if self.heldout is not None else [])
@@ -102,22 +106,21 @@ class Run:
         init_distributed(self._lightning, actor, cfg.model.get("transformer_engine", False))
         check_batches(cfg, parallel_state.get_data_parallel_world_size(), cfg.model.get("context_parallel_size") or 1)
 
-    def _load_prompts(self) -> None:
+    def _tokenize(self, train: Sequence[PromptRecord], heldout: Sequence[PromptRecord] | None) -> None:
         from nemo_fiberpo.aligner.data.prompts import PromptDataset
 
         data, tokenizer = self.config.data, self.actor.tokenizer
         options: dict[str, Any] = {
             "too_long": data.too_long,
-            "own_graders": tuple(self.config.rewards.graders or ()),
             "bos_id": first_token(self.actor.cfg, tokenizer),
         }
-        self.prompts = PromptDataset(data.train, tokenizer, data.max_prompt_length, **options)
+        self.prompts = PromptDataset(train, tokenizer, data.max_prompt_length, **options)
         dropped = f", {self.prompts.dropped} of more than {data.max_prompt_length} tokens dropped"
         _print_rank_0(f"{data.train}: {len(self.prompts)} prompts{dropped if self.prompts.dropped else ''}")
         self.heldout = None
-        if data.heldout is not None:
-            own: dict[str, Any] = {"domains": self.prompts.domains, "first_index": len(self.prompts)}
-            self.heldout = PromptDataset(data.heldout, tokenizer, data.max_prompt_length, **own, **options)
+        if heldout is not None:
+            options |= {"domains": self.prompts.domains, "first_index": len(self.prompts)}
+            self.heldout = PromptDataset(heldout, tokenizer, data.max_prompt_length, **options)
 
     def build(self) -> None:
         """Build the trainer with its optimizer, graders and loggers, and restore their state from the checkpoint."""

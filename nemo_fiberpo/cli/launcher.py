@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_fiberpo import cores
 from nemo_fiberpo.aligner.config.checks import batch_sizes, on_cpu
 from nemo_fiberpo.aligner.lifecycle.first_rank import SECRET
 from nemo_fiberpo.aligner.lifecycle.preemption import CTRL_C, LAUNCHED, NOT_FINISHED
@@ -58,7 +59,7 @@ def ranks_for(cfg: DictConfig) -> int:
     model: Any = OmegaConf.to_container(cfg.model, resolve=True)
     layout = Layout.from_config(model, {})
     copy = layout.tp * layout.pp * layout.cp
-    for replicas in range(max(1, (os.cpu_count() or 1) // copy), 1, -1):
+    for replicas in range(max(1, cores.available() // copy), 1, -1):
         layout = Layout.from_config(model, {"devices": replicas * copy})
         if layout.whole and not list(batch_sizes(cfg).problems(layout.dp, layout.cp)):
             return layout.world

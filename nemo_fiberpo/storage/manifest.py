@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from nemo_fiberpo import cores
 from nemo_fiberpo.storage import reading
 
 NAME = "manifest.json"
@@ -83,7 +84,7 @@ def entries(checkpoint: Path, names: Sequence[str]) -> dict[str, Entry]:
 
 def _threads() -> int:
     """For this rank's share of the machine; hashing does not hold Python's lock."""
-    return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return min(8, cores.of_this_rank())
 
 
 def write(checkpoint: Path, manifest: Manifest) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -116,7 +115,7 @@ def test_a_rank_that_waits_for_one_that_has_failed_is_ended(tmp_path: Path, monk
     ],
 )
 def test_as_many_ranks_as_the_config_and_the_machine_call_for(overrides, cores, number, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr("nemo_fiberpo.cores.available", lambda: cores)
     cfg = compose("quickstart", ["algorithm.prompts_per_rollout=192", *overrides])
     assert launcher.ranks_for(cfg) == number
 

@@ -56,7 +56,7 @@ def write(tmp_path):
 def test_the_tokens_are_those_of_transformers_whatever_add_bos_is(write, tmp_path, template: str, bos_id: int | None):
     write_tokenizer(tmp_path / "hf", bos=True, chat_template=TEMPLATES[template])
     path = write(line(CHAT), line(None, prompt="<21> <22>"), line(CHAT[1:2]))
-    prompts = PromptDataset(path, nemo_tokenizer(tmp_path / "hf"), 20, bos_id=bos_id)
+    prompts = PromptDataset(load_prompts(path), nemo_tokenizer(tmp_path / "hf"), 20, bos_id=bos_id)
     untouched = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     for place, messages in ((0, CHAT), (2, CHAT[1:2])):
         wanted = untouched.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
@@ -69,7 +69,7 @@ def test_the_tokens_are_those_of_transformers_whatever_add_bos_is(write, tmp_pat
 def test_lengths_count_the_template(write, tmp_path):
     write_tokenizer(tmp_path / "hf", chat_template=TURNS)
     with pytest.raises(ValueError, match=r"chat.jsonl:1: messages: 14 tokens, more than max_prompt_length = 13"):
-        PromptDataset(write(line(CHAT)), nemo_tokenizer(tmp_path / "hf"), 13)
+        PromptDataset(load_prompts(write(line(CHAT))), nemo_tokenizer(tmp_path / "hf"), 13)
 
 
 def test_a_warm_start_learns_to_answer_conversations(write, tmp_path, monkeypatch):
@@ -133,7 +133,7 @@ def test_a_tokenizer_without_a_template_is_refused(write, tmp_path):
         with pytest.raises(
             ValueError, match=r"chat.jsonl:2: messages: the policy's tokenizer has no chat template; add"
         ):
-            PromptDataset(path, tokenizer, 20)
+            PromptDataset(load_prompts(path), tokenizer, 20)
 
 
 def test_a_template_that_refuses_a_conversation_is_reported(write, tmp_path):
@@ -142,4 +142,4 @@ def test_a_template_that_refuses_a_conversation_is_reported(write, tmp_path):
     with pytest.raises(
         ValueError, match=r"chat.jsonl:2: messages: the tokenizer's chat template fails: .*no tools here"
     ):
-        PromptDataset(path, nemo_tokenizer(tmp_path / "hf"), 20)
+        PromptDataset(load_prompts(path), nemo_tokenizer(tmp_path / "hf"), 20)

@@ -137,7 +137,10 @@ class Cluster:
             pids.write(f"{self.daemons[name].pid}\n")
 
     def start_node(self, node: str) -> None:
-        self._start(f"slurmd.{node}", ["slurmd", "-D", "-N", node])
+        """On a core of its own, where there is one, as nodes have them: its ranks get as many threads."""
+        ours = sorted(os.sched_getaffinity(0))
+        core = ours[self.nodes.index(node) % len(ours)]
+        self._start(f"slurmd.{node}", ["taskset", "--cpu-list", str(core), "slurmd", "-D", "-N", node])
 
     def kill_daemon(self, node: str) -> None:
         """SIGKILL to the node's slurmd alone: what it started goes on, and no task can be started any more."""

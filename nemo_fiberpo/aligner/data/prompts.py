@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from nemo_fiberpo.prompts.chat import chat_ids
-from nemo_fiberpo.prompts.records import PromptRecord, load_prompts
+from nemo_fiberpo.prompts.records import PromptRecord
 from nemo_fiberpo.values import at, did_you_mean, one_of
 
 
@@ -38,7 +37,8 @@ def prompt_ids(record: PromptRecord, tokenizer: Tokenizer, bos_id: int | None) -
 
 
 class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """The prompts of one file, tokenized; an item is {text: int64 [length], length, prompt_index, domain}.
+    """The prompts of one file, as `load_prompts` reads them, tokenized. An item is {text: int64 [length], length,
+    prompt_index, domain}.
 
     domains        names of the domains in the order of their ids; None: the file's own, sorted. Give a held-out set the
                    training set's; other domains are an error.
@@ -47,23 +47,21 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
     bos_id         a token that every text begins with, counted in its length, or None. For `messages` the chat template
                    decides
 
-    Every rank reads the same file and holds the same items.
+    Every rank holds the same items.
     """
 
     def __init__(
         self,
-        path: str | Path,
+        records: Sequence[PromptRecord],
         tokenizer: Tokenizer,
         max_prompt_length: int,
         *,
         domains: Sequence[str] | None = None,
         first_index: int = 0,
         too_long: str = "error",
-        own_graders: Collection[str] = (),
         bos_id: int | None = None,
     ):
         one_of(too_long, "too_long", ("error", "drop"))
-        records = load_prompts(path, own_graders)
         self.domains = list(domains) if domains is not None else sorted({record.domain for record in records})
         for record in records:
             if record.domain not in self.domains:
