@@ -172,6 +172,15 @@ warned_at_once() {
     [ "${first:-60}" -lt 45 ]
 }
 
+# ended_from_outside: whether SLURM has ended the job, by the TERM that came here or by what it has written down: on a busy
+# node the ranks can end before the signal comes, and a job that somebody cancelled would be requeued.
+ended_from_outside() {
+    local state
+    [ "$ended" = 0 ] || return 0
+    state=$(field_of_job JobState) # empty where slurmctld does not answer
+    [ -n "$state" ] && [ "$state" != RUNNING ]
+}
+
 # finish_job: acts on `status`, see the table above. The script that sources this defines `nodes_answer`, by `probe`.
 finish_job() {
     local why cause
@@ -180,7 +189,7 @@ finish_job() {
         straggler) why="a rank was still running $STRAGGLER_SECONDS s after the first one's end, and was ended" ;;
         *) status=$cause why="the ranks ended with status $status" ;;
     esac
-    if [ "$ended" = 1 ]; then
+    if ended_from_outside; then
         say "ended from outside (scancel, the time limit, a lost node); $why"
         exit 143
     elif [ "$status" -eq 0 ]; then
@@ -205,7 +214,7 @@ finish_job() {
         [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"
         exit "$status"
     fi
-    [ "$ended" = 0 ] || exit 143 # while the nodes were asked
+    ! ended_from_outside || exit 143 # while the nodes were asked
     if [ "$restarts" -ge "$MAX_RESTARTS" ]; then
         say "error: $why, but MAX_RESTARTS=$MAX_RESTARTS is reached: not started again"
         exit "$status"

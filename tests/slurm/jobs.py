@@ -34,7 +34,7 @@ class Job:
         self,
         *overrides: str,
         options: list[str] = ONE_RANK_EACH,
-        script: str = "train.sbatch",
+        script: str | Path = "train.sbatch",
         env: dict[str, str] | None = None,
     ) -> None:
         arguments = ["--config-name", "quickstart", f"run_dir={self.run_dir}", *SMALL, *RUN, *overrides]

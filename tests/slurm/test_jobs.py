@@ -19,7 +19,7 @@ import pytest
 from tests.slurm.cluster import SlurmError
 from tests.slurm.jobs import ONE_RANK_EACH, PATIENCE, RL_STEPS, Job, same_metrics, seconds_since
 from tests.slurm.ranks import ranks_that_end
-from tests.support.launching import wait_for
+from tests.support.launching import ROOT, wait_for
 from tests.support.processes import kill
 
 ENDLESS = ["algorithm.rl_steps=1000", "algorithm.data_epochs=1000"]
@@ -108,6 +108,20 @@ def test_a_cancelled_job_ends_and_leaves_no_process(cluster, job):
     wait_for(lambda: not cluster.job_processes(), PATIENCE, "the end of all processes of the job")
     assert fields["Restarts"] == "0"
     assert cluster.job(job.id)["JobState"] == "CANCELLED", "it is not requeued, though its ranks could go on"
+
+
+def test_a_cancelled_job_whose_script_hears_of_it_too_late_is_not_requeued(job, tmp_path):
+    """Its ranks have saved and ended before: what is ignored when bash starts, it cannot trap."""
+    shipped = ROOT / "examples" / "slurm" / "train.sbatch"
+    header = [line for line in shipped.read_text().splitlines() if line.startswith("#!") or line.startswith("#SBATCH")]
+    deaf = tmp_path / "deaf.sbatch"
+    deaf.write_text("\n".join([*header, "trap '' TERM", f'exec bash {shipped} "$@"', ""]))
+    job.submit(script=deaf, env=ranks_that_end("wait wait/0 0"))
+    job.wait_for_waiting_ranks(2)
+    job.cluster.command("scancel", job.id)
+    fields = job.ends_as("CANCELLED")
+    assert fields["Restarts"] == "0"
+    wait_for(lambda: "ended from outside" in job.output(), PATIENCE, "what the script says of it")
 
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
