@@ -113,7 +113,7 @@ def test_a_cancelled_job_ends_and_leaves_no_process(cluster, job):
 def test_a_cancelled_job_whose_script_hears_of_it_too_late_is_not_requeued(job, tmp_path):
     """Its ranks have saved and ended before: what is ignored when bash starts, it cannot trap."""
     shipped = ROOT / "examples" / "slurm" / "train.sbatch"
-    header = [line for line in shipped.read_text().splitlines() if line.startswith("#!") or line.startswith("#SBATCH")]
+    header = [line for line in shipped.read_text().splitlines() if line.startswith(("#!", "#SBATCH"))]
     deaf = tmp_path / "deaf.sbatch"
     deaf.write_text("\n".join([*header, "trap '' TERM", f'exec bash {shipped} "$@"', ""]))
     job.submit(script=deaf, env=ranks_that_end("wait wait/0 0"))
