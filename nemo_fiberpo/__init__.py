@@ -6,6 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import config as config
+    from . import objective as objective
     from .config import load_hierarchy
     from .objective import (
         Apc,
@@ -60,11 +62,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """What is in `__all__`, imported where it is first used: the command line needs no torch to print its help."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(".config" if name == "load_hierarchy" else ".objective", __name__), name)
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        """Imported on first use, so that the command line can print its help without torch."""
+        if name in ("config", "objective"):
+            return import_module(f".{name}", __name__)
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(".config" if name == "load_hierarchy" else ".objective", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -6,12 +6,17 @@ import os
 
 
 def available() -> int:
-    """The cores that this process may run on: in a container or a SLURM job often fewer than the machine has."""
+    """The cores that this process may run on: within a cpuset or a SLURM job often fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def of_this_rank() -> int:
-    """The share of a rank of LOCAL_WORLD_SIZE ranks on this machine, each bound to cores of its own or not."""
-    return max(1, min(available(), (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    """The share of one of LOCAL_WORLD_SIZE ranks. Those of torchrun and `fiberpo train` share the cores of their
+    launcher; srun may have bound each rank to cores of its own."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if "SLURM_PROCID" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        return max(1, available() // ranks)
+    of_the_job = int(os.environ.get("SLURM_CPUS_ON_NODE") or os.cpu_count() or 1)
+    return max(1, min(available(), of_the_job // ranks))

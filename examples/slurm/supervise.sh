@@ -45,6 +45,11 @@ field_of_job() {
     scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n "s/^JobId=$SLURM_JOB_ID .* $1=\([^ ]*\).*/\1/p"
 }
 
+# is_running STATE: of a job. SLURM shows a flag in place of RUNNING, such as STOPPED after `scancel --signal=STOP`.
+is_running() {
+    case "$1" in RUNNING | STOPPED | SIGNALING | SUSPENDED | RESIZING | CONFIGURING) ;; *) return 1 ;; esac
+}
+
 # USR1 comes to this shell (--signal=B:USR1@SECONDS, or `scancel --signal=USR1 --batch JOB`). srun passes USR1 on to its
 # step; repeated, because a rank that is still starting ignores it.
 warn_ranks() {
@@ -63,7 +68,7 @@ keep_warning() {
 # the job's end down by then. Where it has not, TERM is a warning like USR1.
 stop_waiting() {
     interrupted=1
-    if [ "$(field_of_job JobState)" = RUNNING ]; then warn_ranks; else ended=1; fi
+    if is_running "$(field_of_job JobState)"; then warn_ranks; else ended=1; fi
 }
 trap warn_ranks USR1
 trap stop_waiting TERM
@@ -173,12 +178,12 @@ warned_at_once() {
 }
 
 # ended_from_outside: whether SLURM has ended the job, by the TERM that came here or by what it has written down: on a busy
-# node the ranks can end before the signal comes, and a job that somebody cancelled would be requeued.
+# node the ranks can end before the signal comes, and then a cancelled job would be requeued.
 ended_from_outside() {
     local state
     [ "$ended" = 0 ] || return 0
     state=$(field_of_job JobState) # empty where slurmctld does not answer
-    [ -n "$state" ] && [ "$state" != RUNNING ]
+    [ -n "$state" ] && ! is_running "$state"
 }
 
 # finish_job: acts on `status`, see the table above. The script that sources this defines `nodes_answer`, by `probe`.

@@ -29,6 +29,8 @@ from typing import Any
 from study_result import read_result
 from study_runs import Run, read_study
 
+from nemo_fiberpo import cores
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "study" / "results"
 QUIET = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -126,7 +128,7 @@ def make(run: Run, folder: Path, results: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the study's missing runs.")
     parser.add_argument("stages", nargs="*", help="stages of study.yaml; all without any")
-    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--cores", type=int, default=cores.available(), help="runs at a time")
     parser.add_argument("--objective", action="append", help="only runs of this objective; can be repeated")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "study", help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")

@@ -61,8 +61,8 @@ def create_trainer(cfg: DictConfig) -> Any:
 def build_lightning_trainer(cfg: DictConfig, checkpoint: Path | None) -> Any:
     """`create_trainer` with NeMo's experiment manager attached, resuming from `checkpoint` if there is one.
 
-    exp_manager's own search finds only `-last` copies, and gives up if a killed run left two. It has the other ranks
-    sleep five seconds while the first one prepares its folder, which none of them reads: no sleep unless asked for.
+    exp_manager's own search finds only `-last` copies, and gives up if a killed run left two. By default it also makes
+    the other ranks sleep for five seconds while the first one fills the log folder, from which they read nothing.
     """
     from nemo.utils.exp_manager import exp_manager
 
@@ -72,8 +72,8 @@ def build_lightning_trainer(cfg: DictConfig, checkpoint: Path | None) -> Any:
     given = OmegaConf.to_container(cfg.exp_manager, resolve=True)
     assert isinstance(given, dict)
     resume = {"resume_if_exists": False, "resume_from_checkpoint": None if checkpoint is None else str(checkpoint)}
-    manager = {"seconds_to_sleep": 0} | given | resume | {"create_checkpoint_callback": False}
-    exp_manager(trainer, OmegaConf.create(manager))
+    settings = {"seconds_to_sleep": 0} | given | resume | {"create_checkpoint_callback": False}
+    exp_manager(trainer, OmegaConf.create(settings))
     if cfg.exp_manager.get("create_checkpoint_callback", True):
         trainer.callbacks.append(make_callback(cfg))
     return trainer

@@ -75,7 +75,7 @@ class Run:
         found = find_checkpoint(self.cfg, self.record)
         self._restored = dict(found[1].state) if found else None
         data, own = self.config.data, tuple(self.config.rewards.graders or ())
-        # Before the policy, which may take minutes to load: a mistake in a line is said at once.
+        # Before the policy is loaded, which may take minutes, so that a mistake in the prompts is reported early.
         train = load_prompts(data.train, own)
         heldout = load_prompts(data.heldout, own) if data.heldout is not None else None
         _print_rank_0(f"loading the policy {self.cfg.pretrained_checkpoint.restore_from_path}")
