@@ -69,12 +69,13 @@ def run(cfg: DictConfig) -> None:
         cfg.model.micro_batch_size = settings.batch_size // ranks
     trainer = build.create_trainer(cfg)
     wait_until_holds(complete, f"seed {cfg.seed}")
+    prompts, answered = load_prompts(data.train), load_prompts(settings.data)
     actor = FiberPOActor(cfg.model, trainer)
     init_distributed(trainer, actor)
     bos_id = first_token(cfg.model, actor.tokenizer)
-    checks = PromptDataset(load_prompts(data.train), actor.tokenizer, data.max_prompt_length, bos_id=bos_id)
+    checks = PromptDataset(prompts, actor.tokenizer, data.max_prompt_length, bos_id=bos_id)
     optimizer, scheduler, _ = build.initialise(cfg, trainer, actor, checks, settings.steps)
-    examples = tokenize(load_prompts(settings.data), actor.tokenizer, bos_id)
+    examples = tokenize(answered, actor.tokenizer, bos_id)
     grader = make_reward_model(reward, checks.records, actor.tokenizer)
 
     def step(number: int, batch) -> None:
