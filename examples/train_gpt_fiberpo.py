@@ -27,7 +27,7 @@ CHECK_ONLY = "--check" in sys.argv
 
 
 def train(cfg: DictConfig) -> None:
-    from nemo_fiberpo.aligner.run import Run  # not above: child processes of a rank import this file again
+    from nemo_fiberpo.aligner.run import Run  # not at the top: child processes of a rank import this file again
 
     with Run(cfg) as run:  # the config is checked
         if CHECK_ONLY:

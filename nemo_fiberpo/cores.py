@@ -13,10 +13,12 @@ def available() -> int:
 
 
 def of_this_rank() -> int:
-    """The share of one of LOCAL_WORLD_SIZE ranks. Those of torchrun and `fiberpo train` share the cores of their
-    launcher; srun may have bound each rank to cores of its own."""
+    """This rank's share of the cores, with LOCAL_WORLD_SIZE ranks on the machine.
+
+    Ranks of torchrun and `fiberpo train` share the cores of their launcher; srun may have bound each rank to its own.
+    """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if "SLURM_PROCID" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         return max(1, available() // ranks)
-    of_the_job = int(os.environ.get("SLURM_CPUS_ON_NODE") or os.cpu_count() or 1)
-    return max(1, min(available(), of_the_job // ranks))
+    on_this_node = int(os.environ.get("SLURM_CPUS_ON_NODE") or os.cpu_count() or 1)
+    return max(1, min(available(), on_this_node // ranks))

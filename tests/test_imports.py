@@ -1,4 +1,4 @@
-"""Imports run one way, `import nemo_fiberpo` needs torch and omegaconf alone, and some files not even torch."""
+"""Imports run one way. The names of the package need only torch and omegaconf, a help text not even torch."""
 
 from __future__ import annotations
 

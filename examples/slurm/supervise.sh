@@ -45,7 +45,8 @@ field_of_job() {
     scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n "s/^JobId=$SLURM_JOB_ID .* $1=\([^ ]*\).*/\1/p"
 }
 
-# is_running STATE: of a job. SLURM shows a flag in place of RUNNING, such as STOPPED after `scancel --signal=STOP`.
+# is_running STATE: whether a job in that state runs. SLURM shows some flags in place of RUNNING, such as STOPPED after
+# `scancel --signal=STOP`.
 is_running() {
     case "$1" in RUNNING | STOPPED | SIGNALING | SUSPENDED | RESIZING | CONFIGURING) ;; *) return 1 ;; esac
 }
@@ -177,8 +178,8 @@ warned_at_once() {
     [ "${first:-60}" -lt 45 ]
 }
 
-# ended_from_outside: whether SLURM has ended the job, by the TERM that came here or by what it has written down: on a busy
-# node the ranks can end before the signal comes, and then a cancelled job would be requeued.
+# ended_from_outside: whether SLURM has ended the job. TERM says so, but on a busy node the ranks may end before it comes
+# here. Without asking for the state, a cancelled job would then be requeued.
 ended_from_outside() {
     local state
     [ "$ended" = 0 ] || return 0

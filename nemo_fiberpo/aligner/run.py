@@ -51,10 +51,9 @@ class Run:
         file or the key."""
         self.record.check()  # training does this under the run's lock
         yield f"the config: {', '.join(str(key) for key in self.cfg if self.cfg[key] is not None)}"
-        own = tuple(self.config.rewards.graders or ())
         for key, path in (("data.train", self.config.data.train), ("data.heldout", self.config.data.heldout)):
             if path is not None and Path(path).exists():
-                yield f"{key}: {len(load_prompts(path, own))} prompts in {path}"
+                yield f"{key}: {len(self._read_prompts(path))} prompts in {path}"
             elif path is not None:
                 yield f"{key}: not checked: {path} does not exist"
         policy = Path(self.cfg.pretrained_checkpoint.restore_from_path)
@@ -74,10 +73,10 @@ class Run:
         """
         found = find_checkpoint(self.cfg, self.record)
         self._restored = dict(found[1].state) if found else None
-        data, own = self.config.data, tuple(self.config.rewards.graders or ())
         # Before the policy is loaded, which may take minutes, so that a mistake in the prompts is reported early.
-        train = load_prompts(data.train, own)
-        heldout = load_prompts(data.heldout, own) if data.heldout is not None else None
+        data = self.config.data
+        train = self._read_prompts(data.train)
+        heldout = self._read_prompts(data.heldout) if data.heldout is not None else None
         _print_rank_0(f"loading the policy {self.cfg.pretrained_checkpoint.restore_from_path}")
         build.start(self.cfg)
         self._load_policy(found[0] if found else None)
@@ -105,6 +104,9 @@ class Run:
             )
         init_distributed(self._lightning, actor, cfg.model.get("transformer_engine", False))
         check_batches(cfg, parallel_state.get_data_parallel_world_size(), cfg.model.get("context_parallel_size") or 1)
+
+    def _read_prompts(self, path: str) -> list[PromptRecord]:
+        return load_prompts(path, tuple(self.config.rewards.graders or ()))
 
     def _tokenize(self, train: Sequence[PromptRecord], heldout: Sequence[PromptRecord] | None) -> None:
         from nemo_fiberpo.aligner.data.prompts import PromptDataset

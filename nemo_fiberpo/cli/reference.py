@@ -12,10 +12,10 @@ from dataclasses import MISSING
 from typing import TYPE_CHECKING, Any
 
 from nemo_fiberpo.cli.compose import SHIPPED
+from nemo_fiberpo.fields import Key
 
 if TYPE_CHECKING:
     from nemo_fiberpo.cli.config_keys import Section
-    from nemo_fiberpo.fields import Key
 
 MAY_CHANGE = "A resumed run may change it."
 WIDEST = 120

@@ -137,7 +137,7 @@ class Cluster:
             pids.write(f"{self.daemons[name].pid}\n")
 
     def start_node(self, node: str) -> None:
-        """On a core of its own, where there is one, as nodes have them: its ranks get as many threads."""
+        """On one core, as if it were a machine of its own: otherwise its ranks would start a thread for every core."""
         ours = sorted(os.sched_getaffinity(0))
         core = ours[self.nodes.index(node) % len(ours)]
         self._start(f"slurmd.{node}", ["taskset", "--cpu-list", str(core), "slurmd", "-D", "-N", node])

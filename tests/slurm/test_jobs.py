@@ -111,7 +111,7 @@ def test_a_cancelled_job_ends_and_leaves_no_process(cluster, job):
 
 
 def test_a_cancelled_job_whose_script_hears_of_it_too_late_is_not_requeued(job, tmp_path):
-    """Its ranks have saved and ended before: what is ignored when bash starts, it cannot trap."""
+    """The ranks save and end without it: bash cannot trap a signal that was ignored when it started."""
     shipped = ROOT / "examples" / "slurm" / "train.sbatch"
     header = [line for line in shipped.read_text().splitlines() if line.startswith(("#!", "#SBATCH"))]
     deaf = tmp_path / "deaf.sbatch"

@@ -185,7 +185,7 @@ def run_as_rank(script: str, arguments: list[str], rank: int, processes: int, po
     nemo_cpu.uninstall()
     if writer := sys.modules.get(WRITER):
         manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-        manager.start(die_with_parent, (os.getpid(),))  # early: it keeps open what the rank has open now
+        manager.start(die_with_parent, (os.getpid(),))  # early, since it keeps open whatever the rank has open now
         writer._results_queue = manager.Queue()  # type: ignore[attr-defined]
     sys.path[0] = str(Path(script).parent)
     sys.argv = [script, *arguments]
